@@ -1,0 +1,264 @@
+"""PoolConfig: every option of a pool, checked once, frozen afterwards.
+
+Durations are float seconds, sizes are counts or bytes. What is unknown, wrong or contradictory is
+refused here, before anything is started, with the value seen and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Mapping
+
+from .errors import ConfigError
+
+MAX_WORKERS = 2048  # twice as many rows are in the table: old ones may end while new ones start
+START_METHODS = ("forkserver", "spawn", "fork")
+_pool_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """The options of a `Pool`, each with its default. See README for the prose.
+
+    Raises:
+        ConfigError: an option is wrong; its attributes `option` and `value` say which.
+    """
+
+    #: How many workers the pool keeps (None: the usable CPUs), and the bounds of `resize()` and
+    #: of growth on demand (None: as `size`, that is, a fixed pool).
+    size: int | None = None
+    min_size: int | None = None
+    max_size: int | None = None
+    #: Extra workers while callers queue at full size; retired when idle for `overflow_idle` s.
+    max_overflow: int = 0
+    overflow_idle: float = 30.0
+    #: A worker above `min_size` that was idle for so long is retired, one per `max_idle` seconds.
+    max_idle: float | None = None
+    #: Start workers when they are first needed (from `min_size`, if given, up to `size`).
+    lazy: bool = False
+    #: Which idle worker is next: the last used ("lifo", its caches are warm) or the first.
+    strategy: str = "lifo"
+    #: Seconds for a worker to become ready; to wait for a worker; for one call. None: for ever.
+    init_timeout: float | None = 30.0
+    checkout_timeout: float | None = 5.0
+    call_timeout: float | None = 60.0
+    #: More callers than this in the queue are turned away with `TooManyWaiters`. None: no limit.
+    max_waiting: int | None = None
+    #: How often an idle worker is probed (None: never), how long its answer may take, and how
+    #: many failures in a row replace it.
+    health_check_interval: float | None = 30.0
+    health_check_timeout: float = 5.0
+    max_health_failures: int = 3
+    #: "forkserver", "spawn" or "fork"; None: the first of these that this system offers.
+    start_method: str | None = None
+    #: Modules the fork server imports once, for all workers to share.
+    preload: tuple[str, ...] = ()
+    #: How many workers may be starting at once.
+    startup_batch: int = 8
+    #: Environment variables set in each worker before your code is imported there.
+    worker_env: Mapping[str, str] | None = None
+    #: Anything with `dumps` and `loads` for arguments and results. None: pickle, protocol 5.
+    codec: Any = None
+    #: How long `close()` lets leases finish, and a retiring worker its `close()`.
+    close_timeout: float = 30.0
+    #: A lease older than this is revoked and its worker killed. None: never.
+    lease_timeout: float | None = None
+    #: A lease older than this is logged once, with the stack that took it. None: never.
+    leak_warn_after: float | None = None
+    #: Shown in process, thread and memory names, errors and metrics. None: "pool-1" and so on.
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        for name in ("overflow_idle", "health_check_timeout", "close_timeout"):
+            self._check_seconds(name, none=False)
+        for name in ("max_idle", "init_timeout", "checkout_timeout", "call_timeout"):
+            self._check_seconds(name, none=True)
+        for name in ("health_check_interval", "lease_timeout", "leak_warn_after"):
+            self._check_seconds(name, none=True, zero=False)
+        self._check_choices()
+        self._check_preload_and_env()
+        if self.name is None:
+            self._set("name", f"pool-{next(_pool_numbers)}")
+        elif not isinstance(self.name, str) or not self.name or "\0" in self.name:
+            self._refuse("name", "give a text that is not empty")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> PoolConfig:
+        """Build a config from keyword options, naming the nearest one for a misspelt name."""
+        known = [field.name for field in fields(cls)]
+        for name, value in options.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+                raise ConfigError(
+                    f"unknown option {name!r} (value {value!r}); {hint}", option=name, value=value
+                )
+        return cls(**options)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **options: Any) -> PoolConfig:
+        """Read `MINIPOOL_SIZE`, `MINIPOOL_CALL_TIMEOUT` and so on; `options` given here win.
+
+        "none" stands for None, booleans are 1/0, true/false, yes/no; `preload` is separated by
+        commas. `worker_env` and `codec` cannot be given this way.
+
+        Raises:
+            ConfigError: a variable names no option, or its text does not fit.
+        """
+        kinds = {field.name: str(field.type) for field in fields(cls)}
+        found: dict[str, Any] = {}
+        for variable, text in (os.environ if environ is None else environ).items():
+            if variable.startswith("MINIPOOL_") and variable not in _OTHER_VARIABLES:
+                name = variable[len("MINIPOOL_") :].lower()
+                kind = kinds.get(name)
+                found[name] = text if kind is None else _parse(variable, text, kind)
+        return cls.from_options({**found, **options})
+
+    @property
+    def initial_size(self) -> int:
+        """How many workers `open()` starts."""
+        assert self.size is not None and self.min_size is not None
+        if not self.lazy:
+            return self.size
+        return self.min_size if self.min_size < self.size else 0
+
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks of the manager when nothing happens."""
+        limits = [self.lease_timeout, self.leak_warn_after, self.max_idle, self.overflow_idle]
+        limits += [self.health_check_interval, self.health_check_timeout]
+        return max(0.01, min([1.0] + [limit / 4 for limit in limits if limit is not None]))
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def _check_sizes(self) -> None:
+        for name in ("size", "min_size", "max_size", "max_waiting"):
+            self._check_count(name, least=0 if name in ("min_size", "max_waiting") else 1, none=True)
+        for name in ("startup_batch", "max_health_failures"):
+            self._check_count(name, least=1, none=False)
+        self._check_count("max_overflow", least=0, none=False)
+        low, high = self.min_size, self.max_size
+        if low is not None and high is not None and low > high:
+            self._refuse("min_size", f"it is larger than max_size={high}; exchange them")
+        if self.size is None:
+            self._set("size", max(low or 1, min(high or MAX_WORKERS, usable_cpus())))
+        assert self.size is not None
+        if low is not None and self.size < low:
+            self._refuse("size", f"it is below min_size={low}; raise it or lower min_size")
+        if high is not None and self.size > high:
+            self._refuse("size", f"it is above max_size={high}; lower it or raise max_size")
+        self._set("min_size", self.size if low is None else low)
+        self._set("max_size", self.size if high is None else high)
+        assert self.max_size is not None
+        if self.max_size + self.max_overflow > MAX_WORKERS:
+            self._refuse("max_size", f"with max_overflow it may be {MAX_WORKERS} at most")
+
+    def _check_count(self, name: str, least: int, none: bool) -> None:
+        value = getattr(self, name)
+        if value is None and none:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self._refuse(name, f"give a whole number, {least} or more{', or None' * none}")
+
+    def _check_seconds(self, name: str, none: bool, zero: bool = True) -> None:
+        value = getattr(self, name)
+        if value is None and none:
+            return
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not right or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            least = "0 or more" if zero else "more than 0"
+            self._refuse(name, f"give seconds as a number, {least}{', or None' * none}")
+
+    def _check_choices(self) -> None:
+        if self.strategy not in ("lifo", "fifo"):
+            self._refuse("strategy", 'give "lifo" or "fifo"')
+        if self.start_method is not None and self.start_method not in START_METHODS:
+            self._refuse("start_method", f"give one of {START_METHODS}, or None")
+        if not isinstance(self.lazy, bool):
+            self._refuse("lazy", "give True or False")
+        if self.codec is not None:
+            for function in ("dumps", "loads"):
+                if not callable(getattr(self.codec, function, None)):
+                    self._refuse("codec", f"it has no function {function!r}; give a module or "
+                                 f"object with dumps and loads, such as json")  # fmt: skip
+        if self.preload and self.start_method in ("spawn", "fork"):
+            self._refuse("preload", f"start method {self.start_method!r} has no server that "
+                         f'could import it once; use "forkserver"')  # fmt: skip
+
+    def _check_preload_and_env(self) -> None:
+        if isinstance(self.preload, str) or not all(isinstance(m, str) for m in self.preload):
+            self._refuse("preload", "give a list of module names")
+        self._set("preload", tuple(self.preload))
+        for key, value in (self.worker_env or {}).items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                self._refuse("worker_env", f"{key!r}: {value!r} is not a pair of texts")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _refuse(self, name: str, remedy: str) -> None:
+        value = getattr(self, name)
+        raise ConfigError(f"{name}={value!r}: {remedy}", option=name, value=value)
+
+
+_OTHER_VARIABLES = ("MINIPOOL_PORTABLE",)
+
+
+def _parse(variable: str, text: str, kind: str) -> Any:
+    word = text.strip().lower()
+    if word == "none" and "None" in kind:
+        return None
+    try:
+        if kind.startswith("bool"):
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
+                word
+            ]
+        if kind.startswith("int"):
+            return int(word)
+        if kind.startswith("float"):
+            return float(word)
+        if kind.startswith("tuple"):
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        if kind.startswith("str"):
+            return text
+    except (KeyError, ValueError):
+        pass
+    raise ConfigError(
+        f"{variable}={text!r} is no {kind}; correct the variable or unset it",
+        option=variable,
+        value=text,
+    )
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use: its affinity, and its container's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = _cgroup_cpus()
+    return max(1, count if quota is None else min(count, math.ceil(quota)))
+
+
+def _cgroup_cpus() -> float | None:
+    """Return the CPU quota of the control group (version 2, else 1), or None."""
+    for quota_file, period_file in (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            with open(quota_file) as file:
+                words = file.read().split()
+            if period_file is not None:
+                with open(period_file) as file:
+                    words += file.read().split()
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        return quota / period if quota > 0 and period > 0 else None
+    return None

@@ -1,0 +1,341 @@
+"""The two ends of a worker's pipe, each in a fast and a portable kind.
+
+The fast kind works on the bare descriptor: one `os.write` and one `os.read` for a small message,
+and on the parent's side one `poll` between them that watches the worker's death as well (with
+fork, siblings may still hold copies of a pipe end, so end-of-file alone cannot be trusted). The
+portable kind uses `multiprocessing.Connection` and `connection.wait` and runs everywhere. Both
+write the same bytes, so any two ends can talk to each other.
+
+A parent's end is used by one thread at a time, the one that owns the worker. Neither end is ever
+left with half a frame by a failed attempt to *make* one; what breaks in mid-frame stays broken,
+and its worker is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from multiprocessing import connection
+from typing import Any, Callable
+
+from . import wire
+
+SMALL = 32 * 1024  # up to here one write takes all: the socket's buffer is far larger and empty
+CHUNK = 64 * 1024
+_PIECE = 8 << 20  # grow the buffer of a long frame by this much, never by what it claims to be
+
+_FRAMED_REQUEST = wire.FRAMED_REQUEST.pack
+_HEADER = wire.REQUEST.size
+
+
+class PeerGone(Exception):
+    """The worker died or closed its end before the whole reply was here."""
+
+
+class TimedOut(Exception):
+    """The reply is not here in time. The pipe must not be used again: it may still come."""
+
+
+class Garbled(Exception):
+    """What came is no frame. The pipe must not be used again."""
+
+
+class FastEnd:
+    """The parent's end, on descriptors. `death_fd` becomes readable when the worker is gone."""
+
+    def __init__(self, conn: Any, death_fd: int) -> None:
+        self._conn = conn  # owns the descriptor
+        self.fd = conn.fileno()
+        os.set_blocking(self.fd, False)
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLIN)
+        self._poll.register(death_fd, select.POLLIN)
+        self.wait = self._poll.poll
+        self._death_fd = death_fd
+        self._partial = bytearray()  # of a frame that `receive_now` saw the beginning of
+
+    def exchange(
+        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
+    ) -> bytes | memoryview:
+        """Send one request and return the one reply's payload; the way of every call.
+
+        Raises:
+            PeerGone, TimedOut, Garbled: the worker is of no more use.
+        """
+        size = _HEADER + len(name) + len(body)
+        if size > SMALL:
+            deadline = _deadline(timeout)
+            self._send_long(wire.REQUEST.pack(call_id, kind, len(name)) + name, body, deadline)
+            return self._receive(deadline)
+        frame = _FRAMED_REQUEST(size, call_id, kind, len(name)) + name + body
+        events = None
+        try:
+            if os.write(self.fd, frame) != size + 4:
+                raise Garbled("the pipe to an idle worker was full")
+            events = self.wait(None if timeout is None else timeout * 1000)
+            reply = os.read(self.fd, CHUNK)
+        except BlockingIOError:
+            if events:
+                raise PeerGone from None
+            raise TimedOut from None
+        except OSError:
+            raise PeerGone from None
+        if len(reply) < 4 or int.from_bytes(reply[:4], "big") != len(reply) - 4:
+            return self._receive(_deadline(timeout), reply)
+        return reply[4:]
+
+    def send(self, call_id: int, kind: int) -> None:
+        """Send a request without name and arguments, without waiting for anything.
+
+        Raises:
+            PeerGone: the worker is dead, or has not read what was sent before.
+        """
+        try:
+            os.write(self.fd, _FRAMED_REQUEST(_HEADER, call_id, kind, 0))
+        except OSError:
+            raise PeerGone from None
+
+    def receive_now(self) -> bytes | memoryview | None:
+        """Return the payload that is there, or None if it is not there whole. Never waits.
+
+        Raises:
+            PeerGone, Garbled: the worker is of no more use.
+        """
+        while True:
+            try:
+                piece = os.read(self.fd, CHUNK)
+            except BlockingIOError:
+                return None
+            except OSError:
+                raise PeerGone from None
+            if not piece:
+                raise PeerGone
+            self._partial += piece
+            head, size = _length(self._partial)
+            if size is not None and len(self._partial) >= head + size:
+                whole, self._partial = self._partial, bytearray()
+                return memoryview(whole)[head : head + size]
+
+    def disturbed(self) -> bool:
+        """Tell whether an idle worker's pipe has something to read, or the worker is dead."""
+        return bool(self.wait(0))
+
+    def _receive(self, deadline: float | None, got: bytes = b"") -> memoryview:
+        """Read until a whole frame is here, watching the worker and the clock."""
+        buffer = bytearray(got)
+        while True:
+            head, size = _length(buffer)
+            if size is not None and len(buffer) >= head + size:
+                if len(buffer) > head + size:
+                    raise Garbled("more came than one reply")
+                return memoryview(buffer)[head:]
+            missing = CHUNK if size is None else min(_PIECE, head + size - len(buffer))
+            events = self.wait(_left_ms(deadline))
+            try:
+                piece = os.read(self.fd, max(missing, CHUNK))
+            except BlockingIOError:
+                if events:
+                    raise PeerGone from None
+                raise TimedOut from None
+            except OSError:
+                raise PeerGone from None
+            if not piece:
+                raise PeerGone
+            buffer += piece
+
+    def _send_long(self, head: bytes, body: bytes, deadline: float | None) -> None:
+        """Write a frame that may not fit the socket's buffer, watching the worker and the clock."""
+        size = len(head) + len(body)
+        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else _long_length(size)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        poll.register(self._death_fd, select.POLLIN)
+        for part in (memoryview(length + head), memoryview(body)):
+            while part:
+                try:
+                    part = part[os.write(self.fd, part) :]
+                except BlockingIOError:
+                    events = poll.poll(_left_ms(deadline))
+                    if not events:
+                        raise TimedOut from None
+                    if any(fd == self._death_fd for fd, _ in events):
+                        raise PeerGone from None
+                except OSError:
+                    raise PeerGone from None
+
+    def close(self) -> None:
+        """Close the pipe. A thread still in `exchange` gets PeerGone at its next step."""
+        self.fd = -1
+        self._conn.close()
+
+
+class PortableEnd:
+    """The parent's end, on `multiprocessing.Connection`; made for platforms without `poll`."""
+
+    def __init__(self, conn: Any, sentinel: int) -> None:
+        self._conn = conn
+        self.fd = conn  # what `connection.wait` takes in place of a descriptor
+        self._sentinel = sentinel
+        #: Called with the payload of each frame that is no final reply (see `wire.BEGUN`).
+        self.on_note: Callable[[memoryview], None] = lambda payload: None
+
+    def exchange(
+        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
+    ) -> bytes | memoryview:
+        deadline = _deadline(timeout)
+        payload = wire.REQUEST.pack(call_id, kind, len(name)) + name + body
+        if len(payload) > SMALL:
+            self._send_watched(payload, deadline)
+        else:
+            self._send(payload)
+        while True:
+            reply = self._receive(deadline)
+            if len(reply) < wire.REPLY.size or reply[8] & ~wire.WITH_WORDS != wire.BEGUN:
+                return reply
+            self.on_note(reply)
+
+    def send(self, call_id: int, kind: int) -> None:
+        self._send(wire.REQUEST.pack(call_id, kind, 0))
+
+    def receive_now(self) -> memoryview | None:
+        return self._receive(_deadline(0)) if self._readable() else None
+
+    def disturbed(self) -> bool:
+        return bool(connection.wait([self._conn, self._sentinel], 0))
+
+    def _readable(self) -> bool:
+        try:
+            return bool(self._conn.poll(0))
+        except (OSError, EOFError):
+            raise PeerGone from None
+
+    def _send(self, payload: bytes) -> None:
+        try:
+            self._conn.send_bytes(payload)
+        except (OSError, ValueError):
+            raise PeerGone from None
+
+    def _send_watched(self, payload: bytes, deadline: float | None) -> None:
+        """Send from a thread of its own, because a blocking send cannot be given a deadline.
+
+        If it does not end in time the worker is killed, which ends the send as well.
+        """
+        done = threading.Event()
+
+        def send() -> None:
+            try:
+                self._conn.send_bytes(payload)
+            except (OSError, ValueError):
+                pass  # the wait for the reply finds the worker dead
+            finally:
+                done.set()
+
+        threading.Thread(target=send, name="minipool-send", daemon=True).start()
+        if not done.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimedOut
+
+    def _receive(self, deadline: float | None) -> memoryview:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            ready = connection.wait([self._conn, self._sentinel], left)
+            if not ready:
+                raise TimedOut
+            if self._conn not in ready and not self._conn.poll(0):
+                raise PeerGone
+            return memoryview(self._conn.recv_bytes(wire.MAX_FRAME))
+        except (EOFError, ValueError, TypeError):
+            raise PeerGone from None
+        except OSError as error:
+            if error.errno is None:  # Connection's way to say "bad message length"
+                raise Garbled(str(error)) from None
+            raise PeerGone from None
+
+    def close(self) -> None:
+        self._conn.close()
+
+
+class FastWorkerEnd:
+    """The worker's end, on the descriptor: blocking, because a worker has nothing else to do."""
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+        self._fd = conn.fileno()
+
+    def receive(self) -> bytes | memoryview:
+        """Wait for the next request and return its payload.
+
+        Raises:
+            EOFError: the parent is gone or has closed the pipe.
+        """
+        frame = os.read(self._fd, CHUNK)
+        if len(frame) >= 4 and int.from_bytes(frame[:4], "big") == len(frame) - 4:
+            return frame[4:]
+        buffer = bytearray(frame)
+        while True:
+            head, size = _length(buffer)
+            if size is not None and len(buffer) >= head + size:
+                return memoryview(buffer)[head:]
+            piece = os.read(self._fd, CHUNK if size is None else max(CHUNK, min(_PIECE, size)))
+            if not piece:
+                raise EOFError
+            buffer += piece
+
+    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
+        """Send one reply, blocking until the parent has taken it."""
+        size = wire.REPLY.size + len(words) + len(body)
+        if size <= SMALL:
+            frame = wire.FRAMED_REPLY.pack(size, call_id, status) + words + body
+            sent = os.write(self._fd, frame)
+            if sent != len(frame):
+                self._send_all(frame[sent:])
+            return
+        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else _long_length(size)
+        self._send_all(length + wire.REPLY.pack(call_id, status) + words)
+        self._send_all(body)
+
+    def _send_all(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+
+class PortableWorkerEnd:
+    """The worker's end, on `multiprocessing.Connection`."""
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    def receive(self) -> memoryview:
+        return memoryview(self._conn.recv_bytes())
+
+    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
+        self._conn.send_bytes(wire.REPLY.pack(call_id, status) + words + body)
+
+
+def _length(buffer: bytes | bytearray) -> tuple[int, int | None]:
+    """Return the size of the length field and the payload's size, None if not here yet."""
+    if len(buffer) < 4:
+        return 4, None
+    (size,) = wire.LENGTH.unpack_from(buffer)
+    head = 4
+    if size == -1:
+        if len(buffer) < wire.LONG_LENGTH.size:
+            return wire.LONG_LENGTH.size, None
+        head, size = wire.LONG_LENGTH.size, wire.LONG_LENGTH.unpack_from(buffer)[1]
+    if not 0 <= size <= wire.MAX_FRAME:
+        raise Garbled(f"a frame claims to be {size} bytes long")
+    return head, size
+
+
+def _long_length(size: int) -> bytes:
+    return wire.LONG_LENGTH.pack(-1, size)
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left_ms(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000

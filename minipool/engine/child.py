@@ -1,0 +1,312 @@
+"""The life of a worker process: start, make the user's object, answer requests, end.
+
+Runs in the worker, in its main thread, and imports as little as it can: every worker pays for it.
+The worker waits on its pipe for ever and has no idle exit; it ends when told to, when the pipe
+ends, and at the latest when its parent does:
+
+    The *lifeline* is a pipe whose only write end is the parent's. The worker opens its read end
+    anew, so that it has a file description of its own, and asks the kernel to send *it* SIGKILL
+    when that end hangs up (`F_SETSIG` with `O_ASYNC`). This works while a C function holds the
+    GIL, whoever the forking thread was, and without a thread in the worker. Where the kernel
+    does not offer it, a daemon thread waits for the hang-up instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any, Callable
+
+from . import table as t
+from . import wire
+from .channel import FastWorkerEnd, PortableWorkerEnd
+
+_REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
+_TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
+_F_SETSIG = 10  # Linux; the fcntl module has no name for it before 3.11
+
+
+class CurrentWorker:
+    """What worker code may know about the worker it runs in; see `minipool.current_worker()`."""
+
+    def __init__(self, pool: str, worker_id: int, generation: int) -> None:
+        self.pool = pool
+        self.worker_id = worker_id
+        self.generation = generation
+        self.pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return (
+            f"<worker {self.worker_id} of {self.pool}, generation {self.generation}, "
+            f"pid {self.pid}>"
+        )
+
+
+_current: CurrentWorker | None = None
+
+
+def current_worker() -> CurrentWorker | None:
+    """Return who runs this code: the worker's id, generation, pid and pool; None in no worker."""
+    return _current
+
+
+class Descriptor:
+    """A descriptor that reaches the worker under every start method."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing import reduction
+
+        return _received, (reduction.DupFd(self.fd),)
+
+
+def _received(dup: Any) -> Descriptor:
+    return Descriptor(dup.detach())
+
+
+class Setup:
+    """Everything a worker is told at its start; travels with the process object."""
+
+    def __init__(self, **words: Any) -> None:
+        self.__dict__.update(words)
+
+    pool: str
+    slot: int
+    generation: int
+    spec: Any  # (worker, args, kwargs), pickled unless the process is forked
+    codec: bytes | None  # packed; None: pickle
+    env: dict[str, str]
+    table: Descriptor | None
+    lifeline: Descriptor | None
+    portable: bool
+
+
+def main(conn: Any, setup: Setup) -> None:
+    """Be one worker, from the first instruction to the last."""
+    global _current
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    _die_with_parent(setup.lifeline)
+    os.environ.update(setup.env)
+    _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
+    words = _row(setup)
+    end = PortableWorkerEnd(conn) if setup.portable else FastWorkerEnd(conn)
+    worker = _Worker(end, words, shared=setup.table is not None)
+    try:
+        worker.start(setup)
+        worker.serve()
+    except (EOFError, OSError):
+        pass  # the pipe is at its end: the owner is gone or has done with us
+    worker.close()
+
+
+class _Worker:
+    """The user's object, and the loop that calls it."""
+
+    def __init__(self, end: Any, words: memoryview, shared: bool) -> None:
+        self._end = end
+        self._words = words
+        self._shared = shared
+        self._object: Any = None
+        self._functions: dict[bytes, Callable[..., Any]] = {}
+        self._refreshed_ns = 0
+
+    def start(self, setup: Setup) -> None:
+        """Make the user's object and tell the parent that it is there, or why it is not.
+
+        Raises:
+            SystemExit: it could not be made; the parent knows why.
+        """
+        words = self._words
+        words[t.WORKER_WORDS] = memoryview(bytearray(80)).cast("q")
+        words[t.PHASE] = t.PHASE_BOOTING
+        try:
+            import pickle
+
+            spec = pickle.loads(setup.spec) if isinstance(setup.spec, bytes) else setup.spec
+            codec = None if setup.codec is None else wire.unpack_codec(setup.codec)
+            self._dumps, self._loads = wire.functions_of(codec)
+            make, args, kwargs = spec
+            if isinstance(make, str):
+                make = wire.find(make)
+            if make is not None:
+                self._object = make(*args, **kwargs)
+        except BaseException as error:
+            self._end.send(0, wire.START_FAILED, b"", wire.pack_error(error))
+            raise SystemExit(1) from None
+        self._refresh(time.monotonic_ns())
+        words[t.PHASE] = t.PHASE_WAITING
+        words[t.READY_GENERATION] = setup.generation
+        self._reply(0, wire.READY, b"")
+
+    def serve(self) -> None:
+        """Answer requests until told to stop."""
+        receive, unpack, header = self._end.receive, wire.REQUEST.unpack_from, wire.REQUEST.size
+        words, now = self._words, time.monotonic_ns
+        while True:
+            payload = receive()
+            call_id, kind, size = unpack(payload)
+            if kind == wire.STOP:
+                return
+            if kind == wire.PROBE:
+                self._answer_probe(call_id)
+                continue
+            start = now()
+            words[t.CALL_STARTED_NS] = start
+            words[t.PHASE] = t.PHASE_RUNNING
+            words[t.CALL_ID] = call_id  # from here on the call has begun
+            if not self._shared:
+                self._end.send(call_id, wire.BEGUN | wire.WITH_WORDS, self._packed_words(), b"")
+            status, body = self._run(
+                kind, bytes(payload[header : header + size]), payload[header + size :]
+            )
+            end = now()
+            words[t.BUSY_NS] += end - start
+            words[t.CALLS] += 1
+            words[t.BEAT_NS] = end
+            words[t.PHASE] = t.PHASE_WAITING
+            if end - self._refreshed_ns > _REFRESH_NS:
+                self._refresh(end)
+            self._reply(call_id, status, body)
+
+    def _run(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
+        """Run one call; return the status and body of its reply. Raises nothing."""
+        try:
+            if kind == wire.METHOD:
+                target = getattr(self._object, name.decode(), None)
+                if target is None:
+                    error = wire.no_such_method(self._object, name.decode())
+                    return wire.REFUSED, wire.pack_error(error)
+                args, kwargs = self._loads(body)
+            elif kind == wire.FUNCTION:
+                target = self._functions.get(name) or self._find(name)
+                args, kwargs = self._loads(body)
+            else:
+                target, args, kwargs = self._loads(body)
+            result = target(*args, **kwargs)
+        except BaseException as error:
+            self._words[t.FAILURES] += 1
+            tainted = isinstance(error, _TAINTS)
+            return wire.RAISED_AND_TAINTED if tainted else wire.RAISED, wire.pack_error(error)
+        try:
+            return wire.RETURNED, self._dumps(result)
+        except BaseException as problem:
+            error = wire.unpicklable_result(problem, type(result).__name__)
+            return wire.REFUSED, wire.pack_error(error)
+
+    def _find(self, name: bytes) -> Callable[..., Any]:
+        if len(self._functions) >= 4096:
+            self._functions.clear()
+        function: Callable[..., Any] = wire.find(name.decode())
+        self._functions[name] = function
+        return function
+
+    def _answer_probe(self, call_id: int) -> None:
+        """Run the object's own `health_check()`, if it has one; False or an exception is ill."""
+        check = getattr(self._object, "health_check", None)
+        try:
+            if check is not None and check() is False:
+                raise RuntimeError("health_check() returned False")
+            status, body = wire.RETURNED, b""
+        except BaseException as error:
+            status, body = wire.RAISED, wire.pack_error(error)
+        now = time.monotonic_ns()
+        self._words[t.BEAT_NS] = now
+        self._refresh(now)
+        self._reply(call_id, status, body)
+
+    def _reply(self, call_id: int, status: int, body: bytes) -> None:
+        if self._shared:
+            self._end.send(call_id, status, b"", body)
+        else:
+            self._end.send(call_id, status | wire.WITH_WORDS, self._packed_words(), body)
+
+    def _packed_words(self) -> bytes:
+        return wire.WORDS.pack(*self._words[t.WORKER_WORDS])
+
+    def _refresh(self, now: int) -> None:
+        self._refreshed_ns = now
+        self._words[t.CPU_NS] = time.process_time_ns()
+        self._words[t.RSS_BYTES] = _rss_bytes()
+
+    def close(self) -> None:
+        """Let the user's object clean up. Whatever it raises is printed and ends nothing."""
+        self._words[t.PHASE] = t.PHASE_STOPPING
+        close = getattr(self._object, "close", None)
+        if callable(close):
+            try:
+                close()
+            except Exception:
+                sys.excepthook(*sys.exc_info())
+        self._object = None
+
+
+def _row(setup: Setup) -> memoryview:
+    if setup.table is None:
+        return memoryview(bytearray(t.ROW_BYTES)).cast("q")
+    words = t.row_of(t.attach(setup.table.fd), setup.slot)
+    os.close(setup.table.fd)
+    return words
+
+
+def _rss_bytes() -> int:
+    """Return the resident size of this process; 0 where the kernel does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def _die_with_parent(lifeline: Descriptor | None) -> None:
+    """See to it that this process does not outlive its parent by more than a moment."""
+    if lifeline is None or not _killed_on_hangup(lifeline.fd):
+        import threading
+
+        fd = None if lifeline is None else lifeline.fd
+        watch = threading.Thread(target=_wait_for_parent, args=(fd,), daemon=True)
+        watch.name = "minipool-lifeline"
+        watch.start()
+
+
+def _killed_on_hangup(fd: int) -> bool:
+    """Ask the kernel to kill this process when the pipe hangs up; False if it cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import fcntl
+
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
+        if os.read(own, 1) == b"":
+            os._exit(1)  # it hung up before we asked
+    except BlockingIOError:
+        pass  # still open
+    except OSError:
+        os.close(own)
+        return False
+    os.close(fd)
+    return True
+
+
+def _wait_for_parent(fd: int | None) -> None:
+    if fd is not None:
+        os.read(fd, 1)
+    else:
+        from multiprocessing import connection, parent_process
+
+        parent = parent_process()
+        if parent is not None:
+            connection.wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,241 @@
+"""The desk: from the turnstile to a usable worker, and back again.
+
+Runs in the caller's thread. It adds to the turnstile what a turnstile does not know: that an idle
+worker may have died a moment ago, what the table shall say, and how to tell a caller who gets
+nothing why, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+from ..errors import CheckoutTimeout, PoolClosed, PoolForked, TooManyWaiters
+from . import table as t
+from . import wire
+from .handle import RETURNED, TAKEN, Handle
+from .manager import Manager
+from .states import WorkerState as S
+from .turnstile import Closed
+
+_TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
+
+
+class Desk:
+    """Gives out workers and takes them back, for one pool. Any thread may call it."""
+
+    def __init__(self, manager: Manager, targets: wire.Targets) -> None:
+        self.manager = manager
+        self.targets = targets
+        self.hooks = manager.hooks
+        self.config = manager.config
+        # The lists themselves: to find one empty is all an event costs that nobody listens to.
+        self.on_checkout, self.on_checkin = self.hooks["worker.checkout"], self.hooks["worker.checkin"]
+        self.on_start, self.on_stop = self.hooks["operation.start"], self.hooks["operation.stop"]
+        self.on_exception, self.on_queue = (
+            self.hooks["operation.exception"],
+            self.hooks["queue.depth"],
+        )
+        self._turnstile = manager.turnstile
+        self._handles = manager.fleet.handles
+        # The slow ways are counted under a lock; RLock, as a signal handler may come in between.
+        self._counting = threading.RLock()
+        self.queued = 0
+        self.timeouts = 0
+        self.turned_away = 0
+        self.discarded = 0
+
+    # -- taking ------------------------------------------------------------------------------
+
+    def acquire(self, timeout: float | None) -> Handle:
+        """Take a worker that is ready and well; the caller owns it until `give_back`.
+
+        Raises:
+            CheckoutTimeout, TooManyWaiters, PoolClosed, PoolForked: nothing was taken.
+        """
+        token = self._turnstile.try_take()
+        if token is None:
+            return self._acquire_slowly(timeout)
+        now = time.monotonic_ns()
+        handle = self._handles.get(token[0])
+        if (
+            handle is None
+            or handle.generation != token[1]
+            or (now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed())
+        ):
+            self._refuse(token, handle)
+            return self._acquire_slowly(timeout)
+        row = handle.row
+        row[t.STATE] = TAKEN
+        row[t.LEASES] += 1
+        row[t.LEASED_SINCE_NS] = now
+        row[t.WAIT_TIMES] += 1
+        if self.on_checkout:
+            self._tell_checkout(handle, 0.0)
+        return handle
+
+    def _acquire_slowly(self, timeout: float | None) -> Handle:
+        """Queue for a worker, again if what comes turns out to be dead."""
+        self.check_open()
+        start = time.monotonic()
+        waiting = len(self._turnstile.waiters)
+        if self.config.max_waiting is not None and waiting >= self.config.max_waiting:
+            raise self._too_many(waiting)
+        self._count("queued")
+        if self.on_queue:
+            self.hooks.emit("queue.depth", {"depth": waiting + 1})
+        if self.manager.here:
+            timeout = 0.0  # a hook in the manager's thread waits for nobody but itself
+        while True:
+            left = None if timeout is None else timeout - (time.monotonic() - start)
+            try:
+                token = self._turnstile.take(left)
+            except Closed:
+                self.check_open()
+                raise AssertionError("a closed turnstile has a reason") from None
+            if token is None:
+                self.manager.bell.ring()  # with timeout 0 nobody queued, but somebody wanted one
+                self.check_open()
+                raise self._timed_out(timeout, time.monotonic() - start)
+            handle = self._handles.get(token[0])
+            if handle is not None and handle.generation == token[1]:
+                if not handle.channel.disturbed():
+                    return self._mark_taken(handle, time.monotonic() - start)
+            self._refuse(token, handle)
+
+    def _mark_taken(self, handle: Handle, waited: float) -> Handle:
+        row = handle.row
+        row[t.STATE] = TAKEN
+        row[t.LEASES] += 1
+        row[t.LEASED_SINCE_NS] = time.monotonic_ns()
+        row[t.WAIT_TIMES + t.bucket(int(waited * 1e9))] += 1
+        if self.on_checkout:
+            self._tell_checkout(handle, waited)
+        return handle
+
+    def _refuse(self, token: tuple[int, int], handle: Handle | None) -> None:
+        """Hand a worker that cannot be used to the manager, who replaces it."""
+        if handle is not None and handle.generation == token[1]:
+            handle.tainted = handle.tainted or "dead, or talking, when it was idle"
+            handle.in_call = True  # so that it is killed and not asked to stop
+        self.manager.refused(*token)
+
+    # -- giving back -------------------------------------------------------------------------
+
+    def give_back(self, handle: Handle, since_ns: int) -> None:
+        """Offer a worker again, or hand it to the manager if it is not fit for the next one."""
+        if handle.abandoned:
+            return  # the owner, in another process, will see to it
+        now = time.monotonic_ns()
+        row = handle.row
+        row[t.LEASED_NS] += now - since_ns
+        handle.idle_since_ns = now
+        handle.lease = _nobody
+        if handle.in_call or handle.tainted:
+            self._give_back_tainted(handle)
+        else:
+            row[t.STATE] = RETURNED
+            self._turnstile.publish(handle.slot, handle.generation)
+        if handle.leak_warned:
+            self._unleaked(handle, (now - since_ns) / 1e9)
+        if self.on_checkin:
+            self.hooks.emit(
+                "worker.checkin",
+                {"seconds": (now - since_ns) / 1e9},
+                worker_id=handle.slot,
+                pid=handle.pid,
+                generation=handle.generation,
+            )
+
+    def _give_back_tainted(self, handle: Handle) -> None:
+        if not handle.condemned:
+            self._count("discarded")
+        if handle.in_call:
+            handle.kill()  # at once: it may be working for nobody
+        self.manager.refused(handle.slot, handle.generation)
+
+    def _unleaked(self, handle: Handle, seconds: float) -> None:
+        import logging
+
+        handle.leak_warned = False
+        logging.getLogger("minipool").warning(
+            "worker %d of %s, reported as leaked, was given back after %.1f s",
+            handle.slot, self.config.name, seconds,
+        )  # fmt: skip
+
+    # -- telling -----------------------------------------------------------------------------
+
+    def _tell_checkout(self, handle: Handle, waited: float) -> None:
+        self.hooks.emit(
+            "worker.checkout",
+            {"wait": waited},
+            worker_id=handle.slot,
+            pid=handle.pid,
+            generation=handle.generation,
+        )
+
+    def _count(self, name: str) -> None:
+        with self._counting:
+            setattr(self, name, getattr(self, name) + 1)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked from the owner."""
+        return self.manager.pid != os.getpid()
+
+    def check_process(self) -> None:
+        """Raise PoolForked in a process that was forked from the owner."""
+        if self.forked:
+            raise PoolForked(
+                f"{self.config.name} belongs to process {self.manager.pid}; this is a fork of it "
+                f"({os.getpid()}), which cannot share its workers; open a pool of your own here",
+                owner_pid=self.manager.pid,
+            )
+
+    def check_open(self) -> None:
+        """Raise the error that tells why nothing can be had, if the pool is not open."""
+        self.check_process()
+        if self.manager.closing:
+            raise PoolClosed(
+                f"{self.config.name} is closed; a pool does not reopen: make a new one"
+            )
+
+    def _too_many(self, waiting: int) -> TooManyWaiters:
+        self._count("turned_away")
+        return TooManyWaiters(
+            f"{waiting} callers are waiting for a worker of {self.config.name} already "
+            f"(max_waiting={self.config.max_waiting}); come back later, or raise `size`",
+            waiting=waiting,
+            max_waiting=self.config.max_waiting,
+        )
+
+    def _timed_out(self, timeout: float | None, waited: float) -> CheckoutTimeout:
+        self._count("timeouts")
+        live = self.manager.fleet.live()
+        leases = [lease for lease in (handle.live_lease for handle in live) if lease is not None]
+        mine = sum(lease.thread == threading.get_ident() for lease in leases)
+        starting = sum(handle.state is S.STARTING for handle in live)
+        waiting = len(self._turnstile.waiters)
+        error = CheckoutTimeout(
+            f"no worker of {self.config.name} came free within {timeout} s (size "
+            f"{self.manager.target}, leased {len(leases)}, starting {starting}, waiting {waiting}"
+            f"{_nested(mine)}); raise `size` or `checkout_timeout`, or look for a lease that is "
+            f"never given back",
+            timeout=timeout, waited=waited, size=self.manager.target, leased=len(leases),
+            waiting=waiting, held_by_this_thread=mine,
+        )  # fmt: skip
+        error.__cause__ = self.manager.fleet.last_failure
+        return error
+
+
+def _nested(mine: int) -> str:
+    if not mine:
+        return ""
+    leases = "1 lease" if mine == 1 else f"{mine} leases"
+    return f"; this thread already holds {leases}, and would wait for itself"
+
+
+def _nobody() -> Any:
+    return None

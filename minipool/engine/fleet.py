@@ -1,0 +1,188 @@
+"""The fleet: which worker is in which slot. Starts them, buries them, counts both.
+
+Used by the manager's thread alone, but for reading. Slots are filled from the lowest; a dying
+worker keeps its slot until its process is gone, because the row has one writer at a time.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any, Callable
+
+from ..config import PoolConfig
+from ..errors import WorkerStartError
+from ..telemetry import Hooks
+from . import table as t
+from .handle import Handle, describe_exit, signal_name
+from .health import SECOND_NS
+from .launch import Launcher
+from .states import WorkerState as S
+
+MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without one call done, never really started
+BACKOFF_BASE, BACKOFF_CAP, BACKOFF_JITTER = 0.1, 30.0, 0.25
+_LIVE = (S.STARTING, S.IDLE, S.PROBING)
+
+
+class Fleet:
+    """All workers of one pool, by slot."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        config: PoolConfig,
+        hooks: Hooks,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.handles: dict[int, Handle] = {}
+        self.table = t.Table(config.name or "", portable=launcher.portable)
+        self.started = 0  # workers that became ready
+        self.lost = 0  # workers that ended without being told to
+        self.retired = 0  # workers that ended because they were told to
+        self.start_failures = 0  # in all
+        self.failures_in_a_row = 0
+        self.last_failure: BaseException | None = None
+        self.not_before = 0.0  # monotonic: no start sooner than this
+        self._launcher = launcher
+        self._config = config
+        self._hooks = hooks
+        self._jitter = jitter
+        self._generation = 0
+        self._served_ns = 0
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def live(self) -> list[Handle]:
+        """Return the workers that are booting or in service."""
+        return [handle for handle in tuple(self.handles.values()) if handle.state in _LIVE]
+
+    def count(self, *states: S) -> int:
+        """Return how many workers are in one of these states (IDLE includes leased ones)."""
+        return sum(handle.state in states for handle in tuple(self.handles.values()))
+
+    def dying(self) -> int:
+        """Return how many workers were killed so lately that their slots will soon be free."""
+        since = time.monotonic_ns() - SECOND_NS
+        handles = tuple(self.handles.values())
+        return sum(handle.state is S.LOST and handle.since_ns > since for handle in handles)
+
+    def served_ns(self, now: int) -> int:
+        """Return how long all workers together, past and present, have been in service."""
+        handles = tuple(self.handles.values())
+        return self._served_ns + sum(now - handle.ready_ns for handle in handles if handle.ready_ns)
+
+    # -- starting ----------------------------------------------------------------------------
+
+    def spawn(self) -> Handle | None:
+        """Start one worker in the lowest free slot; None if that failed, which is then counted."""
+        slot = next(slot for slot in range(t.MAX_ROWS) if slot not in self.handles)
+        self._generation += 1
+        try:
+            row = self.table.row(slot)
+            handle = Handle(slot, self._generation, row, self._config.codec)
+            self.handles[slot] = handle
+            setup = self._launcher.setup(slot, self._generation, self.table.fd)
+            handle.start(self._launcher.context, setup)
+        except Exception as error:
+            self.handles.pop(slot, None)
+            self._start_failed(slot, None, error)
+            return None
+        return handle
+
+    def ready(self, handle: Handle) -> None:
+        """Count a worker that has become ready."""
+        self.started += 1
+        now = time.monotonic_ns()
+        handle.ready_ns = handle.probed_ns = handle.idle_since_ns = now
+
+    def forgive(self, now: int) -> None:
+        """End the back-off once a worker has shown that starting works again."""
+        for handle in self.live():
+            if handle.ready_ns and self._proved(handle, now):
+                self.failures_in_a_row, self.last_failure = 0, None
+                return
+
+    def _proved(self, handle: Handle, now: int) -> bool:
+        return now - handle.ready_ns > MIN_UPTIME_NS or handle.row[t.CALLS] > 0
+
+    # -- burying -----------------------------------------------------------------------------
+
+    def bury(self, handle: Handle, exitcode: int | None, cause: BaseException | None) -> None:
+        """Forget a worker whose process has ended, and count how it ended."""
+        now = time.monotonic_ns()
+        booting = handle.ready_ns == 0
+        if handle.condemned:
+            self.retired += 1
+        else:
+            self.lost += 1
+            if booting or not self._proved(handle, now):
+                self._start_failed(handle.slot, exitcode, cause, handle)
+        self._served_ns += now - handle.ready_ns if handle.ready_ns else 0
+        lifetime = (now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0
+        calls = handle.row[t.CALLS]
+        handle.reap()
+        del self.handles[handle.slot]
+        self._hooks.emit(
+            "worker.terminate",
+            {"calls": calls, "lifetime": lifetime},
+            worker_id=handle.slot,
+            pid=handle.pid,
+            generation=handle.generation,
+            exitcode=exitcode,
+            reason=handle.tainted or describe_exit(exitcode),
+        )
+
+    def _start_failed(
+        self,
+        slot: int,
+        exitcode: int | None,
+        cause: BaseException | None,
+        handle: Handle | None = None,
+    ) -> None:
+        """Count a failed start and put off the next: 0.1 s, doubling to 30 s, with jitter."""
+        self.start_failures += 1
+        self.failures_in_a_row += 1
+        delay = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(self.failures_in_a_row - 1, 20))
+        delay *= 1 + BACKOFF_JITTER * (2 * self._jitter() - 1)
+        self.not_before = time.monotonic() + delay
+        self.last_failure = _start_error(slot, exitcode, cause, handle)
+        self._hooks.emit(
+            "error", {}, kind="start", error=self.last_failure, worker_id=slot
+        )
+
+    # -- end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give back the shared memory. What was counted stays readable."""
+        self.table.close()
+
+
+def _start_error(
+    slot: int, exitcode: int | None, cause: BaseException | None, handle: Handle | None
+) -> WorkerStartError:
+    if cause is not None:
+        what = f"did not start: {type(cause).__name__}: {cause}"
+    elif handle is not None and handle.tainted:
+        what = f"did not start: {handle.tainted}"
+    elif handle is not None and handle.ready_ns:
+        what = f"ended {describe_exit(exitcode)} as soon as it was ready"
+    else:
+        what = (
+            f"ended {describe_exit(exitcode)} before it could say anything; its standard error "
+            f"tells why; if your main script opens the pool without an "
+            f"`if __name__ == '__main__':` guard, add one"
+        )
+    error = WorkerStartError(
+        f"worker {slot} {what}",
+        worker_id=slot,
+        pid=handle.pid if handle else None,
+        exitcode=exitcode,
+        signal=signal_name(exitcode),
+    )
+    error.__cause__ = cause
+    return error
+
+
+def retry_in(fleet: Any, now: float) -> float | None:
+    """Return the seconds until the next start is allowed; None if it is allowed now."""
+    return fleet.not_before - now if fleet.not_before > now else None

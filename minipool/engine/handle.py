@@ -1,0 +1,366 @@
+"""The parent's end of one worker: start it, talk to it, kill it, learn how it ended.
+
+A handle is one generation of one slot; the next worker in the slot gets a new handle, so a
+straggler with an old handle cannot touch the new worker. Who owns the slot may call `request`;
+the manager alone starts, stops and reaps; anybody may `kill`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import threading
+import time
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, Callable
+
+from ..errors import (
+    CallMismatch,
+    CallTimeout,
+    PoolForked,
+    ProtocolError,
+    WorkerDied,
+    WorkerError,
+)
+from . import table as t
+from . import wire
+from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut
+from .child import Descriptor, Setup, main
+from .states import WorkerEvent, WorkerState, advance
+
+if TYPE_CHECKING:
+    import weakref
+
+_REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
+
+_DYING = 0.25  # seconds from the end of the pipe to the end of its process
+
+# The hot transitions, looked up once: a lease begins and ends with one word each.
+TAKEN = int(advance(WorkerState.IDLE, WorkerEvent.TAKEN))
+RETURNED = int(advance(WorkerState.LEASED, WorkerEvent.RETURNED))
+
+
+class Handle:
+    """One worker process, as the parent sees it."""
+
+    def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
+        self.slot = slot
+        self.generation = generation
+        self.row = row
+        self.pid: int | None = None
+        self.state = WorkerState.VACANT  # what the manager knows; IDLE stands for LEASED as well
+        self.since_ns = time.monotonic_ns()
+        self.ready_ns = 0
+        self.idle_since_ns = 0
+        self.tainted: str | None = None  # why it must not be used again
+        self.in_call = False  # between a request and its reply: nobody else may use the pipe
+        self.lease: Callable[[], Any] | weakref.ref[Any] = _no_lease
+        self.probe_failures = 0
+        self.probed_ns = 0
+        self.sweeps_lost = 0
+        self.leak_warned = False
+        self.terminated = False  # has been sent SIGTERM
+        self.condemned = False  # its end is wanted, however it comes
+        self.abandoned = False  # this process is a fork of the owner
+        self.start_error: BaseException | None = None  # what its constructor raised
+        self.spawned_ns = self.since_ns
+        self.ended_ns = 0  # when its process was found ended
+        self._call_id = 0
+        self._dumps, self._loads = wire.functions_of(codec)
+        self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
+        self._pidfd: int | None = None
+        self.process: Any = None
+        self.conn: Any = None
+        self.channel: Any = None
+
+    # -- start and end (manager) -------------------------------------------------------------
+
+    def start(self, context: Any, setup: Setup) -> None:
+        """Start the process. It is booting afterwards; its ready frame comes by itself.
+
+        Raises:
+            OSError, EOFError, RuntimeError: no process was started; everything is given back.
+        """
+        ours, theirs = context.Pipe(duplex=True)
+        self.conn = ours  # at once: a process forked from now on must close it
+        try:
+            name = f"minipool-{setup.pool}-{self.slot}"
+            self.process = context.Process(target=main, args=(theirs, setup), name=name)
+            self.process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.pid = self.process.pid
+        self.row[t.GENERATION], self.row[t.PID] = self.generation, self.pid or 0
+        self._pidfd = _pidfd(self.pid)
+        self.move(WorkerEvent.SPAWNED)
+        if setup.portable:
+            self.channel = PortableEnd(ours, self.process.sentinel)
+            self.channel.on_note = self._note
+        else:
+            self.channel = FastEnd(ours, self.death_fd)
+
+    @property
+    def death_fd(self) -> int:
+        """What becomes readable when the process has ended; for `connection.wait`.
+
+        A pidfd where there is one: the sentinel of a forked process stays silent while children
+        of the worker hold copies of its pipe.
+        """
+        return self._pidfd if self._pidfd is not None else int(self.process.sentinel)
+
+    def move(self, event: WorkerEvent) -> None:
+        """Change the state, here and in the table. Manager only."""
+        self.state = advance(self.state, event)
+        self.since_ns = time.monotonic_ns()
+        self.row[t.STATE] = self.state
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send a signal, if the process is still there. Never hits another: no stored pid."""
+        if self.abandoned:
+            return
+        with self._reaping, contextlib.suppress(OSError, ValueError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signum)
+            elif signum == signal.SIGTERM:
+                self.process.terminate()
+            else:
+                self.process.kill()
+
+    def exitcode(self, timeout: float = _REAP_TIMEOUT) -> int | None:
+        """Return the exit code of a process that ended or is about to; None if not to be had."""
+        with self._reaping:  # two readers would spoil each other's answer
+            with contextlib.suppress(ValueError):  # closed by the manager meanwhile
+                if self.process.exitcode is None and timeout:
+                    connection.wait([self.process.sentinel], timeout)
+                self._last_exitcode = self.process.exitcode
+        return self._last_exitcode
+
+    _last_exitcode: int | None = None
+
+    def reap(self) -> None:
+        """Forget a process whose end is known. Pipe and process go when nobody uses them."""
+        self.exitcode(0)
+        with self._reaping:
+            with contextlib.suppress(ValueError, AssertionError):
+                self.process.join(0)
+                self.process.close()
+            if self._pidfd is not None:
+                os.close(self._pidfd)
+                self._pidfd = None
+        self.move(WorkerEvent.REAPED)
+        if self.live_lease is None:  # else a thread may be using the descriptor this moment
+            self.channel.close()
+
+    def abandon(self) -> None:
+        """Let go of the pipe in a process that was forked from the owner."""
+        self.abandoned, self.tainted = True, "it belongs to another process"
+        if self.channel is not None:
+            self.channel.close()
+        elif self.conn is not None:
+            self.conn.close()
+
+    @property
+    def live_lease(self) -> Any:
+        """Return the lease that holds this worker now, or None."""
+        lease = self.lease()
+        return lease if lease is not None and lease.holds(self) else None
+
+    # -- calls (who owns the slot) -----------------------------------------------------------
+
+    def request(
+        self, kind: int, name: bytes, args: tuple[Any, ...], kwargs: Any, timeout: float | None
+    ) -> Any:
+        """Run one call in the worker and return its result.
+
+        Raises:
+            Exception: what the call raised, or why its arguments cannot be pickled; the worker
+                is well (or `tainted` says why it must not be used for the next one).
+            WorkerError: the worker is of no more use, and has been killed.
+        """
+        try:
+            body = self._dumps((args, kwargs) if kind != wire.SHIPPED else args)
+        except Exception as problem:
+            raise self._unpicklable(problem, kind, name, args, kwargs) from problem
+        row = self.row
+        call_id = self._call_id = self._call_id + 1
+        self.in_call = True
+        start = time.monotonic_ns()
+        try:
+            reply = self.channel.exchange(call_id, kind, name, body, timeout)
+            got_id, status = wire.REPLY.unpack_from(reply)
+            if got_id != call_id:
+                raise Garbled(f"reply to call {got_id} instead of {call_id}")
+        except (PeerGone, TimedOut, Garbled, struct.error) as problem:
+            error = self._failed(problem, name, timeout)
+            error.sent_ns = start
+            raise error from None
+        self.in_call = False
+        took = time.monotonic_ns() - start
+        row[t.CALL_TIMES + t.bucket(took)] += 1
+        row[t.REPLIES] += 1
+        if status == wire.RETURNED:
+            try:
+                return self._loads(reply[9:])
+            except Exception as problem:
+                raise wire.unreadable_result(problem) from problem
+        return self._other_reply(status, memoryview(reply))
+
+    def _unpicklable(
+        self, problem: Exception, kind: int, name: bytes, args: tuple[Any, ...], kwargs: Any
+    ) -> CallMismatch:
+        target: Any = name.decode(errors="replace")
+        if kind == wire.SHIPPED:
+            target, args, kwargs = args
+        return wire.explain_unpicklable(problem, self._dumps, target, args, kwargs)
+
+    def _other_reply(self, status: int, reply: memoryview) -> Any:
+        body = reply[wire.REPLY.size :]
+        if status & wire.WITH_WORDS:
+            self._note(reply)
+            body = body[wire.WORDS.size :]
+            status &= ~wire.WITH_WORDS
+        if status == wire.RETURNED:
+            try:
+                return self._loads(body)
+            except Exception as problem:
+                raise wire.unreadable_result(problem) from problem
+        self.row[t.RAISED] += 1
+        error = wire.unpack_error(body)
+        if status == wire.RAISED_AND_TAINTED:
+            self.tainted = f"the call ended in {type(error).__name__}"
+        raise error
+
+    def _note(self, reply: memoryview) -> None:
+        """Copy the worker's words out of a frame, where it cannot write them itself."""
+        words = wire.WORDS.unpack_from(reply, wire.REPLY.size)
+        for index, word in enumerate(words):
+            self.row[t.WORKER_WORDS.start + index] = word
+
+    def _failed(self, problem: Exception, name: bytes, timeout: float | None) -> WorkerError:
+        """Kill the worker after a broken exchange; return the error that tells of it."""
+        if self.abandoned:
+            raise PoolForked(
+                f"worker {self.slot} (pid {self.pid}) belongs to the process this one was forked "
+                f"from; open a pool of your own here",
+                owner_pid=os.getppid(),
+            )
+        row, target = self.row, name.decode(errors="replace")
+        started = row[t.CALL_ID] >= self._call_id
+        row[t.FAULTS] += 1
+        self.tainted = self.tainted or f"{type(problem).__name__} during {target!r}"
+        if isinstance(problem, PeerGone):  # dying by itself: do not spoil its exit code
+            self.exitcode(_DYING)
+        self.kill()
+        common = {"worker_id": self.slot, "pid": self.pid}
+        if isinstance(problem, TimedOut):
+            begun = "it was killed" if started else "it had not begun; its worker was killed"
+            return CallTimeout(
+                f"{target!r} did not end within {timeout} s on worker {self.slot} (pid "
+                f"{self.pid}); {begun}; raise `call_timeout` or make the call shorter",
+                timeout=timeout, started=started, target=target, **common,
+            )  # fmt: skip
+        if isinstance(problem, (Garbled, struct.error)):
+            return ProtocolError(
+                f"worker {self.slot} (pid {self.pid}) answered {target!r} with something that is "
+                f"no reply ({problem}); it was killed; does the call write to descriptors that "
+                f"are not its own?",
+                **common,
+            )
+        return self.obituary(target, started)
+
+    def obituary(self, target: str, started: bool) -> WorkerDied:
+        """Describe the death of this worker to the one who held it."""
+        code = self.exitcode()
+        name = signal_name(code)
+        begun = "the call had begun" if started else "the call had not begun"
+        advice = "retry only if it may run twice" if started else "it may be made again"
+        return WorkerDied(
+            f"worker {self.slot} (pid {self.pid}) died {describe_exit(code)} during {target!r}; "
+            f"{begun}: {advice}, on a new lease",
+            worker_id=self.slot, pid=self.pid, exitcode=code, signal=name,
+            started=started, target=target,
+        )  # fmt: skip
+
+    # -- manager's conversation --------------------------------------------------------------
+
+    def send_probe(self) -> None:
+        """Ask an idle worker whether it is well; the answer comes as a frame of `receive`.
+
+        Raises:
+            PeerGone: it is dead.
+        """
+        self._call_id += 1
+        self.in_call = True
+        self.channel.send(self._call_id, wire.PROBE)
+
+    def send_stop(self) -> None:
+        """Ask the worker to close its object and end. A dead one is stopped enough."""
+        with contextlib.suppress(PeerGone):
+            self.channel.send(0, wire.STOP)
+
+    def receive(self) -> tuple[int, int, memoryview] | None:
+        """Return call id, status and body of the frame that is there, or None. Never waits.
+
+        Raises:
+            PeerGone, Garbled: the worker is of no more use.
+        """
+        reply = self.channel.receive_now()
+        if reply is None:
+            return None
+        if len(reply) < wire.REPLY.size:
+            raise Garbled(f"a frame of {len(reply)} bytes")
+        call_id, status = wire.REPLY.unpack_from(reply)
+        body = memoryview(reply)[wire.REPLY.size :]
+        if status & wire.WITH_WORDS:
+            self._note(memoryview(reply))
+            status, body = status & ~wire.WITH_WORDS, body[wire.WORDS.size :]
+        return call_id, status, body
+
+    @property
+    def expected_call_id(self) -> int:
+        """The id the next frame must carry."""
+        return self._call_id
+
+
+def _no_lease() -> None:
+    return None
+
+
+def _pidfd(pid: int | None) -> int | None:
+    try:
+        return os.pidfd_open(pid) if pid is not None else None  # type: ignore[attr-defined]
+    except (AttributeError, OSError):
+        return None
+
+
+def setup_for(spec: Any, fd: int | None, lifeline: int | None, **words: Any) -> Setup:
+    """Wrap what a worker is told, its descriptors in a form that every start method can pass."""
+    return Setup(
+        spec=spec,
+        table=None if fd is None else Descriptor(fd),
+        lifeline=None if lifeline is None else Descriptor(lifeline),
+        **words,
+    )
+
+
+def signal_name(exitcode: int | None) -> str | None:
+    """Return the name of the signal an exit code tells of, or None."""
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+def describe_exit(exitcode: int | None) -> str:
+    """Say in words how a process ended."""
+    if exitcode is None:
+        return "(its exit code is not known)"
+    name = signal_name(exitcode)
+    return f"by {name}" if name else f"with exit code {exitcode}"

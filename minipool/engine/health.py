@@ -1,0 +1,212 @@
+"""Health policy: rows and a clock in, actions out. Pure: no process, no thread, no waiting.
+
+The manager makes one `Row` of each live worker, asks `plan` what to do, and does it. Everything
+that depends on time is decided here, so it is tested with a clock that tests turn by hand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Sequence, Union
+
+from .states import WorkerState as S
+
+SECOND_NS = 1_000_000_000
+KILL_AFTER = 1.0  # seconds between SIGTERM and SIGKILL for a worker that will not stop
+
+
+class Row(NamedTuple):
+    """What `plan` knows of one worker. Times are monotonic nanoseconds."""
+
+    slot: int
+    generation: int
+    state: S
+    since_ns: int  # when that state began; for IDLE, when the last lease or probe ended
+    idle: bool = False  # in the turnstile's idle set this moment
+    leased_since_ns: Optional[int] = None  # there is a live lease, and since when
+    probed_ns: int = 0
+    probe_failures: int = 0
+    sweeps_lost: int = 0  # how many looks in a row found it neither idle nor leased
+    leak_warned: bool = False
+    terminated: bool = False  # has been sent SIGTERM
+
+
+class Limits(NamedTuple):
+    """The options `plan` goes by, in nanoseconds; None: no limit."""
+
+    init_ns: Optional[int] = None
+    probe_every_ns: Optional[int] = None
+    probe_timeout_ns: int = 5 * SECOND_NS
+    max_probe_failures: int = 3
+    stop_ns: int = 30 * SECOND_NS
+    lease_ns: Optional[int] = None
+    leak_ns: Optional[int] = None
+    overflow_idle_ns: int = 30 * SECOND_NS
+    max_idle_ns: Optional[int] = None
+
+
+class Probe(NamedTuple):
+    """Claim the idle worker and ask whether it is well."""
+
+    slot: int
+
+
+class CountFailure(NamedTuple):
+    """The probe under way got no answer in time: one failure more, and keep waiting."""
+
+    slot: int
+
+
+class Replace(NamedTuple):
+    """Kill the worker; the fleet starts another."""
+
+    slot: int
+    reason: str
+
+
+class Terminate(NamedTuple):
+    """Send SIGTERM to a worker that was asked to stop and did not."""
+
+    slot: int
+
+
+class Retire(NamedTuple):
+    """Ask an idle worker to stop; no other is started for it."""
+
+    slot: int
+    reason: str
+    shrink: bool = False  # it was one of the target, which sinks by one
+
+
+class Revoke(NamedTuple):
+    """Take the worker away from its lease."""
+
+    slot: int
+    reason: str
+
+
+class WarnLeak(NamedTuple):
+    """Log the lease with the stack that took it."""
+
+    slot: int
+    seconds: float
+
+
+class Lost(NamedTuple):
+    """Neither idle nor leased at this look. At the second look running it is replaced."""
+
+    slot: int
+
+
+Action = Union[Probe, CountFailure, Replace, Terminate, Retire, Revoke, WarnLeak, Lost]
+
+
+def plan(
+    rows: Sequence[Row],
+    now: int,
+    limits: Limits,
+    target: int,
+    floor: int,
+    last_shrink_ns: int = 0,
+) -> list[Action]:
+    """Return what to do about each worker, in the order of the rows.
+
+    `target` is how many workers are wanted now, `floor` how few `max_idle` may leave.
+    """
+    actions: list[Action] = []
+    for row in rows:
+        action = _plan_row(row, now, limits)
+        if action is not None:
+            actions.append(action)
+    actions += _plan_probes(rows, now, limits)
+    actions += _plan_shrinking(rows, now, limits, target, floor, last_shrink_ns)
+    return actions
+
+
+def due_in(rows: Sequence[Row], now: int, limits: Limits) -> int | None:
+    """Return after how many ns the first transition under way is overdue; None if none is."""
+    dues = []
+    for row in rows:
+        if row.state is S.STARTING and limits.init_ns is not None:
+            dues.append(row.since_ns + limits.init_ns)
+        elif row.state is S.PROBING:
+            dues.append(row.since_ns + limits.probe_timeout_ns)
+        elif row.state is S.STOPPING:
+            grace = int(KILL_AFTER * SECOND_NS) if row.terminated else 0
+            dues.append(row.since_ns + limits.stop_ns + grace)
+    return max(0, min(dues) - now) if dues else None
+
+
+def _plan_row(row: Row, now: int, limits: Limits) -> Action | None:
+    age = now - row.since_ns
+    if row.state is S.STARTING:
+        if limits.init_ns is not None and age > limits.init_ns:
+            return Replace(row.slot, f"not ready within {limits.init_ns / SECOND_NS:g} s")
+    elif row.state is S.PROBING:
+        if age > limits.probe_timeout_ns:
+            return _failed_probe(row, limits)
+    elif row.state is S.STOPPING:
+        if row.terminated and age > limits.stop_ns + KILL_AFTER * SECOND_NS:
+            return Replace(row.slot, "did not stop, not even on SIGTERM")
+        if not row.terminated and age > limits.stop_ns:
+            return Terminate(row.slot)
+    elif row.state is S.IDLE and not row.idle:
+        return _plan_lease(row, now, limits)
+    return None
+
+
+def _failed_probe(row: Row, limits: Limits) -> Action:
+    failures = row.probe_failures + 1
+    if failures >= limits.max_probe_failures:
+        return Replace(row.slot, f"failed {failures} health checks in a row")
+    return CountFailure(row.slot)
+
+
+def _plan_lease(row: Row, now: int, limits: Limits) -> Action | None:
+    if row.leased_since_ns is None:
+        if row.sweeps_lost >= 1:
+            return Replace(row.slot, "neither idle nor leased: its lease was lost")
+        return Lost(row.slot)
+    held = now - row.leased_since_ns
+    if limits.lease_ns is not None and held > limits.lease_ns:
+        return Revoke(row.slot, f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s")
+    if limits.leak_ns is not None and held > limits.leak_ns and not row.leak_warned:
+        return WarnLeak(row.slot, held / SECOND_NS)
+    return None
+
+
+def _plan_probes(rows: Sequence[Row], now: int, limits: Limits) -> list[Action]:
+    """Probe idle workers that are due, the longest unprobed first, never all at once."""
+    if limits.probe_every_ns is None:
+        return []
+    idle = [row for row in rows if row.state is S.IDLE and row.idle]
+    due = [row for row in idle if now - row.probed_ns > _probe_after(row, limits)]
+    probing = sum(row.state is S.PROBING for row in rows)
+    room = max(1, len(rows) // 2) - probing
+    due.sort(key=lambda row: row.probed_ns)
+    return [Probe(row.slot) for row in due[: max(0, room)]]
+
+
+def _probe_after(row: Row, limits: Limits) -> int:
+    """A worker that failed its last probe is asked again sooner."""
+    assert limits.probe_every_ns is not None
+    if row.probe_failures:
+        return min(limits.probe_every_ns, limits.probe_timeout_ns)
+    return limits.probe_every_ns
+
+
+def _plan_shrinking(
+    rows: Sequence[Row], now: int, limits: Limits, target: int, floor: int, last_shrink_ns: int
+) -> list[Action]:
+    live = [row for row in rows if row.state not in (S.STOPPING, S.LOST)]
+    idle = sorted(
+        (row for row in live if row.state is S.IDLE and row.idle), key=lambda row: row.since_ns
+    )
+    surplus = len(live) - target
+    if surplus > 0:
+        over = [row for row in idle if now - row.since_ns > limits.overflow_idle_ns]
+        return [Retire(row.slot, "overflow no longer needed") for row in over[:surplus]]
+    if limits.max_idle_ns is None or target <= floor or not idle:
+        return []
+    if now - idle[0].since_ns > limits.max_idle_ns and now - last_shrink_ns > limits.max_idle_ns:
+        return [Retire(idle[0].slot, "idle for max_idle", shrink=True)]
+    return []

@@ -1,0 +1,225 @@
+"""What every worker of a pool is started with: checked once, in the parent, before the first.
+
+A worker that cannot be pickled or imported, a directory that is missing, a main module without
+its guard: each is found here, as one clear error, and not as a row of dying processes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+from multiprocessing import process
+from typing import Any, Callable
+
+from ..config import PoolConfig
+from ..errors import ConfigError, PoolStartError
+from . import wire
+from .child import Setup
+from .handle import setup_for
+
+
+class Lifeline:
+    """A pipe that hangs up when this process ends, which ends the workers; see `child`."""
+
+    def __init__(self) -> None:
+        self.read_fd: int | None = None
+        self._write_fd: int | None = None
+        if sys.platform != "win32":
+            self.read_fd, self._write_fd = os.pipe()
+
+    def abandon(self) -> None:
+        """Close the write end in a process that was forked from the owner."""
+        if self._write_fd is not None:
+            os.close(self._write_fd)
+            self._write_fd = None
+
+    def close(self) -> None:
+        """Close both ends. Workers that are still there are killed by it."""
+        self.abandon()
+        if self.read_fd is not None:
+            os.close(self.read_fd)
+            self.read_fd = None
+
+
+class Launcher:
+    """Knows how to start a worker of one pool.
+
+    Raises:
+        ConfigError: `worker` is nothing that a worker process could make an object of.
+    """
+
+    def __init__(
+        self, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, config: PoolConfig
+    ) -> None:
+        self.config = config
+        self.method = config.start_method or _default_method()
+        self.portable = _portable()
+        _check_worker(worker, args, kwargs)
+        self.worker = worker
+        spec = (worker, tuple(args), dict(kwargs or {}))
+        self._spec: Any = spec if self.method == "fork" else _pickled(spec, worker)
+        self._codec = None if config.codec is None else _packed_codec(config.codec)
+        self.context: Any = None
+        self.lifeline: Lifeline | None = None
+
+    def open(self) -> None:
+        """Check the environment and prepare for the first start.
+
+        Raises:
+            PoolStartError: no worker could be started here, and why; nothing was started.
+        """
+        _check_process()
+        if self.config.start_method is None and self.method == "forkserver" and not _tempdir():
+            self.method = "spawn"  # the fork server listens on a socket in a temporary directory
+        if isinstance(self.worker, str):
+            _check_importable(self.worker)
+        try:
+            self.context = multiprocessing.get_context(self.method)
+        except ValueError as error:
+            raise PoolStartError(f"start method {self.method!r}: {error}") from None
+        if self.method == "forkserver":
+            _preload(self.context, self.config.preload)
+        self.lifeline = Lifeline()
+
+    def setup(self, slot: int, generation: int, table_fd: int | None) -> Setup:
+        """Return what one worker is told."""
+        return setup_for(
+            self._spec,
+            None if self.portable else table_fd,
+            self.lifeline.read_fd if self.lifeline else None,
+            pool=self.config.name,
+            slot=slot,
+            generation=generation,
+            codec=self._codec,
+            env=dict(self.config.worker_env or {}),
+            portable=self.portable,
+        )
+
+
+def _portable() -> bool:
+    import select
+
+    return os.environ.get("MINIPOOL_PORTABLE") == "1" or not hasattr(select, "poll")
+
+
+def _default_method() -> str:
+    offered = multiprocessing.get_all_start_methods()
+    return "forkserver" if "forkserver" in offered else "spawn"
+
+
+def _check_worker(worker: Any, args: Any, kwargs: Any) -> None:
+    if worker is None:
+        if args or kwargs:
+            raise ConfigError(
+                f"args={args!r}, kwargs={kwargs!r} without a worker: there is nothing to give them "
+                f"to; pass a class or factory as the first argument",
+                option="args",
+                value=args,
+            )
+        return
+    if isinstance(worker, str):
+        module, _, name = worker.partition(":")
+        if not module or not name:
+            raise _bad_worker(worker, 'a worker is named "package.module:Class"')
+    elif not callable(worker):
+        raise _bad_worker(worker, "it is not callable; give a class, a factory, or the name of one")
+    if not isinstance(args, (tuple, list)):
+        raise ConfigError(f"args={args!r}: give a tuple", option="args", value=args)
+
+
+def _bad_worker(worker: Any, why: str) -> ConfigError:
+    return ConfigError(f"worker={worker!r}: {why}", option="worker", value=worker)
+
+
+def _pickled(spec: tuple[Any, ...], worker: Any) -> bytes:
+    why = None if worker is None else wire.why_unreachable(worker, starts_by_fork=False)
+    if why is not None:
+        raise _bad_worker(worker, why)
+    try:
+        return pickle.dumps(spec, 5)
+    except Exception as problem:
+        raise _bad_worker(
+            worker,
+            f"it or its arguments cannot be sent to a worker process: {problem}; define the class "
+            f"at the top of a module and pass plain data",
+        ) from problem
+
+
+def _packed_codec(codec: Any) -> bytes:
+    try:
+        return wire.pack_codec(codec)
+    except Exception as problem:
+        raise ConfigError(
+            f"codec={codec!r}: it cannot be sent to a worker process: {problem}; give a module, "
+            f"or an object of a class at the top of a module",
+            option="codec",
+            value=codec,
+        ) from problem
+
+
+def _check_process() -> None:
+    """Refuse where multiprocessing itself could not start a process, or would never stop."""
+    if wire.main_unguarded():
+        raise PoolStartError(
+            "this process is itself a worker that is still importing your main script; put what "
+            "opens the pool under `if __name__ == '__main__':`, or every worker would open one"
+        )
+    if process.current_process().daemon:
+        raise PoolStartError(
+            "this is a daemonic process, which may not have processes of its own; start it with "
+            "daemon=False (concurrent.futures.ProcessPoolExecutor does), or open the pool outside"
+        )
+
+
+def _tempdir() -> str | None:
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return None
+
+
+def _check_importable(worker: str) -> None:
+    module = worker.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as problem:
+        raise PoolStartError(f"worker {worker!r}: cannot import {module!r}: {problem}") from problem
+    if found is None:
+        raise PoolStartError(
+            f"worker {worker!r}: there is no module {module!r} on sys.path; install it, or correct "
+            f"the name"
+        )
+
+
+def _preload(context: Any, modules: tuple[str, ...]) -> None:
+    """Ask the fork server to import our side of a worker, and the user's modules, once for all.
+
+    There is one server for the whole process. If it runs already, what it has not imported is
+    imported by each worker, which is slower and takes more memory, so that is said.
+    """
+    from multiprocessing import forkserver
+
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    wanted = [name for name in (main_name(), *modules) if name not in server._preload_modules]
+    running = getattr(server, "_forkserver_pid", None) is not None
+    if running and any(name in wanted for name in modules):
+        import warnings
+
+        warnings.warn(
+            f"preload={modules!r} comes too late: this process's fork server is already running; "
+            f"open this pool before other processes are started",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if wanted and not running:
+        context.set_forkserver_preload([*server._preload_modules, *wanted])
+
+
+def main_name() -> str:
+    """Return the name of the module that workers run, wherever this package was copied to."""
+    target: Callable[..., Any] = Setup
+    return target.__module__

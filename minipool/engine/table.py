@@ -1,0 +1,187 @@
+"""The status table: one page of words for each slot, seen by parent, workers and onlookers.
+
+Words are native, 8-byte aligned int64 behind `memoryview.cast("q")`: a reader gets the old value
+or the new one, never half of each (`struct` with a byte order, or a word across a cache line,
+does tear). Each word has one writer, so `words[i] += 1` is exact without a lock:
+
+* the *owner line* is written in the parent, by whoever owns the slot at the moment;
+* the *worker line* is written by the worker process alone;
+* the histograms are written by the lease holder, into the row of the worker he holds.
+
+The memory is anonymous and made here: a memfd, else an unlinked temporary file, else, where
+nothing can be shared, private memory of the parent (then the worker's words come with its
+replies). Nothing has a name that could leak, and nothing needs /dev/shm or `sem_open`.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+import tempfile
+from typing import Callable, Iterable, Sequence
+
+MAGIC = 0x6D696E69706F6F6C  # "minipool"
+LAYOUT = 1  # raise it whenever a word moves
+
+# Header words; the pool's name follows as bytes.
+H_MAGIC, H_LAYOUT, H_ROW_WORDS, H_ROWS, H_PID, H_STARTED_NS, H_NAME_BYTES = range(7)
+H_NAME = 8
+
+# Owner line: who holds the slot, and what the pool counts about it. LEASES also numbers them.
+STATE, GENERATION, PID, LEASED_SINCE_NS, LEASED_NS, LEASES, REPLIES, RAISED, FAULTS = range(9)
+
+# Worker line: what the worker says of itself.
+READY_GENERATION, PHASE, BEAT_NS, CALL_ID, CALL_STARTED_NS = range(16, 21)
+CALLS, FAILURES, BUSY_NS, CPU_NS, RSS_BYTES = range(21, 26)
+WORKER_WORDS = slice(16, 26)
+
+PHASE_BOOTING, PHASE_WAITING, PHASE_RUNNING, PHASE_STOPPING = range(4)
+
+OCTAVES, STEPS = 30, 8  # a bucket is at most 1/8 wide: quantiles err by less than 6 %
+BUCKETS = OCTAVES * STEPS
+WAIT_TIMES, CALL_TIMES = 32, 32 + BUCKETS
+ROW_WORDS = 32 + 2 * BUCKETS  # 512 words: one page
+ROW_BYTES = ROW_WORDS * 8
+MAX_ROWS = 4096
+
+
+def bucket(ns: int) -> int:
+    """Return the histogram bucket for a duration; below 256 ns is the first, over 4 min the last."""
+    if ns < 256:
+        return 0
+    octave = ns.bit_length()
+    if octave > 8 + OCTAVES:
+        return BUCKETS - 1
+    return ((octave - 9) << 3) + ((ns >> (octave - 4)) & 7)
+
+
+def bucket_start_ns(index: int) -> int:
+    """Return the shortest duration that falls into a bucket."""
+    octave, step = divmod(index, STEPS)
+    return (STEPS + step) << (octave + 5)
+
+
+def quantile(counts: Sequence[int], fraction: float) -> float | None:
+    """Return the duration in seconds below which `fraction` of the counted ones lie, or None.
+
+    Nearest rank, then interpolated inside the bucket.
+    """
+    total = sum(counts)
+    if not total:
+        return None
+    rank = max(1.0, fraction * total)
+    seen = 0
+    for index, count in enumerate(counts):
+        if count and seen + count >= rank:
+            low, high = bucket_start_ns(index), bucket_start_ns(index + 1)
+            return (low + (high - low) * (rank - seen) / count) / 1e9
+        seen += count
+    raise AssertionError("the ranks add up")
+
+
+class Table:
+    """The parent's table: a header and `MAX_ROWS` rows, of which only the used take memory."""
+
+    def __init__(self, pool_name: str, portable: bool = False) -> None:
+        self._reserved = 0
+        self._fd, self._map = _make(pool_name, portable)
+        self._words = memoryview(self._map).cast("q")
+        self._write_header(pool_name)
+
+    def _write_header(self, pool_name: str) -> None:
+        name = pool_name.encode()[: ROW_BYTES - H_NAME * 8]
+        words = self._words
+        words[H_LAYOUT], words[H_ROW_WORDS], words[H_ROWS] = LAYOUT, ROW_WORDS, 0
+        words[H_PID], words[H_NAME_BYTES] = os.getpid(), len(name)
+        self._map[H_NAME * 8 : H_NAME * 8 + len(name)] = name
+        words[H_MAGIC] = MAGIC  # last: an onlooker who sees it sees the rest
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor a worker can attach to, or None where memory cannot be shared."""
+        return self._fd
+
+    def row(self, slot: int) -> memoryview:
+        """Return the words of one slot, reserving memory for it first.
+
+        Raises:
+            OSError: there is no room for one more row (ENOSPC); the table is as before.
+        """
+        if slot >= self._reserved:
+            if self._fd is not None:  # a mapped write on a full mount would be a SIGBUS
+                _reserve(self._fd, slot + 1)
+            self._reserved = slot + 1
+            self._words[H_ROWS] = slot + 1
+        return row_of(self._words, slot)
+
+    def used_rows(self) -> list[memoryview]:
+        """Return the words of every slot that was ever filled."""
+        return [row_of(self._words, slot) for slot in range(self._reserved)]
+
+    def close(self) -> None:
+        """Give back the shared memory; the words as they are now stay readable.
+
+        A thread that still holds a row keeps the old memory alive, and harms nothing with it.
+        """
+        size = (self._reserved + 1) * ROW_BYTES
+        self._words = memoryview(bytearray(self._words.cast("B")[:size])).cast("q")
+        del self._map
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def row_of(words: memoryview, slot: int) -> memoryview:
+    """Return the words of one slot out of those of a whole table."""
+    start = (slot + 1) * ROW_WORDS  # the first page is the header
+    return words[start : start + ROW_WORDS]
+
+
+def attach(fd: int) -> memoryview:
+    """Map the table behind a descriptor, in a worker; return its words."""
+    return memoryview(mmap.mmap(fd, _size())).cast("q")
+
+
+def _size() -> int:
+    return (MAX_ROWS + 1) * ROW_BYTES
+
+
+def _reserve(fd: int, rows: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, (rows + 1) * ROW_BYTES)
+
+
+def _make(pool_name: str, portable: bool) -> tuple[int | None, mmap.mmap]:
+    makings: Iterable[Callable[[str], int]] = (_memfd, _unlinked_file)
+    if portable or sys.platform == "win32":
+        makings = ()
+    for making in makings:
+        try:
+            return _mapped(making(pool_name))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # the next making would fail alike, and portable memory is no remedy
+    return None, mmap.mmap(-1, _size())
+
+
+def _mapped(fd: int) -> tuple[int, mmap.mmap]:
+    try:
+        os.ftruncate(fd, _size())
+        _reserve(fd, 0)
+        return fd, mmap.mmap(fd, _size())
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _memfd(pool_name: str) -> int:
+    if not hasattr(os, "memfd_create"):
+        raise OSError(errno.ENOSYS, "this platform has no memfd_create")
+    return os.memfd_create(f"minipool:{pool_name}"[:200])
+
+
+def _unlinked_file(pool_name: str) -> int:
+    with tempfile.TemporaryFile(prefix="minipool-") as file:
+        return os.dup(file.fileno())

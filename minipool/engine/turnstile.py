@@ -1,0 +1,261 @@
+"""The turnstile: who gets which slot next, without a lock.
+
+Pure threading; knows nothing of processes. It relies on this alone: one C-level dict operation
+(`d[k] = v`, `d.pop(k, None)`, `d.popitem()`, `d.setdefault(k, v)`) happens whole or not at all,
+between the steps of other threads.
+
+* `idle` maps each free slot to the generation of its worker. To remove a slot from it *is* to own
+  the slot; a slot cannot be in it twice. A token of an old generation is dropped by its finder.
+* `waiters` holds who is queued, oldest first. `waiters.pop(ticket, None)` is the only arbiter of
+  hand-off, timeout, interrupt and close: who pops, settles. A waiter who comes too late for his
+  own pop waits for the settlement, and takes it (a late success) or gives it back.
+* Matching is serial, so that who came first is served first. `pump()` sets `dirty` and then tries
+  for the matcher's seat, never waiting for it: a signal handler or finaliser that gives back a
+  slot in mid-match must not deadlock. Who leaves the seat looks at `dirty` once more.
+* Each side writes, then reads what the other side writes: enqueue against publish, enqueue
+  against close, publish against close. That is why no wake-up is lost.
+
+    1. waiter W: waiters[t] = W        1. releaser R: idle[s] = g
+    2. waiter W: idle? -> pump         2. releaser R: waiters? -> pump
+
+  In every order of these four steps, the later of the two writers sees the other one.
+
+The protocol is model-checked, step by step, in tests/test_turnstile_model.py; keep them together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Callable, Dict, List, Optional, Tuple
+
+Token = Tuple[int, int]  # slot, generation
+
+_SETTLEMENT = 1.0  # seconds to wait for one who popped our ticket; he is a few steps from done
+
+
+class Closed(Exception):
+    """The turnstile is closed: nothing will be handed out any more."""
+
+
+class Waiter:
+    """One place in the line. `wake` is called, once, after `token` or `closed` was set.
+
+    The default `wake` is for a thread that waits in `Turnstile.take`; an event loop can put its
+    own callable there instead.
+    """
+
+    __slots__ = ("ticket", "wants", "token", "closed", "wake", "_gate")
+
+    def __init__(self, ticket: int, wants: Optional[int] = None) -> None:
+        self.ticket = ticket
+        self.wants = wants  # this slot only; None: any
+        self.token: Token | None = None
+        self.closed = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self.wake: Callable[[], None] = self._gate.release
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until settled; False if the time ran out first."""
+        return self._gate.acquire(True, -1 if timeout is None else min(timeout, 1e6))
+
+
+class Turnstile:
+    """Hands out slots, each to one owner at a time, first come first served.
+
+    Any thread may call any method, signal handlers and finalisers included. `on_queue` is called
+    by each thread that had to queue, before it waits; `on_refused` with each slot that `publish`
+    did not take, because it was fenced or everything is closed: it belongs to who listens.
+    """
+
+    def __init__(
+        self,
+        strategy: str = "lifo",
+        on_queue: Callable[[], object] = lambda: None,
+        on_refused: Callable[[int, int], object] = lambda slot, generation: None,
+    ) -> None:
+        self.idle: Dict[int, int] = {}
+        self.waiters: Dict[int, Waiter] = {}
+        self.current: Dict[int, int] = {}  # slot -> valid generation; written by `admit`, `fence`
+        self.closed = False
+        self._lifo = strategy == "lifo"
+        self._on_queue = on_queue
+        self._on_refused = on_refused
+        self._tickets = itertools.count()
+        self._dirty = False
+        self._seat: Dict[str, object] = {}  # the matcher's seat: held by identity, never waited for
+
+    # -- taking ------------------------------------------------------------------------------
+
+    def try_take(self, wants: int | None = None) -> Token | None:
+        """Take an idle slot if there is one and nobody waits for it; never waits."""
+        while not self.waiters and not self.closed:
+            token = self._pop_idle(wants)
+            if token is None or self.current.get(token[0]) == token[1]:
+                return token
+        return None
+
+    def _pop_idle(self, wants: int | None) -> Token | None:
+        if wants is not None:
+            generation = self.idle.pop(wants, None)
+            return None if generation is None else (wants, generation)
+        try:
+            if self._lifo:
+                return self.idle.popitem()
+            while True:  # oldest first: another thread may take it between the two steps
+                slot = next(iter(self.idle))
+                generation = self.idle.pop(slot, None)
+                if generation is not None:
+                    return slot, generation
+        except (KeyError, StopIteration):
+            return None
+        except RuntimeError:  # the dict changed under `iter`: look again
+            return self._pop_idle(wants)
+
+    def take(self, timeout: float | None, wants: int | None = None) -> Token | None:
+        """Take a slot, queueing for it; None when the time ran out. `timeout` 0 does not queue.
+
+        Raises:
+            Closed: nothing was taken.
+            BaseException: whatever a signal handler raised; nothing was taken.
+        """
+        if self.closed:
+            raise Closed
+        token = self.try_take(wants)
+        if token is not None or (timeout is not None and timeout <= 0):
+            return token
+        waiter = self.enqueue(wants)
+        try:
+            self._on_queue()
+            waiter.wait(timeout)
+            return self._outcome(waiter)
+        except BaseException:
+            self.leave(waiter)
+            raise
+
+    def enqueue(self, wants: int | None = None) -> Waiter:
+        """Join the line. Settled already on return, if a slot was free or the turnstile closed."""
+        waiter = Waiter(next(self._tickets), wants)
+        self.waiters[waiter.ticket] = waiter
+        if self.closed:
+            self._settle_closed(waiter.ticket)
+        elif self.idle:
+            self.pump()
+        return waiter
+
+    def _outcome(self, waiter: Waiter) -> Token | None:
+        if self.waiters.pop(waiter.ticket, None) is not None:
+            return None  # timed out, and nobody else will settle it
+        if waiter.token is None and not waiter.closed:
+            waiter.wait(_SETTLEMENT)  # popped by another thread, which is about to settle it
+        if waiter.closed:
+            raise Closed
+        return waiter.token
+
+    def leave(self, waiter: Waiter) -> None:
+        """Give up a place in the line, and whatever was handed over meanwhile."""
+        if self.waiters.pop(waiter.ticket, None) is None:
+            if waiter.token is None and not waiter.closed:
+                waiter.wait(_SETTLEMENT)
+            if waiter.token is not None:
+                token, waiter.token = waiter.token, None
+                self.publish(*token)
+
+    # -- giving back -------------------------------------------------------------------------
+
+    def admit(self, slot: int, generation: int) -> None:
+        """Make `generation` the valid one of a slot; `publish` offers it then. Manager only."""
+        self.current[slot] = generation
+
+    def publish(self, slot: int, generation: int) -> bool:
+        """Offer a slot: the one way into `idle`. False if it was refused."""
+        if self.current.get(slot) != generation:
+            self._on_refused(slot, generation)  # fenced
+            return False
+        self.idle[slot] = generation
+        if self.closed and self.idle.pop(slot, None) is not None:
+            self._on_refused(slot, generation)  # had the closer popped it, it would be his
+            return False
+        if self.waiters:
+            self.pump()
+        return True
+
+    def claim(self, slot: int, generation: int) -> bool:
+        """Take this very slot out of `idle`, for a probe or to retire it; never waits."""
+        found = self.idle.pop(slot, None)
+        if found is not None and found != generation:
+            return False  # a leftover of an older generation, dropped
+        return found is not None and self.current.get(slot) == generation
+
+    def fence(self, slot: int) -> None:
+        """Make every token of a slot worthless, whoever holds one. Manager only."""
+        self.current.pop(slot, None)
+        self.idle.pop(slot, None)
+
+    def close(self) -> list[Token]:
+        """Settle every waiter as closed, and return the tokens that were idle."""
+        self.closed = True
+        for ticket in tuple(self.waiters):
+            self._settle_closed(ticket)
+        tokens: List[Token] = []
+        while True:
+            token = self._pop_idle(None)
+            if token is None:
+                return tokens
+            tokens.append(token)
+
+    def _settle_closed(self, ticket: int) -> None:
+        waiter = self.waiters.pop(ticket, None)
+        if waiter is not None:
+            waiter.closed = True
+            waiter.wake()
+
+    # -- matching ----------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Match waiters with idle slots until nothing is left to match. Never waits."""
+        self._dirty = True
+        while self._dirty:
+            me = object()
+            try:
+                # An exception may strike between any two steps. Because the seat is known by
+                # identity, `finally` tells whether it was taken, even if the answer was lost.
+                if self._seat.setdefault("taken", me) is not me:
+                    return  # its holder looks at `dirty` when he leaves
+                self._dirty = False
+                self._match()
+            finally:
+                if self._seat.get("taken") is me:
+                    del self._seat["taken"]
+
+    def _match(self) -> None:
+        for ticket, waiter in tuple(self.waiters.items()):
+            token = self._pop_valid(waiter.wants)
+            if token is None:
+                if waiter.wants is None:
+                    return
+                continue
+            if self.waiters.pop(ticket, None) is None:
+                self.publish(*token)  # he timed out or was interrupted meanwhile
+                continue
+            waiter.token = token
+            waiter.wake()
+
+    def _pop_valid(self, wants: int | None) -> Token | None:
+        while True:
+            token = self._pop_idle(wants)
+            if token is None or self.current.get(token[0]) == token[1]:
+                return token
+
+    def unseat(self, seen: object) -> object:
+        """Free the matcher's seat if `seen` still sits there; return who does. Manager only.
+
+        An exception thrown into a thread inside the `finally` of `pump` can leave the seat taken.
+        Two matchers at once are harmless (each step is arbitrated); none would be a standstill.
+        """
+        holder = self._seat.get("taken")
+        if holder is not None and holder is seen:
+            self._seat.pop("taken", None)
+            self.pump()
+        return self._seat.get("taken")

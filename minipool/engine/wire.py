@@ -1,0 +1,322 @@
+"""What travels between parent and worker: frames, names of things to call, remote exceptions.
+
+A frame is a 4-byte length and a payload, as `multiprocessing.Connection` writes it, so a pipe end
+of either kind (see `channel`) can talk to either kind. Each payload begins with a fixed header;
+the body behind it is the codec's business, except for errors, which are always pickled.
+
+    request: call id (8), kind (1), length of the target's name (2) | name | arguments
+    reply:   call id (8), status (1) | result, or envelope of an error
+
+Bodies are made before the first byte is written, on both sides, so an object that cannot be
+pickled costs an error and not a worker.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import sys
+import traceback
+from types import ModuleType
+from typing import Any, Callable, Dict, Tuple
+
+from ..errors import CallMismatch, RemoteError
+
+MAX_FRAME = 4 << 30  # a longer declared length is garbage
+SHORT_FRAME = 0x7FFFFFFF  # beyond it, Connection writes -1 and then an 8-byte length
+
+LENGTH = struct.Struct("!i")
+LONG_LENGTH = struct.Struct("!iQ")
+REQUEST = struct.Struct("!qBH")
+REPLY = struct.Struct("!qB")
+FRAMED_REQUEST = struct.Struct("!iqBH")  # length and header in one go, for the fast path
+FRAMED_REPLY = struct.Struct("!iqB")
+
+# Kinds of request.
+METHOD, FUNCTION, SHIPPED, PROBE, STOP = range(5)
+# Statuses of replies. Only RETURNED has a body in the pool's codec.
+RETURNED, RAISED, RAISED_AND_TAINTED, REFUSED, BEGUN, READY, START_FAILED = range(7)
+WITH_WORDS = 0x80  # flag: the worker's words lie between header and body (no shared table)
+WORDS = struct.Struct("=10q")
+
+
+Dumps = Callable[[Any], bytes]
+Loads = Callable[[Any], Any]
+
+
+def functions_of(codec: Any) -> tuple[Dumps, Loads]:
+    """Return how to make bytes of arguments and results, and the way back.
+
+    None is pickle, protocol 5. Others (json, cloudpickle) may make text and may want real bytes.
+    """
+    if codec is None:
+        return _pickle_dumps, pickle.loads
+
+    def dumps(value: Any) -> bytes:
+        data = codec.dumps(value)
+        return data.encode() if isinstance(data, str) else bytes(data)
+
+    return dumps, lambda data: codec.loads(bytes(data))
+
+
+def _pickle_dumps(value: Any, _dumps: Callable[..., bytes] = pickle.dumps) -> bytes:
+    return _dumps(value, 5)
+
+
+def pack_codec(codec: Any) -> bytes:
+    """Make a codec travel: a module by its name, anything else pickled."""
+    return pickle.dumps(("module", codec.__name__) if isinstance(codec, ModuleType) else codec)
+
+
+def unpack_codec(data: bytes) -> Any:
+    """Return the codec that was packed."""
+    codec = pickle.loads(data)
+    if isinstance(codec, tuple) and codec[:1] == ("module",):
+        __import__(codec[1])
+        return sys.modules[codec[1]]
+    return codec
+
+
+class RemoteTraceback(Exception):
+    """The traceback of an exception as it was in the worker; shown as its cause."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0]) if self.args else ""
+
+
+# -- names of things to call ---------------------------------------------------------------------
+
+
+def name_of(target: Any) -> str | None:
+    """Return "module:qualified.name" if that leads to `target`, else None."""
+    module = getattr(target, "__module__", None)
+    name = getattr(target, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(name, str) or "<" in name:
+        return None
+    try:
+        found = _walk(sys.modules[module], name)
+    except (KeyError, AttributeError):
+        return None
+    return f"{module}:{name}" if found is target else None
+
+
+def find(name: str) -> Any:
+    """Import what `name_of` named.
+
+    Raises:
+        ImportError, AttributeError: there is no such thing in this process.
+    """
+    module, _, path = name.partition(":")
+    __import__(module)
+    return _walk(sys.modules[module], path)
+
+
+def _walk(start: Any, path: str) -> Any:
+    for part in path.split("."):
+        start = getattr(start, part)
+    return start
+
+
+def why_unreachable(target: Any, starts_by_fork: bool) -> str | None:
+    """Say why a worker could not import `target` and what to do, or None if nothing is known.
+
+    A function is sent by name, so the worker must be able to find it under that name.
+    """
+    name = getattr(target, "__qualname__", None) or repr(target)
+    module = getattr(target, "__module__", None)
+    if name.endswith("<lambda>"):
+        return "a lambda has no name to import it by; write it as a `def` at the top of a module"
+    if "<locals>" in name:
+        return f"{name} is defined inside a function; move it to the top of a module"
+    if module == "__main__" and not starts_by_fork:
+        return why_main_unreachable()
+    return None
+
+
+def why_main_unreachable() -> str | None:
+    """Say why worker processes cannot import this program's main module, or None if they can."""
+    import os
+
+    main = sys.modules["__main__"]
+    remedy = "put it into a module of its own and import it from there"
+    spec_name = getattr(getattr(main, "__spec__", None), "name", None)
+    if spec_name is not None:
+        if spec_name == "__main__" or spec_name.endswith(".__main__"):
+            return f"workers do not import a package's or zip file's __main__; {remedy}"
+        return None
+    path = getattr(main, "__file__", None)
+    if path is None:
+        return f"it is defined in an interactive session, `-c` or standard input; {remedy}"
+    return None if os.path.exists(path) else f"workers cannot import {path!r}; {remedy}"
+
+
+def main_unguarded() -> bool:
+    """Tell whether this process is a worker that is still importing its parent's main module."""
+    from multiprocessing import process
+
+    return bool(getattr(process.current_process(), "_inheriting", False))
+
+
+class Targets(Dict[Any, Tuple[int, bytes]]):
+    """How each thing to call is named on the wire; `targets[f]` finds it out once.
+
+    A method goes by its name, a function by module and qualified name. What has no such name
+    (a partial, a bound method, with a fitting codec a lambda) is `SHIPPED` among the arguments.
+    """
+
+    def __init__(self, worker: Any, starts_by_fork: bool, own_codec: bool) -> None:
+        super().__init__()
+        self._class = worker if isinstance(worker, type) else None
+        self._has_object = worker is not None
+        self._starts_by_fork = starts_by_fork
+        self._own_codec = own_codec  # it may be able to ship what pickle cannot
+
+    def __missing__(self, target: Any) -> tuple[int, bytes]:
+        kind, name = self.resolve(target)
+        if kind != SHIPPED:
+            if len(self) >= 4096:
+                self.clear()
+            self[target] = kind, name
+        return kind, name
+
+    def resolve(self, target: Any) -> tuple[int, bytes]:
+        """Return kind and name of a target.
+
+        Raises:
+            CallMismatch: no worker could find it, or it cannot be called at all.
+        """
+        if isinstance(target, str):
+            if not self._has_object:
+                raise CallMismatch(
+                    f"cannot call method {target!r}: this pool has no worker class; "
+                    f"give Pool a class, or give call() a function"
+                )
+            return METHOD, target.encode()
+        if not callable(target):
+            raise CallMismatch(f"{target!r} is neither a method's name nor callable; give one")
+        name = getattr(target, "__name__", None)
+        if self._class is not None and isinstance(name, str):
+            if getattr(self._class, name, None) is target:
+                return METHOD, name.encode()
+        path = name_of(target)
+        why = why_unreachable(target, self._starts_by_fork)
+        if why is not None and not self._own_codec:
+            raise CallMismatch(f"a worker cannot find {target!r}: {why}")
+        if path is None or why is not None:
+            return SHIPPED, str(getattr(target, "__qualname__", target)).encode()[:200]
+        return FUNCTION, path.encode()
+
+
+def explain_unpicklable(
+    problem: Exception, dumps: Dumps, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CallMismatch:
+    """Build the error for arguments that cannot be sent, naming the guilty one."""
+    named = [(f"argument {index}", value) for index, value in enumerate(args)]
+    named += [(f"argument {key!r}", value) for key, value in kwargs.items()]
+    for label, value in [("the target", target), *named]:
+        try:
+            dumps(value)
+        except Exception as own:
+            return CallMismatch(
+                f"{label} of the call to {target!r}, a {type(value).__name__}, cannot be sent to "
+                f"a worker: {own}; nothing was sent; pass plain data, or make it in the worker"
+            )
+    return CallMismatch(f"the arguments of {target!r} cannot be sent to a worker: {problem}")
+
+
+# -- exceptions ----------------------------------------------------------------------------------
+
+
+def pack_error(error: BaseException) -> bytes:
+    """Pickle an exception, with its text beside it in case it does not survive the other side."""
+    text = _text(error)
+    kind = type(error)
+    envelope: dict[str, Any] = {
+        "type_name": f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1),
+        "message": _message(error),
+        "traceback": text,
+        "pickled": None,
+    }
+    if not isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)):
+        envelope["pickled"] = _tested_pickle(error)
+    return pickle.dumps(envelope, 5)
+
+
+def unpack_error(body: bytes | memoryview) -> BaseException:
+    """Return the exception a worker packed, or the `RemoteError` that stands in for it."""
+    envelope = pickle.loads(body)
+    pickled = envelope.pop("pickled")
+    if pickled is not None:
+        try:
+            error = pickle.loads(pickled)
+        except Exception as problem:
+            return _stand_in(envelope, f"does not unpickle here: {problem!r}")
+        if isinstance(error, BaseException):
+            error.__cause__ = RemoteTraceback(envelope["traceback"])
+            return error
+    if envelope["type_name"] in ("SystemExit", "KeyboardInterrupt", "GeneratorExit"):
+        return _stand_in(envelope, "is not passed on, because it would end the caller")
+    return _stand_in(envelope, "cannot be pickled")
+
+
+def _stand_in(envelope: dict[str, str], why: str) -> RemoteError:
+    name, message = envelope["type_name"], envelope["message"]
+    error = RemoteError(f"{name} raised in the worker {why}; it said: {message!r}", **envelope)
+    error.__cause__ = RemoteTraceback(envelope["traceback"])
+    return error
+
+
+def unpicklable_result(problem: BaseException, type_name: str) -> RemoteError:
+    """Build the error for a result that the codec of its worker cannot take."""
+    return RemoteError(
+        f"the call returned a {type_name}, which cannot be sent back: {problem}; "
+        f"return plain data, or keep the object in the worker and return what you need of it",
+        type_name=type_name,
+        message=str(problem),
+        traceback=_text(problem),
+    )
+
+
+def unreadable_result(problem: Exception) -> RemoteError:
+    """Build the error for a result that came, but cannot be made an object again here."""
+    return RemoteError(
+        f"the call returned, but its result cannot be unpickled here: {problem!r}; return plain "
+        f"data; the worker is well",
+        type_name=type(problem).__name__,
+        message=str(problem),
+        traceback=_text(problem),
+    )
+
+
+def _tested_pickle(error: BaseException) -> bytes | None:
+    """Pickle an exception if it survives it: same type, no error on the way back."""
+    try:
+        data = pickle.dumps(error, 5)
+        return data if type(pickle.loads(data)) is type(error) else None
+    except Exception:
+        return None
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as problem:
+        return f"<str() of it failed: {problem!r}>"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception as problem:
+        return f"<its traceback cannot be shown: {problem!r}>"
+
+
+def no_such_method(owner: Any, name: str) -> CallMismatch:
+    """Build the error for a method the worker's object does not have, with the likeliest ones."""
+    import difflib
+
+    known = [n for n in dir(owner) if not n.startswith("_")]
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {known[:12]}"
+    kind = "the module" if isinstance(owner, ModuleType) else type(owner).__name__
+    return CallMismatch(f"{kind} has no method {name!r}; {hint}")

@@ -1,0 +1,142 @@
+"""Every exception minipool raises, split by whose fault it is.
+
+Each carries what it knows as attributes, for code to branch on, and says in its text what
+happened, the value seen and what to do. All of them survive pickling, so they can cross a pipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MinipoolError(Exception):
+    """Base of everything raised by minipool. Keyword arguments become attributes."""
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions unpickle as cls(*args), which would lose the keyword-only fields on the pipe.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[MinipoolError], args: tuple[Any, ...], fields: dict[str, Any]) -> Exception:
+    return cls(*args, **fields)
+
+
+class ConfigError(MinipoolError, ValueError):
+    """An option is unknown, wrong or contradicts another. Nothing was started."""
+
+    option: str
+    value: Any
+
+
+class CallMismatch(MinipoolError, TypeError):
+    """The call does not fit what the worker offers. Nothing of it has run; the worker is well."""
+
+
+class PoolError(MinipoolError):
+    """The pool as a whole could not do what was asked."""
+
+
+class CheckoutTimeout(PoolError, TimeoutError):
+    """No worker came free in time. Nothing was taken, so there is nothing to give back."""
+
+    timeout: float
+    waited: float
+    size: int
+    leased: int
+    waiting: int
+    held_by_this_thread: int
+
+
+class TooManyWaiters(PoolError):
+    """`max_waiting` callers were queued already; this one was turned away at once."""
+
+    waiting: int
+    max_waiting: int
+
+
+class PoolClosed(PoolError):
+    """The pool is closed, closing, or was never opened (the text says which)."""
+
+
+class PoolForked(PoolError):
+    """This process was forked from the one that owns the pool. Open a pool of your own here."""
+
+    owner_pid: int
+
+
+class PoolStartError(PoolError):
+    """The pool could not start its workers and is closed again; the cause says why."""
+
+
+class LeaseError(MinipoolError):
+    """The lease no longer gives access to a worker."""
+
+
+class LeaseReleased(LeaseError):
+    """The lease was given back already. Take a new one."""
+
+
+class LeaseRevoked(LeaseError):
+    """The pool took the worker away (`lease_timeout`, `close()`); it is gone with its state."""
+
+    reason: str
+
+
+class WorkerError(MinipoolError):
+    """One worker failed. The pool replaces it by itself; a new lease gets another."""
+
+    worker_id: int
+    pid: int | None
+    sent_ns: int  # monotonic; when the failed call was sent
+
+
+class WorkerDied(WorkerError):
+    """The worker's process ended while it was leased.
+
+    `started` tells whether your call had begun: if not, it may safely be made again. `exitcode`
+    is the process's (negative: minus the signal; None: not known), `signal` its signal's name.
+    """
+
+    exitcode: int | None
+    signal: str | None
+    started: bool
+    target: str
+
+
+class WorkerStartError(WorkerError):
+    """A worker did not become ready. The cause, if any, is what its constructor raised."""
+
+    exitcode: int | None
+    signal: str | None
+
+
+class CallTimeout(WorkerError, TimeoutError):
+    """The call did not end in time. Its worker was killed; others are untouched.
+
+    `started` tells whether the call had begun in the worker.
+    """
+
+    timeout: float
+    started: bool
+    target: str
+
+
+class ProtocolError(WorkerError):
+    """The worker sent something that is no reply to the call. It was killed."""
+
+
+class RemoteError(MinipoolError):
+    """Something a worker wanted to send could not travel; the worker is well unless it says so.
+
+    Stands in for a result or an exception that cannot be pickled, or for a `SystemExit` or
+    `KeyboardInterrupt` that must not end the caller. `type_name` and `message` are those of the
+    original, `traceback` is its text in the worker.
+    """
+
+    type_name: str
+    message: str
+    traceback: str

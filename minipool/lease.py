@@ -1,0 +1,346 @@
+"""Lease: exclusive use of one worker, which is what `Pool.checkout()` returns."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
+
+from .engine import wire
+from .engine.desk import Desk
+from .engine.handle import Handle
+from .errors import CallTimeout, LeaseError, LeaseReleased, LeaseRevoked, WorkerDied, WorkerError
+
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec, Self
+
+    P = ParamSpec("P")
+
+W = TypeVar("W")
+R = TypeVar("R")
+
+_monotonic_ns, _get_ident, _ref = time.monotonic_ns, threading.get_ident, weakref.ref
+
+
+class Lease(Generic[W]):
+    """Exclusive use of one worker, from `Pool.checkout()` until the `with` block ends.
+
+    What a call leaves in the worker (a loaded model, an open file) is there for the next. One
+    thread at a time may use a lease; any may release it. It cannot be pickled. A lease that is
+    dropped without being released is given back by the collector, with a ResourceWarning.
+    """
+
+    __slots__ = (
+        "_held", "_desk", "_pool", "_timeout", "_made_calls", "_revoked",
+        "since_ns", "thread", "origin", "__weakref__",
+    )  # fmt: skip
+
+    def __init__(self, desk: Desk, pool: Any, handle: Handle) -> None:
+        self._held = [handle]  # `pop` is atomic: of two who release at once, one does
+        self._desk = desk
+        self._pool = pool  # keeps it from being collected while a worker is out
+        self._timeout = desk.config.call_timeout
+        self._made_calls = False
+        self._revoked: str | None = None
+        self.since_ns = _monotonic_ns()
+        self.thread = _get_ident()
+        handle.lease = _ref(self)
+        self.origin = ""
+        if desk.config.leak_warn_after is not None:
+            self.origin = "".join(traceback.format_stack(limit=12)[:-2])
+
+    # -- calling -----------------------------------------------------------------------------
+
+    if TYPE_CHECKING:
+
+        @overload
+        def call(self, target: str, /, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def call(
+            self, target: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+        ) -> R: ...
+
+        @overload
+        def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a method of the worker's object, or a function, in the worker; return its result.
+
+        Waits `call_timeout` seconds (see `options`). On expiry the worker is killed: a late reply
+        would otherwise answer the next caller's question. If the worker dies before the call has
+        begun, and this is the lease's first, another worker runs it, within the same time.
+
+        Raises:
+            Exception: whatever `target` raised. The worker is well and still yours.
+            RemoteError: what it returned or raised cannot travel. The worker is well.
+            CallMismatch: it cannot be sent, or there is no such method. Nothing has run.
+            CallTimeout, WorkerDied, ProtocolError: the worker and its state are gone; take a new
+                lease.
+            LeaseReleased, LeaseRevoked: this lease has no worker any more.
+        """
+        return self._call(target, args, kwargs, self._timeout, False)
+
+    def _call(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        idempotent: bool,
+    ) -> Any:
+        try:
+            handle = self._held[0]
+        except IndexError:
+            raise self._gone(target) from None
+        if handle.in_call:
+            raise self._busy(target)
+        try:
+            kind, name = self._desk.targets[target]
+        except TypeError:  # not hashable
+            kind, name = self._desk.targets.resolve(target)
+        if kind == wire.SHIPPED:
+            args = (target, args, kwargs)
+        desk = self._desk
+        if desk.on_start or desk.on_stop or desk.on_exception:
+            return self._observed(handle, kind, name, args, kwargs, timeout, idempotent)
+        try:
+            result = handle.request(kind, name, args, kwargs, timeout)
+        except WorkerError as error:
+            return self._recover(error, kind, name, args, kwargs, timeout, idempotent)
+        self._made_calls = True
+        return result
+
+    def _recover(
+        self,
+        error: WorkerError,
+        kind: int,
+        name: bytes,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        idempotent: bool,
+    ) -> Any:
+        """Run a call again elsewhere if that is safe and in time; else raise why not."""
+        deadline = None if timeout is None else error.sent_ns / 1e9 + timeout
+        while True:
+            if self._revoked is not None:
+                raise LeaseRevoked(
+                    f"the lease of worker {error.worker_id} was revoked during "
+                    f"{name.decode()!r}: {self._revoked}; take a new one",
+                    reason=self._revoked,
+                ) from error
+            again = isinstance(error, WorkerDied) and (idempotent or not error.started)
+            left = None if deadline is None else deadline - time.monotonic()
+            if not again or self._made_calls or (left is not None and left <= 0):
+                raise error
+            handle = self._move(left)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                result = handle.request(kind, name, args, kwargs, left)
+            except CallTimeout as late:
+                late.timeout = timeout or 0.0
+                raise
+            except WorkerError as next_error:
+                error = next_error
+                continue
+            self._made_calls = True
+            return result
+
+    def _move(self, timeout: float | None) -> Handle:
+        """Exchange the dead worker for another one, within the same lease."""
+        try:
+            dead = self._held.pop()
+        except IndexError:
+            raise self._gone("the call") from None
+        self._desk.give_back(dead, self.since_ns)
+        handle = self._desk.acquire(timeout)
+        self.since_ns = _monotonic_ns()
+        handle.lease = _ref(self)
+        self._held.append(handle)
+        return handle
+
+    def _observed(
+        self,
+        handle: Handle,
+        kind: int,
+        name: bytes,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        timeout: float | None,
+        idempotent: bool,
+    ) -> Any:
+        """Make the call with its events."""
+        hooks, facts = self._desk.hooks, {"worker_id": handle.slot, "target": name.decode()}
+        start = _monotonic_ns()
+        hooks.emit("operation.start", {}, **facts)
+        try:
+            try:
+                result = handle.request(kind, name, args, kwargs, timeout)
+            except WorkerError as error:
+                result = self._recover(error, kind, name, args, kwargs, timeout, idempotent)
+        except BaseException as error:
+            seconds = (_monotonic_ns() - start) / 1e9
+            hooks.emit("operation.exception", {"seconds": seconds}, error=error, **facts)
+            raise
+        self._made_calls = True
+        hooks.emit("operation.stop", {"seconds": (_monotonic_ns() - start) / 1e9}, **facts)
+        return result
+
+    def options(
+        self, *, timeout: float | None | str = "call_timeout", idempotent: bool = False
+    ) -> LeaseOptions[W]:
+        """Return a caller with other options: `w.options(timeout=0.5).call("predict", x)`.
+
+        Args:
+            timeout: seconds for the call; None waits for ever.
+            idempotent: it may run twice: when its worker dies it is made again on another, within
+                `timeout`, if it was the first of this lease.
+        """
+        return LeaseOptions(self, seconds(timeout, self._timeout, "timeout"), idempotent)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(f"a lease has no attribute {name!r}")
+        return lambda *args, **kwargs: self._call(name, args, kwargs, self._timeout, False)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Give the worker back. Does nothing the second time, also if another has it by then.
+
+        A call that is still under way (in another thread, or interrupted) is abandoned: its
+        worker is killed and replaced.
+        """
+        try:
+            handle = self._held.pop()
+        except IndexError:
+            return
+        self._desk.give_back(handle, self.since_ns)
+
+    def discard(self, reason: str) -> None:
+        """Give the worker back to be replaced: it is well enough to stop, but not to go on."""
+        for handle in self._held[:1]:
+            handle.tainted = handle.tainted or f"discarded: {reason}"
+        self.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        try:
+            handle = self._held.pop()
+        except (IndexError, AttributeError):
+            return
+        warnings.warn(
+            f"a lease of worker {handle.slot} was dropped without release(); use `with`",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+        held = (_monotonic_ns() - self.since_ns) / 1e9
+        self._desk.give_back(handle, self.since_ns)
+        self._desk.hooks.emit("lease.leaked", {"seconds": held}, worker_id=handle.slot)
+
+    def revoke(self, reason: str) -> None:
+        """Tell the lease that its worker is taken away. For the manager."""
+        self._revoked = reason
+
+    def holds(self, handle: Handle) -> bool:
+        """Tell whether this lease has that very worker now."""
+        return handle in self._held
+
+    # -- looking -----------------------------------------------------------------------------
+
+    @property
+    def _handle(self) -> Handle:
+        try:
+            return self._held[0]
+        except IndexError:
+            raise self._gone("attributes") from None
+
+    @property
+    def worker_id(self) -> int:
+        """The slot of the worker; stable while it is replaced."""
+        return self._handle.slot
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process."""
+        return self._handle.pid
+
+    @property
+    def generation(self) -> int:
+        """Tells workers apart that had the same slot, one after the other."""
+        return self._handle.generation
+
+    def __repr__(self) -> str:
+        held = self._held[:1]
+        what = f"worker {held[0].slot}, pid {held[0].pid}" if held else "released"
+        return f"<Lease of {self._desk.config.name}: {what}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a lease cannot be pickled: it is one process's hold of one worker")
+
+    def _gone(self, target: Any) -> LeaseError:
+        if self._revoked is not None:
+            return LeaseRevoked(
+                f"cannot call {target!r}: the lease was revoked: {self._revoked}; take a new one",
+                reason=self._revoked,
+            )
+        self._desk.check_process()
+        return LeaseReleased(f"cannot call {target!r}: lease already released; take a new one")
+
+    def _busy(self, target: Any) -> LeaseError:
+        self._desk.check_process()
+        return LeaseError(
+            f"cannot call {target!r}: another call of this lease is under way, or was interrupted "
+            f"and its reply may still come; use one lease per thread, and a new one after that"
+        )
+
+
+class LeaseOptions(Generic[W]):
+    """A lease seen through other call options; see `Lease.options`."""
+
+    def __init__(self, lease: Lease[W], timeout: float | None, idempotent: bool) -> None:
+        self._lease, self._timeout, self._idempotent = lease, timeout, idempotent
+
+    if TYPE_CHECKING:
+
+        @overload
+        def call(self, target: str, /, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def call(
+            self, target: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+        ) -> R: ...
+
+        @overload
+        def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """As `Lease.call`."""
+        return self._lease._call(target, args, kwargs, self._timeout, self._idempotent)
+
+
+def seconds(value: Any, default: float | None, name: str) -> float | None:
+    """Return a timeout as given, or the default for a text (which is the option's name).
+
+    Raises:
+        ValueError: it is negative or NaN. TypeError: it is no number.
+    """
+    if isinstance(value, str):
+        return default
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: give seconds as a number, or None")
+    if not value >= 0:
+        raise ValueError(f"{name}={value!r}: give seconds, 0 or more, or None to wait for ever")
+    return value

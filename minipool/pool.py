@@ -1,0 +1,449 @@
+"""Pool: the public face. Opens and closes, hands out leases, tells how things are."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from multiprocessing import util as _multiprocessing_util  # its exit handler must be older than ours
+from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
+
+from .config import PoolConfig
+from .engine import wire
+from .engine.desk import Desk
+from .engine.handle import Handle
+from .engine.launch import Launcher
+from .engine.manager import Manager, live_managers
+from .engine.states import WorkerState
+from .errors import CheckoutTimeout, ConfigError, PoolClosed, PoolStartError
+from .lease import Lease, seconds
+from .status import HealthReport, PoolStats, WorkerInfo, health_report, pool_stats, worker_info
+from .telemetry import Hooks
+
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec, Self
+
+    P = ParamSpec("P")
+
+W = TypeVar("W")
+R = TypeVar("R")
+
+_EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
+_CLOSE_MARGIN = 5.0  # seconds a close may take longer than it was given, before it is given up
+
+
+class Pool(Generic[W]):
+    """A pool of long-lived, stateful worker processes.
+
+    `worker` is a class or factory, or the name of one ("package.module:Class"); each process
+    makes one object of it, with `args` and `kwargs`, and keeps it. Without a worker the pool runs
+    plain functions. All `options` are those of `PoolConfig`.
+
+    The constructor starts nothing; `with`, `open()` or the first use does. A closed pool does not
+    reopen. Every method may be called from any thread, and from signal handlers; none from a
+    forked child, where each raises PoolForked.
+
+    Raises:
+        ConfigError: an option is wrong, or `worker` could not be made in another process.
+    """
+
+    @overload
+    def __init__(self: Pool[None], worker: None = None, **options: Any) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        worker: Callable[..., W],
+        *,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        config: PoolConfig | None = None,
+        **options: Any,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Pool[Any],
+        worker: str,
+        *,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        config: PoolConfig | None = None,
+        **options: Any,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        worker: Any = None,
+        *,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        config: PoolConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if config is not None and options:
+            raise ConfigError(
+                f"both config= and options {sorted(options)}: give one or the other; "
+                f"dataclasses.replace() changes a config",
+                option="config",
+                value=config,
+            )
+        self.config = config or PoolConfig.from_options(options)
+        self.hooks = Hooks(self.config.name or "")
+        self._launcher = Launcher(worker, args, kwargs, self.config)
+        self._opening = threading.RLock()
+        self._desk: Desk | None = None  # None: not opened yet
+        self._closed = False
+
+    # -- opening and closing -----------------------------------------------------------------
+
+    def open(self, wait: bool = True) -> Self:
+        """Start the workers; wait until they are ready. Does nothing if the pool is open.
+
+        Raises:
+            PoolStartError: they did not start, with the reason as cause. The pool is closed.
+            PoolClosed: it was closed before; make a new one.
+        """
+        self._open(self.config.initial_size if wait else 0)
+        return self
+
+    def _open(self, wait_for: int) -> Desk:
+        with self._opening:
+            if self._desk is None:
+                if self._closed:
+                    raise PoolClosed(f"{self.config.name} is closed; make a new pool")
+                self._desk = self._start()
+        desk = self._desk
+        desk.check_open()
+        if wait_for and not desk.manager.here:
+            self._wait_started(desk, wait_for)
+        return desk
+
+    def _start(self) -> Desk:
+        self._launcher.open()
+        manager = Manager(self._launcher, self.config, self.hooks)
+        targets = wire.Targets(
+            self._launcher.worker, self._launcher.method == "fork", self.config.codec is not None
+        )
+        # The manager does not know the pool: when the pool is collected, this ends the workers.
+        self._finalizer = weakref.finalize(self, manager.close, 0.0, True)
+        self._finalizer.atexit = False  # `_close_all` does better
+        manager.start()
+        self.hooks.emit("pool.init", {"size": self.config.size})
+        return Desk(manager, targets)
+
+    def _wait_started(self, desk: Desk, count: int) -> None:
+        """Wait for the first workers; fail at once when none can be started."""
+        manager = desk.manager
+
+        def settled() -> bool:
+            return manager.fleet.started >= count or (
+                manager.fleet.last_failure is not None and manager.fleet.started == 0
+            )
+
+        # Workers that do not get ready are failures after init_timeout each; this is the backstop.
+        timeout = None if self.config.init_timeout is None else 2 * self.config.init_timeout + 1
+        in_time = manager.wait_for(settled, timeout)
+        if manager.fleet.started >= min(count, 1) and (in_time or manager.fleet.started >= count):
+            return
+        desk.check_open()
+        error = manager.start_error() or PoolStartError(
+            f"{self.config.name}: {manager.fleet.started} of {count} workers became ready within "
+            f"{timeout} s; raise `init_timeout`"
+        )
+        self.terminate()
+        raise error
+
+    def wait_ready(self, workers: int | None = None, timeout: float | None = None) -> None:
+        """Open the pool, and wait until so many workers (None: all of the size) are ready.
+
+        `timeout` is in seconds; None is `init_timeout`.
+
+        Raises:
+            CheckoutTimeout: they were not ready in time; the pool is closed.
+            ValueError: more workers than the pool may have.
+        """
+        desk = self._open(0)
+        manager = desk.manager
+        wanted = manager.target if workers is None else workers
+        most = manager.ceiling + self.config.max_overflow
+        if wanted > most:
+            raise ValueError(f"workers={workers!r}: the pool has {most} at most")
+        limit = self.config.init_timeout if timeout is None else seconds(timeout, None, "timeout")
+        if wanted > manager.target:
+            manager.order(lambda: setattr(manager, "target", max(manager.target, wanted)))
+        if not manager.wait_for(lambda: self._ready_count(manager) >= wanted, limit):
+            ready = self._ready_count(manager)
+            cause = manager.fleet.last_failure
+            self.terminate()
+            raise CheckoutTimeout(
+                f"{ready} of {wanted} workers of {self.config.name} were ready within {limit} s; "
+                f"the pool is closed; raise the timeout, or look at the cause",
+                timeout=limit, waited=limit, size=wanted, leased=0, waiting=0,
+                held_by_this_thread=0,
+            ) from cause  # fmt: skip
+        desk.check_open()
+
+    @staticmethod
+    def _ready_count(manager: Manager) -> int:
+        return manager.fleet.count(WorkerState.IDLE, WorkerState.PROBING)
+
+    def close(self, timeout: float | None = None) -> None:
+        """End the pool in good order. Does nothing the second time but wait.
+
+        New work is refused and every waiter woken, at once. Leases may finish for `timeout`
+        seconds (None: `close_timeout`), then they are revoked. Workers call their object's
+        `close()` and end; who does not is killed. Afterwards no process, thread or descriptor of
+        the pool is left. In the manager's own thread (a hook) it only begins all that.
+        """
+        grace = self.config.close_timeout
+        if timeout is not None:
+            grace = seconds(timeout, None, "timeout") or 0.0
+        self._end(grace, kill=False)
+
+    def terminate(self) -> None:
+        """End the pool now: leases are revoked and workers killed, whatever they do."""
+        self._end(0.0, kill=True)
+
+    def _end(self, grace: float, kill: bool) -> None:
+        with self._opening:
+            self._closed = True
+            desk = self._desk
+        if desk is None:
+            return
+        desk.check_process()
+        manager = desk.manager
+        manager.close(grace, kill)
+        if not manager.here:
+            if manager.wait_for(lambda: manager.done, grace + _CLOSE_MARGIN):
+                manager.join(1.0)
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._desk is None or not self._desk.forked:
+            self.close()
+
+    def drain(self) -> None:
+        """Replace every worker: idle ones at once, leased ones when they are given back."""
+        manager = self._open(0).manager
+        manager.order(manager.drain)
+
+    def resize(self, size: int) -> None:
+        """Keep `size` workers from now on.
+
+        More are started in the background. What is too many goes: booting ones, idle ones, then
+        busy ones when they are given back. A fixed pool takes any size, an elastic one what is
+        between `min_size` and `max_size`.
+
+        Raises:
+            ConfigError: it is not a size this pool can have; nothing has changed.
+        """
+        manager = self._open(0).manager
+        fixed = manager.floor == manager.ceiling
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"size={size!r}: give a whole number, 1 or more", option="size",
+                              value=size)  # fmt: skip
+        if not fixed and not manager.floor <= size <= manager.ceiling:
+            raise ConfigError(
+                f"size={size!r}: it is not between min_size={manager.floor} and "
+                f"max_size={manager.ceiling}; make the pool with wider bounds",
+                option="size",
+                value=size,
+            )
+        PoolConfig(size=size, max_overflow=self.config.max_overflow)  # refuses what is too large
+        previous = manager.target
+        manager.order(lambda: manager.resize(size))
+        self.hooks.emit("pool.resized", {"size": size, "previous": previous})
+
+    # -- using -------------------------------------------------------------------------------
+
+    def checkout(self, *, timeout: float | None | str = "checkout_timeout") -> Lease[W]:
+        """Take a worker for yourself; use it as `with pool.checkout() as w: w.call(...)`.
+
+        `timeout` is how many seconds to wait for one (default: `checkout_timeout`; 0: not at all;
+        None: for ever). Callers are served in the order they came.
+
+        Raises:
+            CheckoutTimeout, TooManyWaiters, PoolClosed: nothing was taken.
+            PoolStartError: this was the first use, and the pool could not be opened.
+        """
+        desk = self._desk
+        if desk is None:
+            desk = self._open(wait_for=min(1, self.config.initial_size))
+        if timeout == "checkout_timeout":
+            timeout = self.config.checkout_timeout
+        elif timeout is not None:
+            timeout = seconds(timeout, None, "timeout")
+        return Lease(desk, self, desk.acquire(timeout))  # type: ignore[arg-type]
+
+    if TYPE_CHECKING:
+
+        @overload
+        def call(self, target: str, /, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def call(
+            self, target: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+        ) -> R: ...
+
+        @overload
+        def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Run one call in any worker; the same as a checkout, `Lease.call` and release."""
+        lease = self.checkout()
+        try:
+            return lease.call(target, *args, **kwargs)
+        finally:
+            lease.release()
+
+    def options(
+        self, *, timeout: float | None | str = "call_timeout", idempotent: bool = False
+    ) -> PoolOptions[W]:
+        """Return a caller with other options: `pool.options(timeout=0.5).call("predict", x)`.
+
+        Args:
+            timeout: seconds for checkout and call together; None waits for ever.
+            idempotent: the call may run twice: if its worker dies it is made again on another.
+        """
+        return PoolOptions(self, timeout, idempotent)
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def workers(self) -> list[WorkerInfo]:
+        """Return what each worker is doing now, in the order of their ids."""
+        handles = self._handles()
+        return [worker_info(handles[slot]) for slot in sorted(handles)]
+
+    def worker(self, worker_id: int) -> WorkerInfo:
+        """Return what one worker is doing now.
+
+        Raises:
+            KeyError: there is no such worker at the moment.
+        """
+        try:
+            return worker_info(self._handles()[worker_id])
+        except KeyError:
+            raise KeyError(f"{self.config.name} has no worker {worker_id!r} now") from None
+
+    def _handles(self) -> dict[int, Handle]:
+        desk = self._desk
+        if desk is None:
+            return {}
+        desk.check_process()
+        return dict(desk.manager.fleet.handles)
+
+    def stats(self) -> PoolStats:
+        """Return what the pool did so far and how it stands; also after it was closed."""
+        return pool_stats(self.config, self._desk)
+
+    def health_check(self, probe: bool = False) -> HealthReport:
+        """Tell whether the pool is well: healthy, degraded or unhealthy, and why.
+
+        With `probe`, every idle worker is asked first; that takes `health_check_timeout` at most.
+        """
+        desk = self._desk
+        if desk is not None:
+            desk.check_process()
+            if probe and not desk.manager.closing:
+                self._probe_all(desk.manager)
+        return health_report(self.config, desk)
+
+    def _probe_all(self, manager: Manager) -> None:
+        asked: list[Handle] = []
+        placed = threading.Event()
+
+        def probe_idle() -> None:
+            for slot in tuple(manager.turnstile.idle):
+                handle = manager.fleet.handles[slot]
+                manager.probe(handle)
+                asked.append(handle)
+            placed.set()
+
+        manager.order(probe_idle)
+        if not manager.here:
+            placed.wait(self.config.health_check_timeout)
+            manager.wait_for(
+                lambda: not any(handle.state is WorkerState.PROBING for handle in asked),
+                self.config.health_check_timeout + 0.5,
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the pool was closed, or is being closed."""
+        return self._closed
+
+    def __repr__(self) -> str:
+        desk = self._desk
+        if desk is None:
+            status = "closed" if self._closed else "not open yet"
+        elif desk.forked:
+            status = f"belongs to process {desk.manager.pid}"
+        elif desk.manager.done:
+            status = "closed"
+        else:
+            s = self.stats()
+            status = "closing, " if desk.manager.closing else ""
+            status += f"{s.workers} of {s.size} workers: {s.idle} idle, {s.leased} leased, "
+            status += f"{s.starting} starting; {s.waiting} waiting"
+        return f"<Pool {self.config.name}: {status}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a pool cannot be pickled: open one in each process that needs it")
+
+
+class PoolOptions(Generic[W]):
+    """A pool seen through other call options; see `Pool.options`."""
+
+    def __init__(self, pool: Pool[W], timeout: float | None | str, idempotent: bool) -> None:
+        self._pool, self._idempotent = pool, idempotent
+        self._own_timeout = not isinstance(timeout, str)
+        self._timeout = seconds(timeout, pool.config.call_timeout, "timeout")
+
+    if TYPE_CHECKING:
+
+        @overload
+        def call(self, target: str, /, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def call(
+            self, target: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+        ) -> R: ...
+
+        @overload
+        def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """As `Pool.call`, all within the one timeout that was given."""
+        start = time.monotonic()
+        lease = self._pool.checkout(
+            timeout=self._timeout if self._own_timeout else "checkout_timeout"
+        )
+        left = self._timeout
+        if left is not None and self._own_timeout:
+            left = max(0.0, left - (time.monotonic() - start))
+        try:
+            return lease.options(timeout=left, idempotent=self._idempotent).call(
+                target, *args, **kwargs
+            )
+        finally:
+            lease.release()
+
+
+def _close_all() -> None:
+    """At interpreter exit: end every pool that was left open, before multiprocessing joins."""
+    managers = live_managers()
+    for manager in managers:
+        manager.close(0.0)
+    deadline = time.monotonic() + _EXIT_GRACE
+    for manager in managers:
+        if not manager.wait_for(lambda m=manager: m.done, max(0.0, deadline - time.monotonic())):
+            manager.close(0.0, kill=True)
+            manager.wait_for(lambda m=manager: m.done, 1.0)
+
+
+assert _multiprocessing_util  # imported for its place in the order of exit handlers
+atexit.register(_close_all)

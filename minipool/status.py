@@ -1,0 +1,182 @@
+"""What a pool tells of itself: frozen snapshots, made from the table and the fleet.
+
+Nothing here changes anything or waits for anybody; any thread may call it. Numbers that belong
+together are read one after the other, so a snapshot of a busy pool may be off by what happened
+in between.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple, Optional, Tuple
+
+from .config import PoolConfig
+from .engine import table as t
+from .engine.desk import Desk
+from .engine.handle import Handle
+from .engine.states import WorkerState as S
+
+
+class WorkerInfo(NamedTuple):
+    """One worker at one moment. Durations are seconds."""
+
+    worker_id: int  #: its slot
+    generation: int
+    pid: Optional[int]
+    state: str  #: "starting", "idle", "leased", "probing", "stopping" or "lost"
+    calls: int  #: done by this process
+    busy: float  #: spent in calls
+    in_call_for: Optional[float]  #: the call that runs now has taken so long
+    uptime: float  #: since it was ready
+    rss_bytes: int  #: as it said last
+    probe_failures: int  #: in a row
+
+
+class PoolStats(NamedTuple):
+    """A pool at one moment, and what it did since it was opened. Durations are seconds."""
+
+    name: str
+    size: int  #: how many workers are wanted now
+    workers: int  #: how many there are: the sum of the next six
+    idle: int
+    leased: int
+    starting: int
+    probing: int
+    stopping: int
+    lost: int  #: dying
+    waiting: int  #: callers in the queue
+    leases: int  #: checkouts that got a worker
+    queued: int  #: checkouts that had to queue
+    checkout_timeouts: int
+    turned_away: int  #: by max_waiting
+    calls: int  #: replies received
+    raised: int  #: of them, those with an exception of the user's code
+    faults: int  #: calls that got no reply: the worker died, was too late, or garbled it
+    discarded: int  #: workers given back unfit
+    workers_started: int
+    workers_lost: int  #: ended without being told to
+    workers_retired: int  #: ended because they were told to
+    start_failures: int
+    uptime: float
+    utilization: float  #: leased time over workers' time, since the pool was opened
+    call_p50: Optional[float]  #: of the calls that were answered; None without any
+    call_p99: Optional[float]
+    wait_p50: Optional[float]  #: of checkouts that got a worker
+    wait_p99: Optional[float]
+
+
+class HealthReport(NamedTuple):
+    """What `Pool.health_check()` found."""
+
+    status: str  #: "healthy", "degraded" (it serves, but not as it should) or "unhealthy"
+    reasons: Tuple[str, ...]
+    workers: Tuple[WorkerInfo, ...]
+
+
+def worker_info(handle: Handle) -> WorkerInfo:
+    """Return the snapshot of one worker."""
+    row, now = handle.row, time.monotonic_ns()
+    running = row[t.PHASE] == t.PHASE_RUNNING and handle.state is S.IDLE
+    state = handle.state
+    leased = state is S.IDLE and row[t.STATE] == S.LEASED
+    return WorkerInfo(
+        worker_id=handle.slot,
+        generation=handle.generation,
+        pid=handle.pid,
+        state="leased" if leased else state.name.lower(),
+        calls=row[t.CALLS],
+        busy=row[t.BUSY_NS] / 1e9,
+        in_call_for=(now - row[t.CALL_STARTED_NS]) / 1e9 if running else None,
+        uptime=(now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0,
+        rss_bytes=row[t.RSS_BYTES],
+        probe_failures=handle.probe_failures,
+    )
+
+
+def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
+    """Return the snapshot of a pool; of one that was never opened, all zeros."""
+    if desk is None:
+        zeros = dict.fromkeys(PoolStats._fields, 0)
+        empty = dict.fromkeys(("call_p50", "call_p99", "wait_p50", "wait_p99"))
+        return PoolStats(**{**zeros, **empty, "name": config.name, "utilization": 0.0})  # type: ignore[arg-type]
+    desk.check_process()
+    manager, fleet = desk.manager, desk.manager.fleet
+    infos = [worker_info(handle) for handle in tuple(fleet.handles.values())]
+    states = [info.state for info in infos]
+    rows = fleet.table.used_rows()
+    totals = {word: sum(row[word] for row in rows) for word in _TOTALS}
+    now = manager.closed_ns or time.monotonic_ns()
+    calls = _added(rows, t.CALL_TIMES)
+    waits = _added(rows, t.WAIT_TIMES)
+    return PoolStats(
+        name=config.name or "",
+        size=manager.target,
+        workers=len(infos),
+        **{name: states.count(name) for name in _GAUGES},
+        waiting=len(manager.turnstile.waiters),
+        leases=totals[t.LEASES],
+        queued=desk.queued,
+        checkout_timeouts=desk.timeouts,
+        turned_away=desk.turned_away,
+        calls=totals[t.REPLIES],
+        raised=totals[t.RAISED],
+        faults=totals[t.FAULTS],
+        discarded=desk.discarded,
+        workers_started=fleet.started,
+        workers_lost=fleet.lost,
+        workers_retired=fleet.retired,
+        start_failures=fleet.start_failures,
+        uptime=(now - manager.opened_ns) / 1e9,
+        utilization=_utilization(desk, rows, now),
+        call_p50=t.quantile(calls, 0.5),
+        call_p99=t.quantile(calls, 0.99),
+        wait_p50=t.quantile(waits, 0.5),
+        wait_p99=t.quantile(waits, 0.99),
+    )
+
+
+_TOTALS = (t.LEASES, t.REPLIES, t.RAISED, t.FAULTS)
+_GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
+
+
+def _added(rows: list[memoryview], first: int) -> list[int]:
+    """Return the sum of one histogram over all rows."""
+    histograms = [row[first : first + t.BUCKETS].tolist() for row in rows]
+    return [sum(column) for column in zip(*histograms)]
+
+
+def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:
+    """Return leased time, that of the leases not yet ended included, over workers' time."""
+    leased = sum(row[t.LEASED_NS] for row in rows)
+    for handle in tuple(desk.manager.fleet.handles.values()):
+        lease = handle.live_lease
+        if lease is not None:
+            leased += now - lease.since_ns
+    served = desk.manager.fleet.served_ns(now)
+    return min(1.0, leased / served) if served else 0.0
+
+
+def health_report(config: PoolConfig, desk: Desk | None) -> HealthReport:
+    """Judge a pool: unhealthy if it cannot serve, degraded if it serves with less than it should."""
+    if desk is None:
+        return HealthReport("unhealthy", (f"{config.name} is not open",), ())
+    manager, fleet = desk.manager, desk.manager.fleet
+    infos = tuple(worker_info(fleet.handles[slot]) for slot in sorted(fleet.handles))
+    if manager.closing:
+        return HealthReport("unhealthy", (f"{config.name} is closed",), infos)
+    serving = [info for info in infos if info.state in ("idle", "leased", "probing")]
+    reasons = [
+        f"worker {info.worker_id} failed {info.probe_failures} health checks in a row"
+        for info in infos
+        if info.probe_failures
+    ]
+    if len(serving) < manager.target:
+        reasons.append(f"{len(serving)} of {manager.target} workers are in service")
+    if fleet.last_failure is not None:
+        reasons.append(f"the last start failed: {fleet.last_failure}")
+    waiting = len(manager.turnstile.waiters)
+    if waiting:
+        reasons.append(f"{waiting} callers are waiting for a worker")
+    unhealthy = manager.target > 0 and not serving
+    status = "unhealthy" if unhealthy else "degraded" if reasons else "healthy"
+    return HealthReport(status, tuple(reasons), infos)
