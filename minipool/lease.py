@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 
@@ -34,23 +33,19 @@ class Lease(Generic[W]):
     """
 
     __slots__ = (
-        "_held", "_desk", "_pool", "_timeout", "_made_calls", "_revoked",
-        "since_ns", "thread", "origin", "__weakref__",
+        "_held", "_desk", "_pool", "_made_calls", "_revoked", "thread", "origin", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, desk: Desk, pool: Any, handle: Handle) -> None:
         self._held = [handle]  # `pop` is atomic: of two who release at once, one does
         self._desk = desk
         self._pool = pool  # keeps it from being collected while a worker is out
-        self._timeout = desk.config.call_timeout
         self._made_calls = False
         self._revoked: str | None = None
-        self.since_ns = _monotonic_ns()
         self.thread = _get_ident()
-        handle.lease = _ref(self)
-        self.origin = ""
-        if desk.config.leak_warn_after is not None:
-            self.origin = "".join(traceback.format_stack(limit=12)[:-2])
+        self.origin = "" if desk.origin_limit is None else _origin(desk.origin_limit)
+        # Released, the lease drops this reference; if it is collected before, `dropped` is called.
+        handle.lease = _ref(self, desk.dropped)
 
     # -- calling -----------------------------------------------------------------------------
 
@@ -82,7 +77,7 @@ class Lease(Generic[W]):
                 lease.
             LeaseReleased, LeaseRevoked: this lease has no worker any more.
         """
-        return self._call(target, args, kwargs, self._timeout, False)
+        return self._call(target, args, kwargs, self._desk.call_timeout, False)
 
     def _call(
         self,
@@ -156,10 +151,9 @@ class Lease(Generic[W]):
             dead = self._held.pop()
         except IndexError:
             raise self._gone("the call") from None
-        self._desk.give_back(dead, self.since_ns)
+        self._desk.give_back(dead)
         handle = self._desk.acquire(timeout)
-        self.since_ns = _monotonic_ns()
-        handle.lease = _ref(self)
+        handle.lease = _ref(self, self._desk.dropped)
         self._held.append(handle)
         return handle
 
@@ -200,12 +194,12 @@ class Lease(Generic[W]):
             idempotent: it may run twice: when its worker dies it is made again on another, within
                 `timeout`, if it was the first of this lease.
         """
-        return LeaseOptions(self, seconds(timeout, self._timeout, "timeout"), idempotent)
+        return LeaseOptions(self, seconds(timeout, self._desk.call_timeout, "timeout"), idempotent)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(f"a lease has no attribute {name!r}")
-        return lambda *args, **kwargs: self._call(name, args, kwargs, self._timeout, False)
+        return lambda *args, **kwargs: self._call(name, args, kwargs, self._desk.call_timeout, False)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -219,7 +213,7 @@ class Lease(Generic[W]):
             handle = self._held.pop()
         except IndexError:
             return
-        self._desk.give_back(handle, self.since_ns)
+        self._desk.give_back(handle)
 
     def discard(self, reason: str) -> None:
         """Give the worker back to be replaced: it is well enough to stop, but not to go on."""
@@ -231,22 +225,11 @@ class Lease(Generic[W]):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        try:
+        try:  # as `release`, one step shorter
             handle = self._held.pop()
-        except (IndexError, AttributeError):
+        except IndexError:
             return
-        warnings.warn(
-            f"a lease of worker {handle.slot} was dropped without release(); use `with`",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
-        held = (_monotonic_ns() - self.since_ns) / 1e9
-        self._desk.give_back(handle, self.since_ns)
-        self._desk.hooks.emit("lease.leaked", {"seconds": held}, worker_id=handle.slot)
+        self._desk.give_back(handle)
 
     def revoke(self, reason: str) -> None:
         """Tell the lease that its worker is taken away. For the manager."""
@@ -303,6 +286,11 @@ class Lease(Generic[W]):
             f"cannot call {target!r}: another call of this lease is under way, or was interrupted "
             f"and its reply may still come; use one lease per thread, and a new one after that"
         )
+
+
+def _origin(limit: int) -> str:
+    """Return the stack that is taking a lease, for the report that it was not given back."""
+    return "".join(traceback.format_stack(limit=limit)[:-3])
 
 
 class LeaseOptions(Generic[W]):

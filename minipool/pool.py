@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 R = TypeVar("R")
 
+_CHECKOUT_TIMEOUT = "checkout_timeout"  # the option's name stands for its value
 _EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
 _CLOSE_MARGIN = 5.0  # seconds a close may take longer than it was given, before it is given up
 
@@ -260,7 +261,7 @@ class Pool(Generic[W]):
 
     # -- using -------------------------------------------------------------------------------
 
-    def checkout(self, *, timeout: float | None | str = "checkout_timeout") -> Lease[W]:
+    def checkout(self, *, timeout: float | None | str = _CHECKOUT_TIMEOUT) -> Lease[W]:
         """Take a worker for yourself; use it as `with pool.checkout() as w: w.call(...)`.
 
         `timeout` is how many seconds to wait for one (default: `checkout_timeout`; 0: not at all;
@@ -273,11 +274,10 @@ class Pool(Generic[W]):
         desk = self._desk
         if desk is None:
             desk = self._open(wait_for=min(1, self.config.initial_size))
-        if timeout == "checkout_timeout":
-            timeout = self.config.checkout_timeout
-        elif timeout is not None:
-            timeout = seconds(timeout, None, "timeout")
-        return Lease(desk, self, desk.acquire(timeout))  # type: ignore[arg-type]
+        limit = desk.checkout_timeout
+        if timeout is not _CHECKOUT_TIMEOUT:
+            limit = seconds(timeout, limit, "timeout")
+        return Lease(desk, self, desk.acquire(limit))
 
     if TYPE_CHECKING:
 
@@ -420,7 +420,7 @@ class PoolOptions(Generic[W]):
         """As `Pool.call`, all within the one timeout that was given."""
         start = time.monotonic()
         lease = self._pool.checkout(
-            timeout=self._timeout if self._own_timeout else "checkout_timeout"
+            timeout=self._timeout if self._own_timeout else _CHECKOUT_TIMEOUT
         )
         left = self._timeout
         if left is not None and self._own_timeout:

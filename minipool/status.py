@@ -76,9 +76,9 @@ class HealthReport(NamedTuple):
 def worker_info(handle: Handle) -> WorkerInfo:
     """Return the snapshot of one worker."""
     row, now = handle.row, time.monotonic_ns()
-    running = row[t.PHASE] == t.PHASE_RUNNING and handle.state is S.IDLE
     state = handle.state
-    leased = state is S.IDLE and row[t.STATE] == S.LEASED
+    running = state is S.IDLE and row[t.CALL_STARTED_NS] > row[t.BEAT_NS]
+    leased = state is S.IDLE and row[t.LEASED_SINCE_NS] != 0
     return WorkerInfo(
         worker_id=handle.slot,
         generation=handle.generation,
@@ -108,6 +108,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
     now = manager.closed_ns or time.monotonic_ns()
     calls = _added(rows, t.CALL_TIMES)
     waits = _added(rows, t.WAIT_TIMES)
+    waits[0] += max(0, totals[t.LEASES] - sum(waits))  # who did not wait is not in the histogram
     return PoolStats(
         name=config.name or "",
         size=manager.target,
@@ -118,7 +119,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
         queued=desk.queued,
         checkout_timeouts=desk.timeouts,
         turned_away=desk.turned_away,
-        calls=totals[t.REPLIES],
+        calls=sum(calls),
         raised=totals[t.RAISED],
         faults=totals[t.FAULTS],
         discarded=desk.discarded,
@@ -135,23 +136,22 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
     )
 
 
-_TOTALS = (t.LEASES, t.REPLIES, t.RAISED, t.FAULTS)
+_TOTALS = (t.LEASES, t.RAISED, t.FAULTS)
 _GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
 
 
 def _added(rows: list[memoryview], first: int) -> list[int]:
     """Return the sum of one histogram over all rows."""
     histograms = [row[first : first + t.BUCKETS].tolist() for row in rows]
-    return [sum(column) for column in zip(*histograms)]
+    return [sum(column) for column in zip(*histograms)] or [0] * t.BUCKETS
 
 
 def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:
     """Return leased time, that of the leases not yet ended included, over workers' time."""
     leased = sum(row[t.LEASED_NS] for row in rows)
     for handle in tuple(desk.manager.fleet.handles.values()):
-        lease = handle.live_lease
-        if lease is not None:
-            leased += now - lease.since_ns
+        since = handle.row[t.LEASED_SINCE_NS]
+        leased += now - since if since else 0
     served = desk.manager.fleet.served_ns(now)
     return min(1.0, leased / served) if served else 0.0
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import select
+import struct
 import threading
 import time
 from multiprocessing import connection
@@ -26,8 +27,12 @@ SMALL = 32 * 1024  # up to here one write takes all: the socket's buffer is far 
 CHUNK = 64 * 1024
 _PIECE = 8 << 20  # grow the buffer of a long frame by this much, never by what it claims to be
 
-_FRAMED_REQUEST = wire.FRAMED_REQUEST.pack
-_HEADER = wire.REQUEST.size
+# Bound once: each name looked up on the way of a call is paid for by every call.
+_read, _write = os.read, os.write
+_pack_request, _unpack_request = wire.REQUEST.pack, wire.REQUEST.unpack_from
+_pack_reply, _unpack_reply = wire.REPLY.pack, wire.REPLY.unpack_from
+_REQUEST_HEADER = wire.REQUEST.size - 4  # what the length counts of it
+_REPLY_HEADER = wire.REPLY.size
 
 
 class PeerGone(Exception):
@@ -58,33 +63,36 @@ class FastEnd:
 
     def exchange(
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
-    ) -> bytes | memoryview:
-        """Send one request and return the one reply's payload; the way of every call.
+    ) -> tuple[int, bytes | memoryview]:
+        """Send one request; return status and body of the one reply. The way of every call.
 
         Raises:
             PeerGone, TimedOut, Garbled: the worker is of no more use.
         """
-        size = _HEADER + len(name) + len(body)
+        size = _REQUEST_HEADER + len(name) + len(body)
         if size > SMALL:
             deadline = _deadline(timeout)
-            self._send_long(wire.REQUEST.pack(call_id, kind, len(name)) + name, body, deadline)
-            return self._receive(deadline)
-        frame = _FRAMED_REQUEST(size, call_id, kind, len(name)) + name + body
-        events = None
+            head = wire.REQUEST.pack(0, call_id, kind, len(name))[4:]
+            self._send_long(head + name, body, deadline)
+            return _checked(call_id, self._receive(deadline))
+        events: Any = None
         try:
-            if os.write(self.fd, frame) != size + 4:
+            if _write(self.fd, _pack_request(size, call_id, kind, len(name)) + name + body) < size:
                 raise Garbled("the pipe to an idle worker was full")
             events = self.wait(None if timeout is None else timeout * 1000)
-            reply = os.read(self.fd, CHUNK)
+            reply = _read(self.fd, CHUNK)
+            size, got_id, status = _unpack_reply(reply)
         except BlockingIOError:
             if events:
                 raise PeerGone from None
             raise TimedOut from None
         except OSError:
             raise PeerGone from None
-        if len(reply) < 4 or int.from_bytes(reply[:4], "big") != len(reply) - 4:
-            return self._receive(_deadline(timeout), reply)
-        return reply[4:]
+        except struct.error:
+            size = got_id = -1
+        if size + 4 != len(reply) or got_id != call_id:
+            return _checked(call_id, self._receive(_deadline(timeout), reply))
+        return status, reply[_REPLY_HEADER:]
 
     def send(self, call_id: int, kind: int) -> None:
         """Send a request without name and arguments, without waiting for anything.
@@ -93,12 +101,12 @@ class FastEnd:
             PeerGone: the worker is dead, or has not read what was sent before.
         """
         try:
-            os.write(self.fd, _FRAMED_REQUEST(_HEADER, call_id, kind, 0))
+            os.write(self.fd, _pack_request(_REQUEST_HEADER, call_id, kind, 0))
         except OSError:
             raise PeerGone from None
 
     def receive_now(self) -> bytes | memoryview | None:
-        """Return the payload that is there, or None if it is not there whole. Never waits.
+        """Return the frame that is there, or None if it is not there whole. Never waits.
 
         Raises:
             PeerGone, Garbled: the worker is of no more use.
@@ -116,7 +124,7 @@ class FastEnd:
             head, size = _length(self._partial)
             if size is not None and len(self._partial) >= head + size:
                 whole, self._partial = self._partial, bytearray()
-                return memoryview(whole)[head : head + size]
+                return memoryview(whole)[head - 4 : head + size]
 
     def disturbed(self) -> bool:
         """Tell whether an idle worker's pipe has something to read, or the worker is dead."""
@@ -130,7 +138,7 @@ class FastEnd:
             if size is not None and len(buffer) >= head + size:
                 if len(buffer) > head + size:
                     raise Garbled("more came than one reply")
-                return memoryview(buffer)[head:]
+                return memoryview(buffer)[head - 4 :]
             missing = CHUNK if size is None else min(_PIECE, head + size - len(buffer))
             events = self.wait(_left_ms(deadline))
             try:
@@ -178,26 +186,29 @@ class PortableEnd:
         self._conn = conn
         self.fd = conn  # what `connection.wait` takes in place of a descriptor
         self._sentinel = sentinel
-        #: Called with the payload of each frame that is no final reply (see `wire.BEGUN`).
-        self.on_note: Callable[[memoryview], None] = lambda payload: None
+        #: Called with the words that a worker without a shared table sends along.
+        self.on_words: Callable[[bytes | memoryview], None] = lambda words: None
 
     def exchange(
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
-    ) -> bytes | memoryview:
+    ) -> tuple[int, bytes | memoryview]:
         deadline = _deadline(timeout)
-        payload = wire.REQUEST.pack(call_id, kind, len(name)) + name + body
+        payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
         if len(payload) > SMALL:
             self._send_watched(payload, deadline)
         else:
             self._send(payload)
         while True:
             reply = self._receive(deadline)
-            if len(reply) < wire.REPLY.size or reply[8] & ~wire.WITH_WORDS != wire.BEGUN:
-                return reply
-            self.on_note(reply)
+            status, body = _checked(call_id, reply)
+            if status & wire.WITH_WORDS:
+                self.on_words(body)
+                status, body = status & ~wire.WITH_WORDS, body[wire.WORDS.size :]
+            if status != wire.BEGUN:
+                return status, body
 
     def send(self, call_id: int, kind: int) -> None:
-        self._send(wire.REQUEST.pack(call_id, kind, 0))
+        self._send(wire.REQUEST.pack(0, call_id, kind, 0)[4:])
 
     def receive_now(self) -> memoryview | None:
         return self._receive(_deadline(0)) if self._readable() else None
@@ -244,7 +255,7 @@ class PortableEnd:
                 raise TimedOut
             if self._conn not in ready and not self._conn.poll(0):
                 raise PeerGone
-            return memoryview(self._conn.recv_bytes(wire.MAX_FRAME))
+            return memoryview(b"\0\0\0\0" + self._conn.recv_bytes(wire.MAX_FRAME))
         except (EOFError, ValueError, TypeError):
             raise PeerGone from None
         except OSError as error:
@@ -264,19 +275,21 @@ class FastWorkerEnd:
         self._fd = conn.fileno()
 
     def receive(self) -> bytes | memoryview:
-        """Wait for the next request and return its payload.
+        """Wait for the next request and return its frame.
 
         Raises:
             EOFError: the parent is gone or has closed the pipe.
         """
-        frame = os.read(self._fd, CHUNK)
-        if len(frame) >= 4 and int.from_bytes(frame[:4], "big") == len(frame) - 4:
-            return frame[4:]
+        frame = _read(self._fd, CHUNK)
+        if len(frame) >= _REQUEST_HEADER + 4 and _unpack_request(frame)[0] == len(frame) - 4:
+            return frame
+        if not frame:
+            raise EOFError
         buffer = bytearray(frame)
         while True:
             head, size = _length(buffer)
             if size is not None and len(buffer) >= head + size:
-                return memoryview(buffer)[head:]
+                return memoryview(buffer)[head - 4 :]
             piece = os.read(self._fd, CHUNK if size is None else max(CHUNK, min(_PIECE, size)))
             if not piece:
                 raise EOFError
@@ -284,15 +297,15 @@ class FastWorkerEnd:
 
     def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
         """Send one reply, blocking until the parent has taken it."""
-        size = wire.REPLY.size + len(words) + len(body)
+        size = _REPLY_HEADER - 4 + len(words) + len(body)
         if size <= SMALL:
-            frame = wire.FRAMED_REPLY.pack(size, call_id, status) + words + body
-            sent = os.write(self._fd, frame)
-            if sent != len(frame):
+            frame = _pack_reply(size, call_id, status) + words + body
+            sent = _write(self._fd, frame)
+            if sent != size + 4:
                 self._send_all(frame[sent:])
             return
         length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else _long_length(size)
-        self._send_all(length + wire.REPLY.pack(call_id, status) + words)
+        self._send_all(length + _pack_reply(0, call_id, status)[4:] + words)
         self._send_all(body)
 
     def _send_all(self, data: bytes) -> None:
@@ -308,10 +321,21 @@ class PortableWorkerEnd:
         self._conn = conn
 
     def receive(self) -> memoryview:
-        return memoryview(self._conn.recv_bytes())
+        return memoryview(b"\0\0\0\0" + self._conn.recv_bytes())
 
     def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
-        self._conn.send_bytes(wire.REPLY.pack(call_id, status) + words + body)
+        self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + words + body)
+
+
+def _checked(call_id: int, frame: bytes | memoryview) -> tuple[int, bytes | memoryview]:
+    """Return status and body of a reply, if it is the reply to that call."""
+    try:
+        _, got_id, status = _unpack_reply(frame)
+    except struct.error:
+        raise Garbled(f"a frame of {len(frame)} bytes") from None
+    if got_id != call_id:
+        raise Garbled(f"a reply to call {got_id} instead of {call_id}")
+    return status, frame[_REPLY_HEADER:]
 
 
 def _length(buffer: bytes | bytearray) -> tuple[int, int | None]:

@@ -141,17 +141,18 @@ class _Worker:
             self._end.send(0, wire.START_FAILED, b"", wire.pack_error(error))
             raise SystemExit(1) from None
         self._refresh(time.monotonic_ns())
-        words[t.PHASE] = t.PHASE_WAITING
+        words[t.PHASE] = t.PHASE_SERVING
         words[t.READY_GENERATION] = setup.generation
         self._reply(0, wire.READY, b"")
 
     def serve(self) -> None:
         """Answer requests until told to stop."""
         receive, unpack, header = self._end.receive, wire.REQUEST.unpack_from, wire.REQUEST.size
-        words, now = self._words, time.monotonic_ns
+        words, now, run, send = self._words, time.monotonic_ns, self._run, self._end.send
+        shared, calls, busy_ns = self._shared, 0, 0
         while True:
-            payload = receive()
-            call_id, kind, size = unpack(payload)
+            frame = receive()
+            _, call_id, kind, size = unpack(frame)
             if kind == wire.STOP:
                 return
             if kind == wire.PROBE:
@@ -159,46 +160,59 @@ class _Worker:
                 continue
             start = now()
             words[t.CALL_STARTED_NS] = start
-            words[t.PHASE] = t.PHASE_RUNNING
             words[t.CALL_ID] = call_id  # from here on the call has begun
-            if not self._shared:
-                self._end.send(call_id, wire.BEGUN | wire.WITH_WORDS, self._packed_words(), b"")
-            status, body = self._run(
-                kind, bytes(payload[header : header + size]), payload[header + size :]
-            )
+            if not shared:
+                self._reply(call_id, wire.BEGUN, b"")
+            body = header + size
+            status, result = run(kind, bytes(frame[header:body]), frame[body:])
             end = now()
-            words[t.BUSY_NS] += end - start
-            words[t.CALLS] += 1
-            words[t.BEAT_NS] = end
-            words[t.PHASE] = t.PHASE_WAITING
+            calls += 1
+            busy_ns += end - start
+            words[t.CALLS], words[t.BUSY_NS], words[t.BEAT_NS] = calls, busy_ns, end
             if end - self._refreshed_ns > _REFRESH_NS:
                 self._refresh(end)
-            self._reply(call_id, status, body)
+            if shared:
+                send(call_id, status, b"", result)
+            else:
+                self._reply(call_id, status, result)
 
     def _run(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
         """Run one call; return the status and body of its reply. Raises nothing."""
         try:
-            if kind == wire.METHOD:
-                target = getattr(self._object, name.decode(), None)
-                if target is None:
-                    error = wire.no_such_method(self._object, name.decode())
-                    return wire.REFUSED, wire.pack_error(error)
-                args, kwargs = self._loads(body)
-            elif kind == wire.FUNCTION:
+            if kind == wire.FUNCTION:
                 target = self._functions.get(name) or self._find(name)
-                args, kwargs = self._loads(body)
+                result = target(*self._loads(body))
+            elif kind == wire.METHOD:
+                result = self._method(name)(*self._loads(body))
             else:
-                target, args, kwargs = self._loads(body)
-            result = target(*args, **kwargs)
+                result = self._run_other(kind, name, body)
         except BaseException as error:
-            self._words[t.FAILURES] += 1
-            tainted = isinstance(error, _TAINTS)
-            return wire.RAISED_AND_TAINTED if tainted else wire.RAISED, wire.pack_error(error)
+            return self._failure(error)
         try:
-            return wire.RETURNED, self._dumps(result)
+            return 0, self._dumps(result, 5)
         except BaseException as problem:
             error = wire.unpicklable_result(problem, type(result).__name__)
             return wire.REFUSED, wire.pack_error(error)
+
+    def _run_other(self, kind: int, name: bytes, body: Any) -> Any:
+        if kind == wire.SHIPPED:
+            target, args, kwargs = self._loads(body)
+        else:
+            method = kind == wire.METHOD | wire.KEYWORDS
+            target = self._method(name) if method else self._functions.get(name) or self._find(name)
+            args, kwargs = self._loads(body)
+        return target(*args, **kwargs)
+
+    def _method(self, name: bytes) -> Callable[..., Any]:
+        method: Callable[..., Any] | None = getattr(self._object, name.decode(), None)
+        if method is None:
+            raise wire.no_such_method(self._object, name.decode())
+        return method
+
+    def _failure(self, error: BaseException) -> tuple[int, bytes]:
+        self._words[t.FAILURES] += 1
+        status = wire.RAISED_AND_TAINTED if isinstance(error, _TAINTS) else wire.RAISED
+        return status, wire.pack_error(error)
 
     def _find(self, name: bytes) -> Callable[..., Any]:
         if len(self._functions) >= 4096:

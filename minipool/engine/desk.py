@@ -10,16 +10,19 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
+import weakref
 from typing import Any
 
 from ..errors import CheckoutTimeout, PoolClosed, PoolForked, TooManyWaiters
 from . import table as t
 from . import wire
-from .handle import RETURNED, TAKEN, Handle
+from .handle import Handle
 from .manager import Manager
 from .states import WorkerState as S
 from .turnstile import Closed
 
+_monotonic_ns = time.monotonic_ns
 _TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
 
 
@@ -31,6 +34,9 @@ class Desk:
         self.targets = targets
         self.hooks = manager.hooks
         self.config = manager.config
+        self.checkout_timeout = manager.config.checkout_timeout
+        self.call_timeout = manager.config.call_timeout
+        self.origin_limit = None if manager.config.leak_warn_after is None else 15
         # The lists themselves: to find one empty is all an event costs that nobody listens to.
         self.on_checkout, self.on_checkin = self.hooks["worker.checkout"], self.hooks["worker.checkin"]
         self.on_start, self.on_stop = self.hooks["operation.start"], self.hooks["operation.stop"]
@@ -39,6 +45,7 @@ class Desk:
             self.hooks["queue.depth"],
         )
         self._turnstile = manager.turnstile
+        self._publish = manager.turnstile.publish
         self._handles = manager.fleet.handles
         # The slow ways are counted under a lock; RLock, as a signal handler may come in between.
         self._counting = threading.RLock()
@@ -58,7 +65,7 @@ class Desk:
         token = self._turnstile.try_take()
         if token is None:
             return self._acquire_slowly(timeout)
-        now = time.monotonic_ns()
+        now = _monotonic_ns()
         handle = self._handles.get(token[0])
         if (
             handle is None
@@ -68,10 +75,8 @@ class Desk:
             self._refuse(token, handle)
             return self._acquire_slowly(timeout)
         row = handle.row
-        row[t.STATE] = TAKEN
-        row[t.LEASES] += 1
         row[t.LEASED_SINCE_NS] = now
-        row[t.WAIT_TIMES] += 1
+        row[t.LEASES] += 1
         if self.on_checkout:
             self._tell_checkout(handle, 0.0)
         return handle
@@ -107,9 +112,8 @@ class Desk:
 
     def _mark_taken(self, handle: Handle, waited: float) -> Handle:
         row = handle.row
-        row[t.STATE] = TAKEN
-        row[t.LEASES] += 1
         row[t.LEASED_SINCE_NS] = time.monotonic_ns()
+        row[t.LEASES] += 1
         row[t.WAIT_TIMES + t.bucket(int(waited * 1e9))] += 1
         if self.on_checkout:
             self._tell_checkout(handle, waited)
@@ -124,30 +128,48 @@ class Desk:
 
     # -- giving back -------------------------------------------------------------------------
 
-    def give_back(self, handle: Handle, since_ns: int) -> None:
+    def give_back(self, handle: Handle) -> None:
         """Offer a worker again, or hand it to the manager if it is not fit for the next one."""
         if handle.abandoned:
             return  # the owner, in another process, will see to it
-        now = time.monotonic_ns()
         row = handle.row
-        row[t.LEASED_NS] += now - since_ns
-        handle.idle_since_ns = now
-        handle.lease = _nobody
+        handle.idle_since_ns = now = _monotonic_ns()
+        held = now - row[t.LEASED_SINCE_NS]
+        row[t.LEASED_NS] += held
+        row[t.LEASED_SINCE_NS] = 0
+        handle.lease = None
+        leak_warned = handle.leak_warned
         if handle.in_call or handle.tainted:
             self._give_back_tainted(handle)
         else:
-            row[t.STATE] = RETURNED
-            self._turnstile.publish(handle.slot, handle.generation)
-        if handle.leak_warned:
-            self._unleaked(handle, (now - since_ns) / 1e9)
+            self._publish(handle.slot, handle.generation)
+        if leak_warned:
+            self._unleaked(handle, held / 1e9)
         if self.on_checkin:
             self.hooks.emit(
                 "worker.checkin",
-                {"seconds": (now - since_ns) / 1e9},
+                {"seconds": held / 1e9},
                 worker_id=handle.slot,
                 pid=handle.pid,
                 generation=handle.generation,
             )
+
+    def dropped(self, reference: weakref.ref[Any]) -> None:
+        """Give back the worker of a lease that was collected without having been released.
+
+        Called by the collector, in whatever thread it runs.
+        """
+        for handle in tuple(self._handles.values()):
+            if handle.lease is reference:
+                held = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9
+                self.give_back(handle)
+                self.hooks.emit("lease.leaked", {"seconds": held}, worker_id=handle.slot)
+                warnings.warn(
+                    f"a lease of worker {handle.slot} of {self.config.name} was dropped without "
+                    f"release(); use `with pool.checkout() as w:`",
+                    ResourceWarning,
+                    stacklevel=2,
+                )
 
     def _give_back_tainted(self, handle: Handle) -> None:
         if not handle.condemned:
@@ -235,7 +257,3 @@ def _nested(mine: int) -> str:
         return ""
     leases = "1 lease" if mine == 1 else f"{mine} leases"
     return f"; this thread already holds {leases}, and would wait for itself"
-
-
-def _nobody() -> Any:
-    return None

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import struct
 import threading
 import time
 from multiprocessing import connection
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     CallMismatch,
@@ -37,9 +36,7 @@ _REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a s
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
 
-# The hot transitions, looked up once: a lease begins and ends with one word each.
-TAKEN = int(advance(WorkerState.IDLE, WorkerEvent.TAKEN))
-RETURNED = int(advance(WorkerState.LEASED, WorkerEvent.RETURNED))
+_monotonic_ns = time.monotonic_ns
 
 
 class Handle:
@@ -56,7 +53,7 @@ class Handle:
         self.idle_since_ns = 0
         self.tainted: str | None = None  # why it must not be used again
         self.in_call = False  # between a request and its reply: nobody else may use the pipe
-        self.lease: Callable[[], Any] | weakref.ref[Any] = _no_lease
+        self.lease: weakref.ref[Any] | None = None
         self.probe_failures = 0
         self.probed_ns = 0
         self.sweeps_lost = 0
@@ -95,14 +92,16 @@ class Handle:
         finally:
             theirs.close()
         self.pid = self.process.pid
-        self.row[t.GENERATION], self.row[t.PID] = self.generation, self.pid or 0
+        row = self.row
+        row[t.GENERATION], row[t.PID], row[t.LEASED_SINCE_NS] = self.generation, self.pid or 0, 0
         self._pidfd = _pidfd(self.pid)
         self.move(WorkerEvent.SPAWNED)
         if setup.portable:
             self.channel = PortableEnd(ours, self.process.sentinel)
-            self.channel.on_note = self._note
+            self.channel.on_words = self._note
         else:
             self.channel = FastEnd(ours, self.death_fd)
+        self._exchange = self.channel.exchange
 
     @property
     def death_fd(self) -> int:
@@ -167,7 +166,8 @@ class Handle:
     @property
     def live_lease(self) -> Any:
         """Return the lease that holds this worker now, or None."""
-        lease = self.lease()
+        reference = self.lease
+        lease = None if reference is None else reference()
         return lease if lease is not None and lease.holds(self) else None
 
     # -- calls (who owns the slot) -----------------------------------------------------------
@@ -183,32 +183,35 @@ class Handle:
             WorkerError: the worker is of no more use, and has been killed.
         """
         try:
-            body = self._dumps((args, kwargs) if kind != wire.SHIPPED else args)
+            if kwargs and kind != wire.SHIPPED:
+                kind |= wire.KEYWORDS
+                body = self._dumps((args, kwargs), 5)
+            else:
+                body = self._dumps(args, 5)
         except Exception as problem:
             raise self._unpicklable(problem, kind, name, args, kwargs) from problem
-        row = self.row
         call_id = self._call_id = self._call_id + 1
         self.in_call = True
-        start = time.monotonic_ns()
+        start = _monotonic_ns()
         try:
-            reply = self.channel.exchange(call_id, kind, name, body, timeout)
-            got_id, status = wire.REPLY.unpack_from(reply)
-            if got_id != call_id:
-                raise Garbled(f"reply to call {got_id} instead of {call_id}")
-        except (PeerGone, TimedOut, Garbled, struct.error) as problem:
+            status, reply = self._exchange(call_id, kind, name, body, timeout)
+        except (PeerGone, TimedOut, Garbled) as problem:
             error = self._failed(problem, name, timeout)
             error.sent_ns = start
             raise error from None
         self.in_call = False
-        took = time.monotonic_ns() - start
-        row[t.CALL_TIMES + t.bucket(took)] += 1
-        row[t.REPLIES] += 1
-        if status == wire.RETURNED:
-            try:
-                return self._loads(reply[9:])
-            except Exception as problem:
-                raise wire.unreadable_result(problem) from problem
-        return self._other_reply(status, memoryview(reply))
+        took = _monotonic_ns() - start
+        octave = took.bit_length()  # `table.bucket`, written out: it is on the way of every call
+        if 9 <= octave <= 38:
+            self.row[t.CALL_TIMES - 72 + (octave << 3) + ((took >> (octave - 4)) & 7)] += 1
+        else:
+            self.row[t.CALL_TIMES + t.bucket(took)] += 1
+        if status:
+            raise self._remote_error(status, reply)
+        try:
+            return self._loads(reply)
+        except Exception as problem:
+            raise wire.unreadable_result(problem) from problem
 
     def _unpicklable(
         self, problem: Exception, kind: int, name: bytes, args: tuple[Any, ...], kwargs: Any
@@ -218,28 +221,17 @@ class Handle:
             target, args, kwargs = args
         return wire.explain_unpicklable(problem, self._dumps, target, args, kwargs)
 
-    def _other_reply(self, status: int, reply: memoryview) -> Any:
-        body = reply[wire.REPLY.size :]
-        if status & wire.WITH_WORDS:
-            self._note(reply)
-            body = body[wire.WORDS.size :]
-            status &= ~wire.WITH_WORDS
-        if status == wire.RETURNED:
-            try:
-                return self._loads(body)
-            except Exception as problem:
-                raise wire.unreadable_result(problem) from problem
+    def _remote_error(self, status: int, body: bytes | memoryview) -> BaseException:
+        """Return the exception that a reply brought."""
         self.row[t.RAISED] += 1
         error = wire.unpack_error(body)
         if status == wire.RAISED_AND_TAINTED:
             self.tainted = f"the call ended in {type(error).__name__}"
-        raise error
+        return error
 
-    def _note(self, reply: memoryview) -> None:
-        """Copy the worker's words out of a frame, where it cannot write them itself."""
-        words = wire.WORDS.unpack_from(reply, wire.REPLY.size)
-        for index, word in enumerate(words):
-            self.row[t.WORKER_WORDS.start + index] = word
+    def _note(self, words: bytes | memoryview) -> None:
+        """Take over the worker's words, where it cannot write them itself."""
+        self.row[t.WORKER_WORDS] = memoryview(words[: wire.WORDS.size]).cast("q")
 
     def _failed(self, problem: Exception, name: bytes, timeout: float | None) -> WorkerError:
         """Kill the worker after a broken exchange; return the error that tells of it."""
@@ -264,7 +256,7 @@ class Handle:
                 f"{self.pid}); {begun}; raise `call_timeout` or make the call shorter",
                 timeout=timeout, started=started, target=target, **common,
             )  # fmt: skip
-        if isinstance(problem, (Garbled, struct.error)):
+        if isinstance(problem, Garbled):
             return ProtocolError(
                 f"worker {self.slot} (pid {self.pid}) answered {target!r} with something that is "
                 f"no reply ({problem}); it was killed; does the call write to descriptors that "
@@ -303,7 +295,7 @@ class Handle:
         with contextlib.suppress(PeerGone):
             self.channel.send(0, wire.STOP)
 
-    def receive(self) -> tuple[int, int, memoryview] | None:
+    def receive(self) -> tuple[int, int, bytes | memoryview] | None:
         """Return call id, status and body of the frame that is there, or None. Never waits.
 
         Raises:
@@ -314,10 +306,10 @@ class Handle:
             return None
         if len(reply) < wire.REPLY.size:
             raise Garbled(f"a frame of {len(reply)} bytes")
-        call_id, status = wire.REPLY.unpack_from(reply)
-        body = memoryview(reply)[wire.REPLY.size :]
+        _, call_id, status = wire.REPLY.unpack_from(reply)
+        body = reply[wire.REPLY.size :]
         if status & wire.WITH_WORDS:
-            self._note(memoryview(reply))
+            self._note(body)
             status, body = status & ~wire.WITH_WORDS, body[wire.WORDS.size :]
         return call_id, status, body
 
@@ -325,10 +317,6 @@ class Handle:
     def expected_call_id(self) -> int:
         """The id the next frame must carry."""
         return self._call_id
-
-
-def _no_lease() -> None:
-    return None
 
 
 def _pidfd(pid: int | None) -> int | None:

@@ -22,6 +22,7 @@ from ..config import PoolConfig
 from ..errors import PoolStartError
 from ..telemetry import Hooks
 from . import health, wire
+from . import table as t
 from .channel import Garbled, PeerGone
 from .fleet import Fleet, retry_in
 from .handle import Handle, describe_exit
@@ -510,7 +511,7 @@ def _row(handle: Handle, idle: bool) -> health.Row:
         state=handle.state,
         since_ns=handle.idle_since_ns if handle.state is S.IDLE else handle.since_ns,
         idle=idle,
-        leased_since_ns=None if lease is None else lease.since_ns,
+        leased_since_ns=None if lease is None else handle.row[t.LEASED_SINCE_NS],
         probed_ns=handle.probed_ns,
         probe_failures=handle.probe_failures,
         sweeps_lost=handle.sweeps_lost,

@@ -29,15 +29,18 @@ LAYOUT = 1  # raise it whenever a word moves
 H_MAGIC, H_LAYOUT, H_ROW_WORDS, H_ROWS, H_PID, H_STARTED_NS, H_NAME_BYTES = range(7)
 H_NAME = 8
 
-# Owner line: who holds the slot, and what the pool counts about it. LEASES also numbers them.
-STATE, GENERATION, PID, LEASED_SINCE_NS, LEASED_NS, LEASES, REPLIES, RAISED, FAULTS = range(9)
+# Owner line: who holds the slot, and what the pool counts about it. An IDLE worker is leased while
+# LEASED_SINCE_NS is not 0. LEASES numbers the leases as well; how many replies came, and how many
+# leases did not have to wait, is in the histograms: a lease without a wait is in none.
+STATE, GENERATION, PID, LEASED_SINCE_NS, LEASED_NS, LEASES, RAISED, FAULTS = range(8)
 
 # Worker line: what the worker says of itself.
+# A call is running while CALL_STARTED_NS is later than BEAT_NS, the end of the last one.
 READY_GENERATION, PHASE, BEAT_NS, CALL_ID, CALL_STARTED_NS = range(16, 21)
 CALLS, FAILURES, BUSY_NS, CPU_NS, RSS_BYTES = range(21, 26)
 WORKER_WORDS = slice(16, 26)
 
-PHASE_BOOTING, PHASE_WAITING, PHASE_RUNNING, PHASE_STOPPING = range(4)
+PHASE_BOOTING, PHASE_SERVING, PHASE_STOPPING = range(3)
 
 OCTAVES, STEPS = 30, 8  # a bucket is at most 1/8 wide: quantiles err by less than 6 %
 BUCKETS = OCTAVES * STEPS

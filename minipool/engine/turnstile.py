@@ -79,7 +79,9 @@ class Turnstile:
         self.waiters: Dict[int, Waiter] = {}
         self.current: Dict[int, int] = {}  # slot -> valid generation; written by `admit`, `fence`
         self.closed = False
-        self._lifo = strategy == "lifo"
+        self._pop: Callable[[], Token] = (
+            self.idle.popitem if strategy == "lifo" else self._pop_oldest
+        )
         self._on_queue = on_queue
         self._on_refused = on_refused
         self._tickets = itertools.count()
@@ -88,30 +90,40 @@ class Turnstile:
 
     # -- taking ------------------------------------------------------------------------------
 
-    def try_take(self, wants: int | None = None) -> Token | None:
+    def try_take(self) -> Token | None:
         """Take an idle slot if there is one and nobody waits for it; never waits."""
         while not self.waiters and not self.closed:
-            token = self._pop_idle(wants)
-            if token is None or self.current.get(token[0]) == token[1]:
+            try:
+                token = self._pop()
+            except KeyError:
+                return None
+            if self.current.get(token[0]) == token[1]:
                 return token
         return None
 
-    def _pop_idle(self, wants: int | None) -> Token | None:
+    def _pop_oldest(self) -> Token:
+        while True:
+            try:
+                slot = next(iter(self.idle))
+            except StopIteration:
+                raise KeyError("nothing is idle") from None
+            except RuntimeError:
+                continue  # another thread changed the dict under `iter`
+            generation = self.idle.pop(slot, None)
+            if generation is not None:  # else another thread was faster
+                return slot, generation
+
+    def _pop_wanted(self, wants: int | None) -> Token | None:
         if wants is not None:
             generation = self.idle.pop(wants, None)
             return None if generation is None else (wants, generation)
         try:
-            if self._lifo:
-                return self.idle.popitem()
-            while True:  # oldest first: another thread may take it between the two steps
-                slot = next(iter(self.idle))
-                generation = self.idle.pop(slot, None)
-                if generation is not None:
-                    return slot, generation
-        except (KeyError, StopIteration):
+            return self._pop()
+        except KeyError:
             return None
-        except RuntimeError:  # the dict changed under `iter`: look again
-            return self._pop_idle(wants)
+
+    def _try_take_this(self, wants: int) -> Token | None:
+        return None if self.waiters or self.closed else self._pop_valid(wants)
 
     def take(self, timeout: float | None, wants: int | None = None) -> Token | None:
         """Take a slot, queueing for it; None when the time ran out. `timeout` 0 does not queue.
@@ -122,7 +134,7 @@ class Turnstile:
         """
         if self.closed:
             raise Closed
-        token = self.try_take(wants)
+        token = self.try_take() if wants is None else self._try_take_this(wants)
         if token is not None or (timeout is not None and timeout <= 0):
             return token
         waiter = self.enqueue(wants)
@@ -200,7 +212,7 @@ class Turnstile:
             self._settle_closed(ticket)
         tokens: List[Token] = []
         while True:
-            token = self._pop_idle(None)
+            token = self._pop_wanted(None)
             if token is None:
                 return tokens
             tokens.append(token)
@@ -244,7 +256,7 @@ class Turnstile:
 
     def _pop_valid(self, wants: int | None) -> Token | None:
         while True:
-            token = self._pop_idle(wants)
+            token = self._pop_wanted(wants)
             if token is None or self.current.get(token[0]) == token[1]:
                 return token
 

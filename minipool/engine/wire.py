@@ -4,8 +4,8 @@ A frame is a 4-byte length and a payload, as `multiprocessing.Connection` writes
 of either kind (see `channel`) can talk to either kind. Each payload begins with a fixed header;
 the body behind it is the codec's business, except for errors, which are always pickled.
 
-    request: call id (8), kind (1), length of the target's name (2) | name | arguments
-    reply:   call id (8), status (1) | result, or envelope of an error
+    request: length (4), call id (8), kind (1), length of the target's name (2) | name | arguments
+    reply:   length (4), call id (8), status (1) | result, or envelope of an error
 
 Bodies are made before the first byte is written, on both sides, so an object that cannot be
 pickled costs an error and not a worker.
@@ -27,20 +27,20 @@ SHORT_FRAME = 0x7FFFFFFF  # beyond it, Connection writes -1 and then an 8-byte l
 
 LENGTH = struct.Struct("!i")
 LONG_LENGTH = struct.Struct("!iQ")
-REQUEST = struct.Struct("!qBH")
-REPLY = struct.Struct("!qB")
-FRAMED_REQUEST = struct.Struct("!iqBH")  # length and header in one go, for the fast path
-FRAMED_REPLY = struct.Struct("!iqB")
+REQUEST = struct.Struct("!iqBH")  # length and header in one go
+REPLY = struct.Struct("!iqB")
 
-# Kinds of request.
+# Kinds of request. The body is the tuple of arguments or, with KEYWORDS, that and a dict; that of
+# SHIPPED is target, arguments and keywords.
 METHOD, FUNCTION, SHIPPED, PROBE, STOP = range(5)
+KEYWORDS = 0x80
 # Statuses of replies. Only RETURNED has a body in the pool's codec.
 RETURNED, RAISED, RAISED_AND_TAINTED, REFUSED, BEGUN, READY, START_FAILED = range(7)
 WITH_WORDS = 0x80  # flag: the worker's words lie between header and body (no shared table)
 WORDS = struct.Struct("=10q")
 
 
-Dumps = Callable[[Any], bytes]
+Dumps = Callable[[Any, int], bytes]  # the second argument is pickle's protocol, 5
 Loads = Callable[[Any], Any]
 
 
@@ -50,17 +50,13 @@ def functions_of(codec: Any) -> tuple[Dumps, Loads]:
     None is pickle, protocol 5. Others (json, cloudpickle) may make text and may want real bytes.
     """
     if codec is None:
-        return _pickle_dumps, pickle.loads
+        return pickle.dumps, pickle.loads
 
-    def dumps(value: Any) -> bytes:
+    def dumps(value: Any, protocol: int) -> bytes:
         data = codec.dumps(value)
         return data.encode() if isinstance(data, str) else bytes(data)
 
     return dumps, lambda data: codec.loads(bytes(data))
-
-
-def _pickle_dumps(value: Any, _dumps: Callable[..., bytes] = pickle.dumps) -> bytes:
-    return _dumps(value, 5)
 
 
 def pack_codec(codec: Any) -> bytes:
@@ -215,7 +211,7 @@ def explain_unpicklable(
     named += [(f"argument {key!r}", value) for key, value in kwargs.items()]
     for label, value in [("the target", target), *named]:
         try:
-            dumps(value)
+            dumps(value, 5)
         except Exception as own:
             return CallMismatch(
                 f"{label} of the call to {target!r}, a {type(value).__name__}, cannot be sent to "
