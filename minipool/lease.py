@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 import time
-import traceback
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
-from .errors import CallTimeout, LeaseError, LeaseReleased, LeaseRevoked, WorkerDied, WorkerError
+from .errors import LeaseError, LeaseReleased, LeaseRevoked, WorkerDied, WorkerError
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 R = TypeVar("R")
 
-_monotonic_ns, _get_ident, _ref = time.monotonic_ns, threading.get_ident, weakref.ref
+_ref = weakref.ref
 
 
 class Lease(Generic[W]):
@@ -32,19 +31,14 @@ class Lease(Generic[W]):
     dropped without being released is given back by the collector, with a ResourceWarning.
     """
 
-    __slots__ = (
-        "_held", "_desk", "_pool", "_made_calls", "_revoked", "thread", "origin", "__weakref__",
-    )  # fmt: skip
+    __slots__ = ("_held", "_desk", "_timeout", "_idempotent", "__weakref__")
 
-    def __init__(self, desk: Desk, pool: Any, handle: Handle) -> None:
+    def __init__(self, desk: Desk, handle: Handle) -> None:
         self._held = [handle]  # `pop` is atomic: of two who release at once, one does
         self._desk = desk
-        self._pool = pool  # keeps it from being collected while a worker is out
-        self._made_calls = False
-        self._revoked: str | None = None
-        self.thread = _get_ident()
-        self.origin = "" if desk.origin_limit is None else _origin(desk.origin_limit)
-        # Released, the lease drops this reference; if it is collected before, `dropped` is called.
+        self._timeout = desk.call_timeout
+        self._idempotent = False
+        # Release drops this reference. If the lease is collected before, `dropped` is called.
         handle.lease = _ref(self, desk.dropped)
 
     # -- calling -----------------------------------------------------------------------------
@@ -77,73 +71,52 @@ class Lease(Generic[W]):
                 lease.
             LeaseReleased, LeaseRevoked: this lease has no worker any more.
         """
-        return self._call(target, args, kwargs, self._desk.call_timeout, False)
-
-    def _call(
-        self,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        timeout: float | None,
-        idempotent: bool,
-    ) -> Any:
         try:
             handle = self._held[0]
         except IndexError:
             raise self._gone(target) from None
         if handle.in_call:
             raise self._busy(target)
+        desk = self._desk
         try:
-            kind, name = self._desk.targets[target]
+            kind, name = desk.targets[target]
         except TypeError:  # not hashable
-            kind, name = self._desk.targets.resolve(target)
+            kind, name = desk.targets.resolve(target)
         if kind == wire.SHIPPED:
             args = (target, args, kwargs)
-        desk = self._desk
         if desk.on_start or desk.on_stop or desk.on_exception:
-            return self._observed(handle, kind, name, args, kwargs, timeout, idempotent)
+            return self._observed(handle, kind, name, args, kwargs)
         try:
-            result = handle.request(kind, name, args, kwargs, timeout)
+            return handle.request(kind, name, args, kwargs, self._timeout)
         except WorkerError as error:
-            return self._recover(error, kind, name, args, kwargs, timeout, idempotent)
-        self._made_calls = True
-        return result
+            return self._recover(error, handle, kind, name, args, kwargs)
 
     def _recover(
         self,
         error: WorkerError,
+        handle: Handle,
         kind: int,
         name: bytes,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        timeout: float | None,
-        idempotent: bool,
     ) -> Any:
-        """Run a call again elsewhere if that is safe and in time; else raise why not."""
-        deadline = None if timeout is None else error.sent_ns / 1e9 + timeout
+        """Run a call again on another worker while that is safe and in time; else raise why."""
+        deadline = None if self._timeout is None else error.sent_ns / 1e9 + self._timeout
         while True:
-            if self._revoked is not None:
-                raise LeaseRevoked(
-                    f"the lease of worker {error.worker_id} was revoked during "
-                    f"{name.decode()!r}: {self._revoked}; take a new one",
-                    reason=self._revoked,
-                ) from error
-            again = isinstance(error, WorkerDied) and (idempotent or not error.started)
+            if handle.revoked is not None:
+                raise self._taken_away(handle, name.decode()) from error
             left = None if deadline is None else deadline - time.monotonic()
-            if not again or self._made_calls or (left is not None and left <= 0):
+            # What earlier calls of this lease left in the worker is gone: the caller must know.
+            first = handle.calls_sent == handle.calls_before + 1
+            safe = isinstance(error, WorkerDied) and (self._idempotent or not error.started)
+            if not first or not safe or (left is not None and left <= 0):
                 raise error
             handle = self._move(left)
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                result = handle.request(kind, name, args, kwargs, left)
-            except CallTimeout as late:
-                late.timeout = timeout or 0.0
-                raise
-            except WorkerError as next_error:
-                error = next_error
-                continue
-            self._made_calls = True
-            return result
+                return handle.request(kind, name, args, kwargs, left)
+            except WorkerError as again:
+                error = again
 
     def _move(self, timeout: float | None) -> Handle:
         """Exchange the dead worker for another one, within the same lease."""
@@ -153,8 +126,8 @@ class Lease(Generic[W]):
             raise self._gone("the call") from None
         self._desk.give_back(dead)
         handle = self._desk.acquire(timeout)
-        handle.lease = _ref(self, self._desk.dropped)
         self._held.append(handle)
+        handle.lease = _ref(self._whole(), self._desk.dropped)
         return handle
 
     def _observed(
@@ -164,42 +137,39 @@ class Lease(Generic[W]):
         name: bytes,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        timeout: float | None,
-        idempotent: bool,
     ) -> Any:
         """Make the call with its events."""
         hooks, facts = self._desk.hooks, {"worker_id": handle.slot, "target": name.decode()}
-        start = _monotonic_ns()
         hooks.emit("operation.start", {}, **facts)
+        start = time.monotonic()
         try:
             try:
-                result = handle.request(kind, name, args, kwargs, timeout)
+                result = handle.request(kind, name, args, kwargs, self._timeout)
             except WorkerError as error:
-                result = self._recover(error, kind, name, args, kwargs, timeout, idempotent)
+                result = self._recover(error, handle, kind, name, args, kwargs)
         except BaseException as error:
-            seconds = (_monotonic_ns() - start) / 1e9
-            hooks.emit("operation.exception", {"seconds": seconds}, error=error, **facts)
+            took = time.monotonic() - start
+            hooks.emit("operation.exception", {"seconds": took}, error=error, **facts)
             raise
-        self._made_calls = True
-        hooks.emit("operation.stop", {"seconds": (_monotonic_ns() - start) / 1e9}, **facts)
+        hooks.emit("operation.stop", {"seconds": time.monotonic() - start}, **facts)
         return result
 
     def options(
         self, *, timeout: float | None | str = "call_timeout", idempotent: bool = False
-    ) -> LeaseOptions[W]:
-        """Return a caller with other options: `w.options(timeout=0.5).call("predict", x)`.
+    ) -> Lease[W]:
+        """Return this lease with other call options: `w.options(timeout=0.5).call("predict", x)`.
 
         Args:
-            timeout: seconds for the call; None waits for ever.
-            idempotent: it may run twice: when its worker dies it is made again on another, within
-                `timeout`, if it was the first of this lease.
+            timeout: seconds for each call; None waits for ever.
+            idempotent: a call may run twice: when its worker dies it is made again on another,
+                within `timeout`, if it was the first of this lease.
         """
-        return LeaseOptions(self, seconds(timeout, self._desk.call_timeout, "timeout"), idempotent)
+        return _View(self, seconds(timeout, self._desk.call_timeout, "timeout"), idempotent)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
             raise AttributeError(f"a lease has no attribute {name!r}")
-        return lambda *args, **kwargs: self._call(name, args, kwargs, self._desk.call_timeout, False)
+        return functools.partial(self.call, name)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -230,10 +200,6 @@ class Lease(Generic[W]):
         except IndexError:
             return
         self._desk.give_back(handle)
-
-    def revoke(self, reason: str) -> None:
-        """Tell the lease that its worker is taken away. For the manager."""
-        self._revoked = reason
 
     def holds(self, handle: Handle) -> bool:
         """Tell whether this lease has that very worker now."""
@@ -271,50 +237,44 @@ class Lease(Generic[W]):
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("a lease cannot be pickled: it is one process's hold of one worker")
 
+    def _whole(self) -> Lease[W]:
+        """Return the lease itself; `self`, but for a view with other options."""
+        return self
+
     def _gone(self, target: Any) -> LeaseError:
-        if self._revoked is not None:
-            return LeaseRevoked(
-                f"cannot call {target!r}: the lease was revoked: {self._revoked}; take a new one",
-                reason=self._revoked,
-            )
         self._desk.check_process()
         return LeaseReleased(f"cannot call {target!r}: lease already released; take a new one")
 
+    def _taken_away(self, handle: Handle, target: Any) -> LeaseRevoked:
+        return LeaseRevoked(
+            f"cannot call {target!r}: the lease of worker {handle.slot} was revoked: "
+            f"{handle.revoked}; take a new one",
+            reason=handle.revoked,
+        )
+
     def _busy(self, target: Any) -> LeaseError:
         self._desk.check_process()
+        for handle in self._held[:1]:
+            if handle.revoked is not None:
+                return self._taken_away(handle, target)
         return LeaseError(
-            f"cannot call {target!r}: another call of this lease is under way, or was interrupted "
-            f"and its reply may still come; use one lease per thread, and a new one after that"
+            f"cannot call {target!r}: another call of this lease is under way, or broke off and "
+            f"its reply may still come; use one lease per thread, and a new one after that"
         )
 
 
-def _origin(limit: int) -> str:
-    """Return the stack that is taking a lease, for the report that it was not given back."""
-    return "".join(traceback.format_stack(limit=limit)[:-3])
+class _View(Lease[W]):
+    """A lease seen through other call options."""
 
-
-class LeaseOptions(Generic[W]):
-    """A lease seen through other call options; see `Lease.options`."""
+    __slots__ = ("_lease",)
 
     def __init__(self, lease: Lease[W], timeout: float | None, idempotent: bool) -> None:
-        self._lease, self._timeout, self._idempotent = lease, timeout, idempotent
+        self._lease = lease._whole()  # a lease that nobody holds is given back
+        self._held, self._desk = lease._held, lease._desk
+        self._timeout, self._idempotent = timeout, idempotent
 
-    if TYPE_CHECKING:
-
-        @overload
-        def call(self, target: str, /, *args: Any, **kwargs: Any) -> Any: ...
-
-        @overload
-        def call(
-            self, target: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
-        ) -> R: ...
-
-        @overload
-        def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """As `Lease.call`."""
-        return self._lease._call(target, args, kwargs, self._timeout, self._idempotent)
+    def _whole(self) -> Lease[W]:
+        return self._lease
 
 
 def seconds(value: Any, default: float | None, name: str) -> float | None:

@@ -127,12 +127,12 @@ class Pool(Generic[W]):
         targets = wire.Targets(
             self._launcher.worker, self._launcher.method == "fork", self.config.codec is not None
         )
-        # The manager does not know the pool: when the pool is collected, this ends the workers.
-        self._finalizer = weakref.finalize(self, manager.close, 0.0, True)
-        self._finalizer.atexit = False  # `_close_all` does better
+        desk = Desk(manager, targets)
+        # Pool and leases know the desk, the manager does not: when they are collected, so is it.
+        weakref.finalize(desk, manager.close, 0.0, True).atexit = False  # `_close_all` does better
         manager.start()
         self.hooks.emit("pool.init", {"size": self.config.size})
-        return Desk(manager, targets)
+        return desk
 
     def _wait_started(self, desk: Desk, count: int) -> None:
         """Wait for the first workers; fail at once when none can be started."""
@@ -277,7 +277,7 @@ class Pool(Generic[W]):
         limit = desk.checkout_timeout
         if timeout is not _CHECKOUT_TIMEOUT:
             limit = seconds(timeout, limit, "timeout")
-        return Lease(desk, self, desk.acquire(limit))
+        return Lease(desk, desk.acquire(limit))
 
     if TYPE_CHECKING:
 

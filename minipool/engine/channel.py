@@ -1,10 +1,8 @@
 """The two ends of a worker's pipe, each in a fast and a portable kind.
 
-The fast kind works on the bare descriptor: one `os.write` and one `os.read` for a small message,
-and on the parent's side one `poll` between them that watches the worker's death as well (with
-fork, siblings may still hold copies of a pipe end, so end-of-file alone cannot be trusted). The
-portable kind uses `multiprocessing.Connection` and `connection.wait` and runs everywhere. Both
-write the same bytes, so any two ends can talk to each other.
+The fast kind makes one write and one read for a small message. The portable kind uses
+`multiprocessing.Connection` and `connection.wait` and runs everywhere. Both write the same bytes,
+so any two ends can talk to each other.
 
 A parent's end is used by one thread at a time, the one that owns the worker. Neither end is ever
 left with half a frame by a failed attempt to *make* one; what breaks in mid-frame stays broken,
@@ -13,8 +11,10 @@ and its worker is replaced.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import socket
 import struct
 import threading
 import time
@@ -25,6 +25,8 @@ from . import wire
 
 SMALL = 32 * 1024  # up to here one write takes all: the socket's buffer is far larger and empty
 CHUNK = 64 * 1024
+_FOREVER = 2e6  # seconds; what `poll` can take in milliseconds
+_SOON = 1e-6  # seconds; 0 would mean non-blocking, which fails in another way
 _PIECE = 8 << 20  # grow the buffer of a long frame by this much, never by what it claims to be
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
@@ -32,6 +34,7 @@ _read, _write = os.read, os.write
 _pack_request, _unpack_request = wire.REQUEST.pack, wire.REQUEST.unpack_from
 _pack_reply, _unpack_reply = wire.REPLY.pack, wire.REPLY.unpack_from
 _REQUEST_HEADER = wire.REQUEST.size - 4  # what the length counts of it
+_NAME = wire.REQUEST.size  # where the name begins
 _REPLY_HEADER = wire.REPLY.size
 
 
@@ -48,18 +51,27 @@ class Garbled(Exception):
 
 
 class FastEnd:
-    """The parent's end, on descriptors. `death_fd` becomes readable when the worker is gone."""
+    """The parent's end, on a socket. `death_fd` becomes readable when the worker is gone.
 
-    def __init__(self, conn: Any, death_fd: int) -> None:
-        self._conn = conn  # owns the descriptor
-        self.fd = conn.fileno()
-        os.set_blocking(self.fd, False)
-        self._poll = select.poll()
-        self._poll.register(self.fd, select.POLLIN)
-        self._poll.register(death_fd, select.POLLIN)
-        self.wait = self._poll.poll
+    `socket.recv` with a timeout polls and reads in one C call, keeps its deadline through signals,
+    and is the cheapest wait there is from Python. It does not watch `death_fd`: the end of the
+    pipe tells of a death as fast. Where siblings hold copies of the worker's end, so that it does
+    not end, the manager sees the death and calls `hang_up`, which ends the wait.
+    """
+
+    def __init__(self, sock: socket.socket, death_fd: int) -> None:
+        self._sock = sock  # owns the descriptor
+        self.fd = sock.fileno()
         self._death_fd = death_fd
+        self._timeout: float | None = -1.0
+        self._set_timeout(None)
+        self._recv = sock.recv
         self._partial = bytearray()  # of a frame that `receive_now` saw the beginning of
+
+    def _set_timeout(self, timeout: float | None) -> None:
+        """Let `recv` wait so long. It costs a system call, and most calls have the same."""
+        self._sock.settimeout(_FOREVER if timeout is None else max(_SOON, timeout))
+        self._timeout = timeout
 
     def exchange(
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
@@ -75,16 +87,14 @@ class FastEnd:
             head = wire.REQUEST.pack(0, call_id, kind, len(name))[4:]
             self._send_long(head + name, body, deadline)
             return _checked(call_id, self._receive(deadline))
-        events: Any = None
         try:
+            if timeout != self._timeout:
+                self._set_timeout(timeout)
             if _write(self.fd, _pack_request(size, call_id, kind, len(name)) + name + body) < size:
                 raise Garbled("the pipe to an idle worker was full")
-            events = self.wait(None if timeout is None else timeout * 1000)
-            reply = _read(self.fd, CHUNK)
+            reply = self._recv(CHUNK)
             size, got_id, status = _unpack_reply(reply)
-        except BlockingIOError:
-            if events:
-                raise PeerGone from None
+        except socket.timeout:
             raise TimedOut from None
         except OSError:
             raise PeerGone from None
@@ -128,30 +138,36 @@ class FastEnd:
 
     def disturbed(self) -> bool:
         """Tell whether an idle worker's pipe has something to read, or the worker is dead."""
-        return bool(self.wait(0))
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.register(self._death_fd, select.POLLIN)
+        return bool(poll.poll(0))
 
-    def _receive(self, deadline: float | None, got: bytes = b"") -> memoryview:
-        """Read until a whole frame is here, watching the worker and the clock."""
-        buffer = bytearray(got)
-        while True:
+    def _receive(self, deadline: float | None, got: bytes | None = None) -> memoryview:
+        """Read until a whole frame is here."""
+        buffer = bytearray(got or b"")
+        ended = got == b""
+        while not ended:
             head, size = _length(buffer)
             if size is not None and len(buffer) >= head + size:
                 if len(buffer) > head + size:
                     raise Garbled("more came than one reply")
                 return memoryview(buffer)[head - 4 :]
             missing = CHUNK if size is None else min(_PIECE, head + size - len(buffer))
-            events = self.wait(_left_ms(deadline))
-            try:
-                piece = os.read(self.fd, max(missing, CHUNK))
-            except BlockingIOError:
-                if events:
-                    raise PeerGone from None
-                raise TimedOut from None
-            except OSError:
-                raise PeerGone from None
-            if not piece:
-                raise PeerGone
+            piece = self._receive_piece(max(missing, CHUNK), deadline)
             buffer += piece
+            ended = not piece
+        raise PeerGone
+
+    def _receive_piece(self, most: int, deadline: float | None) -> bytes:
+        left = None if deadline is None else deadline - time.monotonic()
+        try:
+            self._set_timeout(left)
+            return self._recv(most)
+        except socket.timeout:
+            raise TimedOut from None
+        except OSError:
+            raise PeerGone from None
 
     def _send_long(self, head: bytes, body: bytes, deadline: float | None) -> None:
         """Write a frame that may not fit the socket's buffer, watching the worker and the clock."""
@@ -173,10 +189,15 @@ class FastEnd:
                 except OSError:
                     raise PeerGone from None
 
+    def hang_up(self) -> None:
+        """End the wait of whoever waits for this worker, which is dead."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Close the pipe. A thread still in `exchange` gets PeerGone at its next step."""
+        """Close the pipe. A thread that still wants to use it gets PeerGone."""
         self.fd = -1
-        self._conn.close()
+        self._sock.close()
 
 
 class PortableEnd:
@@ -212,6 +233,9 @@ class PortableEnd:
 
     def receive_now(self) -> memoryview | None:
         return self._receive(_deadline(0)) if self._readable() else None
+
+    def hang_up(self) -> None:
+        pass  # `_receive` watches the sentinel itself
 
     def disturbed(self) -> bool:
         return bool(connection.wait([self._conn, self._sentinel], 0))
@@ -274,22 +298,28 @@ class FastWorkerEnd:
         self._conn = conn
         self._fd = conn.fileno()
 
-    def receive(self) -> bytes | memoryview:
-        """Wait for the next request and return its frame.
+    def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
+        """Wait for the next request; return its call id, kind, name and body.
 
         Raises:
             EOFError: the parent is gone or has closed the pipe.
         """
         frame = _read(self._fd, CHUNK)
-        if len(frame) >= _REQUEST_HEADER + 4 and _unpack_request(frame)[0] == len(frame) - 4:
-            return frame
+        if len(frame) >= _NAME:
+            size, call_id, kind, name_size = _unpack_request(frame)
+            if size == len(frame) - 4:
+                body = _NAME + name_size
+                return call_id, kind, frame[_NAME:body], frame[body:]
+        return self._receive_rest(frame)
+
+    def _receive_rest(self, frame: bytes) -> tuple[int, int, bytes, bytes | memoryview]:
         if not frame:
             raise EOFError
         buffer = bytearray(frame)
         while True:
             head, size = _length(buffer)
             if size is not None and len(buffer) >= head + size:
-                return memoryview(buffer)[head - 4 :]
+                return _parsed(memoryview(buffer)[head - 4 :])
             piece = os.read(self._fd, CHUNK if size is None else max(CHUNK, min(_PIECE, size)))
             if not piece:
                 raise EOFError
@@ -320,11 +350,17 @@ class PortableWorkerEnd:
     def __init__(self, conn: Any) -> None:
         self._conn = conn
 
-    def receive(self) -> memoryview:
-        return memoryview(b"\0\0\0\0" + self._conn.recv_bytes())
+    def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
+        return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
 
     def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
         self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + words + body)
+
+
+def _parsed(frame: memoryview) -> tuple[int, int, bytes, memoryview]:
+    _, call_id, kind, name_size = _unpack_request(frame)
+    body = _NAME + name_size
+    return call_id, kind, bytes(frame[_NAME:body]), frame[body:]
 
 
 def _checked(call_id: int, frame: bytes | memoryview) -> tuple[int, bytes | memoryview]:
@@ -359,6 +395,15 @@ def _long_length(size: int) -> bytes:
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
+
+
+def pair(context: Any, portable: bool) -> tuple[Any, Any]:
+    """Make a pipe; return what becomes the parent's end and what travels to the worker."""
+    if portable:
+        ends: tuple[Any, Any] = context.Pipe(duplex=True)
+        return ends
+    ours, theirs = socket.socketpair()
+    return ours, connection.Connection(theirs.detach())
 
 
 def _left_ms(deadline: float | None) -> float | None:

@@ -124,7 +124,7 @@ class _Worker:
             SystemExit: it could not be made; the parent knows why.
         """
         words = self._words
-        words[t.WORKER_WORDS] = memoryview(bytearray(80)).cast("q")
+        words[t.WORKER_WORDS] = memoryview(bytearray(72)).cast("q")
         words[t.PHASE] = t.PHASE_BOOTING
         try:
             import pickle
@@ -147,12 +147,11 @@ class _Worker:
 
     def serve(self) -> None:
         """Answer requests until told to stop."""
-        receive, unpack, header = self._end.receive, wire.REQUEST.unpack_from, wire.REQUEST.size
-        words, now, run, send = self._words, time.monotonic_ns, self._run, self._end.send
-        shared, calls, busy_ns = self._shared, 0, 0
+        words, now = self._words, time.monotonic_ns
+        receive, run, send, shared = self._end.receive, self._run, self._end.send, self._shared
+        busy_ns = 0
         while True:
-            frame = receive()
-            _, call_id, kind, size = unpack(frame)
+            call_id, kind, name, body = receive()
             if kind == wire.STOP:
                 return
             if kind == wire.PROBE:
@@ -163,12 +162,11 @@ class _Worker:
             words[t.CALL_ID] = call_id  # from here on the call has begun
             if not shared:
                 self._reply(call_id, wire.BEGUN, b"")
-            body = header + size
-            status, result = run(kind, bytes(frame[header:body]), frame[body:])
+            status, result = run(kind, name, body)
             end = now()
-            calls += 1
             busy_ns += end - start
-            words[t.CALLS], words[t.BUSY_NS], words[t.BEAT_NS] = calls, busy_ns, end
+            words[t.BUSY_NS] = busy_ns
+            words[t.BEAT_NS] = end  # last: from here on the call has ended
             if end - self._refreshed_ns > _REFRESH_NS:
                 self._refresh(end)
             if shared:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from typing import Any
@@ -22,7 +23,7 @@ from .manager import Manager
 from .states import WorkerState as S
 from .turnstile import Closed
 
-_monotonic_ns = time.monotonic_ns
+_monotonic_ns, _get_ident = time.monotonic_ns, threading.get_ident
 _TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
 
 
@@ -36,7 +37,7 @@ class Desk:
         self.config = manager.config
         self.checkout_timeout = manager.config.checkout_timeout
         self.call_timeout = manager.config.call_timeout
-        self.origin_limit = None if manager.config.leak_warn_after is None else 15
+        self._origins = manager.config.leak_warn_after is not None
         # The lists themselves: to find one empty is all an event costs that nobody listens to.
         self.on_checkout, self.on_checkin = self.hooks["worker.checkout"], self.hooks["worker.checkin"]
         self.on_start, self.on_stop = self.hooks["operation.start"], self.hooks["operation.stop"]
@@ -45,6 +46,7 @@ class Desk:
             self.hooks["queue.depth"],
         )
         self._turnstile = manager.turnstile
+        self._try_take = manager.turnstile.try_take
         self._publish = manager.turnstile.publish
         self._handles = manager.fleet.handles
         # The slow ways are counted under a lock; RLock, as a signal handler may come in between.
@@ -62,7 +64,7 @@ class Desk:
         Raises:
             CheckoutTimeout, TooManyWaiters, PoolClosed, PoolForked: nothing was taken.
         """
-        token = self._turnstile.try_take()
+        token = self._try_take()
         if token is None:
             return self._acquire_slowly(timeout)
         now = _monotonic_ns()
@@ -74,11 +76,12 @@ class Desk:
         ):
             self._refuse(token, handle)
             return self._acquire_slowly(timeout)
+        handle.thread = _get_ident()
         row = handle.row
         row[t.LEASED_SINCE_NS] = now
         row[t.LEASES] += 1
-        if self.on_checkout:
-            self._tell_checkout(handle, 0.0)
+        if self.on_checkout or self._origins:
+            self._mark(handle, 0.0)
         return handle
 
     def _acquire_slowly(self, timeout: float | None) -> Handle:
@@ -107,17 +110,31 @@ class Desk:
             handle = self._handles.get(token[0])
             if handle is not None and handle.generation == token[1]:
                 if not handle.channel.disturbed():
-                    return self._mark_taken(handle, time.monotonic() - start)
+                    return self._take_over(handle, time.monotonic() - start)
             self._refuse(token, handle)
 
-    def _mark_taken(self, handle: Handle, waited: float) -> Handle:
+    def _take_over(self, handle: Handle, waited: float) -> Handle:
         row = handle.row
-        row[t.LEASED_SINCE_NS] = time.monotonic_ns()
+        handle.thread = _get_ident()
+        row[t.LEASED_SINCE_NS] = _monotonic_ns()
         row[t.LEASES] += 1
         row[t.WAIT_TIMES + t.bucket(int(waited * 1e9))] += 1
-        if self.on_checkout:
-            self._tell_checkout(handle, waited)
+        if self.on_checkout or self._origins:
+            self._mark(handle, waited)
         return handle
+
+    def _mark(self, handle: Handle, waited: float) -> None:
+        """Note where a lease was taken, and tell of it, where anybody wants to know."""
+        if self._origins:
+            handle.origin = "".join(traceback.format_stack(limit=15)[:-3])
+        if self.on_checkout:
+            self.hooks.emit(
+                "worker.checkout",
+                {"wait": waited},
+                worker_id=handle.slot,
+                pid=handle.pid,
+                generation=handle.generation,
+            )
 
     def _refuse(self, token: tuple[int, int], handle: Handle | None) -> None:
         """Hand a worker that cannot be used to the manager, who replaces it."""
@@ -138,6 +155,7 @@ class Desk:
         row[t.LEASED_NS] += held
         row[t.LEASED_SINCE_NS] = 0
         handle.lease = None
+        handle.calls_before = handle.calls_sent
         leak_warned = handle.leak_warned
         if handle.in_call or handle.tainted:
             self._give_back_tainted(handle)
@@ -189,15 +207,6 @@ class Desk:
 
     # -- telling -----------------------------------------------------------------------------
 
-    def _tell_checkout(self, handle: Handle, waited: float) -> None:
-        self.hooks.emit(
-            "worker.checkout",
-            {"wait": waited},
-            worker_id=handle.slot,
-            pid=handle.pid,
-            generation=handle.generation,
-        )
-
     def _count(self, name: str) -> None:
         with self._counting:
             setattr(self, name, getattr(self, name) + 1)
@@ -236,16 +245,16 @@ class Desk:
     def _timed_out(self, timeout: float | None, waited: float) -> CheckoutTimeout:
         self._count("timeouts")
         live = self.manager.fleet.live()
-        leases = [lease for lease in (handle.live_lease for handle in live) if lease is not None]
-        mine = sum(lease.thread == threading.get_ident() for lease in leases)
+        leased = [handle for handle in live if handle.live_lease is not None]
+        mine = sum(handle.thread == _get_ident() for handle in leased)
         starting = sum(handle.state is S.STARTING for handle in live)
         waiting = len(self._turnstile.waiters)
         error = CheckoutTimeout(
             f"no worker of {self.config.name} came free within {timeout} s (size "
-            f"{self.manager.target}, leased {len(leases)}, starting {starting}, waiting {waiting}"
+            f"{self.manager.target}, leased {len(leased)}, starting {starting}, waiting {waiting}"
             f"{_nested(mine)}); raise `size` or `checkout_timeout`, or look for a lease that is "
             f"never given back",
-            timeout=timeout, waited=waited, size=self.manager.target, leased=len(leases),
+            timeout=timeout, waited=waited, size=self.manager.target, leased=len(leased),
             waiting=waiting, held_by_this_thread=mine,
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure

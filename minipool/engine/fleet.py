@@ -103,7 +103,7 @@ class Fleet:
                 return
 
     def _proved(self, handle: Handle, now: int) -> bool:
-        return now - handle.ready_ns > MIN_UPTIME_NS or handle.row[t.CALLS] > 0
+        return now - handle.ready_ns > MIN_UPTIME_NS or t.calls_done(handle.row) > 0
 
     # -- burying -----------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class Fleet:
                 self._start_failed(handle.slot, exitcode, cause, handle)
         self._served_ns += now - handle.ready_ns if handle.ready_ns else 0
         lifetime = (now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0
-        calls = handle.row[t.CALLS]
+        calls = t.calls_done(handle.row)
         handle.reap()
         del self.handles[handle.slot]
         self._hooks.emit(

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from . import table as t
 from . import wire
-from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut
+from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, pair
 from .child import Descriptor, Setup, main
 from .states import WorkerEvent, WorkerState, advance
 
@@ -36,6 +36,7 @@ _REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a s
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
 
+PROBE_ID = -1  # what a probe carries in place of a call's id
 _monotonic_ns = time.monotonic_ns
 
 
@@ -64,7 +65,11 @@ class Handle:
         self.start_error: BaseException | None = None  # what its constructor raised
         self.spawned_ns = self.since_ns
         self.ended_ns = 0  # when its process was found ended
-        self._call_id = 0
+        self.revoked: str | None = None  # why it was taken away from its lease
+        self.thread = 0  # that took the present lease
+        self.origin = ""  # the stack that took it, where that is asked for
+        self.calls_before = 0  # the present lease
+        self.calls_sent = 0
         self._dumps, self._loads = wire.functions_of(codec)
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
         self._pidfd: int | None = None
@@ -80,7 +85,7 @@ class Handle:
         Raises:
             OSError, EOFError, RuntimeError: no process was started; everything is given back.
         """
-        ours, theirs = context.Pipe(duplex=True)
+        ours, theirs = pair(context, setup.portable)
         self.conn = ours  # at once: a process forked from now on must close it
         try:
             name = f"minipool-{setup.pool}-{self.slot}"
@@ -190,7 +195,7 @@ class Handle:
                 body = self._dumps(args, 5)
         except Exception as problem:
             raise self._unpicklable(problem, kind, name, args, kwargs) from problem
-        call_id = self._call_id = self._call_id + 1
+        self.calls_sent = call_id = self.calls_sent + 1
         self.in_call = True
         start = _monotonic_ns()
         try:
@@ -242,7 +247,7 @@ class Handle:
                 owner_pid=os.getppid(),
             )
         row, target = self.row, name.decode(errors="replace")
-        started = row[t.CALL_ID] >= self._call_id
+        started = row[t.CALL_ID] >= self.calls_sent
         row[t.FAULTS] += 1
         self.tainted = self.tainted or f"{type(problem).__name__} during {target!r}"
         if isinstance(problem, PeerGone):  # dying by itself: do not spoil its exit code
@@ -286,9 +291,8 @@ class Handle:
         Raises:
             PeerGone: it is dead.
         """
-        self._call_id += 1
         self.in_call = True
-        self.channel.send(self._call_id, wire.PROBE)
+        self.channel.send(PROBE_ID, wire.PROBE)
 
     def send_stop(self) -> None:
         """Ask the worker to close its object and end. A dead one is stopped enough."""
@@ -312,11 +316,6 @@ class Handle:
             self._note(body)
             status, body = status & ~wire.WITH_WORDS, body[wire.WORDS.size :]
         return call_id, status, body
-
-    @property
-    def expected_call_id(self) -> int:
-        """The id the next frame must carry."""
-        return self._call_id
 
 
 def _pidfd(pid: int | None) -> int | None:

@@ -25,7 +25,7 @@ from . import health, wire
 from . import table as t
 from .channel import Garbled, PeerGone
 from .fleet import Fleet, retry_in
-from .handle import Handle, describe_exit
+from .handle import PROBE_ID, Handle, describe_exit
 from .launch import Launcher
 from .states import WorkerEvent as E
 from .states import WorkerState as S
@@ -228,7 +228,7 @@ class Manager:
                 return self._ready(handle)
             if status == wire.START_FAILED:
                 handle.start_error = wire.unpack_error(body)
-        elif call_id == handle.expected_call_id and status in (wire.RETURNED, wire.RAISED):
+        elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
             return self._probed(handle, status == wire.RETURNED)
         self._condemn(handle, "it sent what was not asked for")
 
@@ -283,6 +283,7 @@ class Manager:
             self._hear(handle)  # it may have said why
         if not handle.ended_ns:
             handle.ended_ns = time.monotonic_ns()
+            handle.channel.hang_up()
             self.turnstile.fence(handle.slot)
             if handle.state not in (S.STOPPING, S.LOST):
                 handle.move(E.DIED)
@@ -395,17 +396,14 @@ class Manager:
                 self._condemn(handle, "dead when it was probed")
 
     def _revoke(self, handle: Handle, reason: str) -> None:
-        lease = handle.live_lease
-        if lease is not None:
-            lease.revoke(reason)
+        handle.revoked = reason
         self._condemn(handle, reason)
 
     def _warn_leak(self, handle: Handle, seconds: float) -> None:
         handle.leak_warned = True
-        lease = handle.live_lease
         log.warning(
             "worker %d of %s has been leased for %.1f s; it was taken here:\n%s",
-            handle.slot, self.config.name, seconds, lease.origin if lease else "(given back)",
+            handle.slot, self.config.name, seconds, handle.origin,
         )  # fmt: skip
         self.hooks.emit("lease.leaked", {"seconds": seconds}, worker_id=handle.slot)
 

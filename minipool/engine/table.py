@@ -35,10 +35,11 @@ H_NAME = 8
 STATE, GENERATION, PID, LEASED_SINCE_NS, LEASED_NS, LEASES, RAISED, FAULTS = range(8)
 
 # Worker line: what the worker says of itself.
-# A call is running while CALL_STARTED_NS is later than BEAT_NS, the end of the last one.
+# CALL_ID counts the calls that have begun, from 1; the last of them is running while
+# CALL_STARTED_NS is later than BEAT_NS.
 READY_GENERATION, PHASE, BEAT_NS, CALL_ID, CALL_STARTED_NS = range(16, 21)
-CALLS, FAILURES, BUSY_NS, CPU_NS, RSS_BYTES = range(21, 26)
-WORKER_WORDS = slice(16, 26)
+FAILURES, BUSY_NS, CPU_NS, RSS_BYTES = range(21, 25)
+WORKER_WORDS = slice(16, 25)
 
 PHASE_BOOTING, PHASE_SERVING, PHASE_STOPPING = range(3)
 
@@ -134,6 +135,16 @@ class Table:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def running(row: memoryview) -> bool:
+    """Tell whether a call is running in the worker of a row."""
+    return row[CALL_STARTED_NS] > row[BEAT_NS]
+
+
+def calls_done(row: memoryview) -> int:
+    """Return how many calls the present worker of a row has ended."""
+    return row[CALL_ID] - running(row)
 
 
 def row_of(words: memoryview, slot: int) -> memoryview:

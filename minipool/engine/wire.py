@@ -37,7 +37,7 @@ KEYWORDS = 0x80
 # Statuses of replies. Only RETURNED has a body in the pool's codec.
 RETURNED, RAISED, RAISED_AND_TAINTED, REFUSED, BEGUN, READY, START_FAILED = range(7)
 WITH_WORDS = 0x80  # flag: the worker's words lie between header and body (no shared table)
-WORDS = struct.Struct("=10q")
+WORDS = struct.Struct("=9q")
 
 
 Dumps = Callable[[Any, int], bytes]  # the second argument is pickle's protocol, 5
