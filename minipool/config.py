@@ -61,6 +61,9 @@ class PoolConfig:
     startup_batch: int = 8
     #: Environment variables set in each worker before your code is imported there.
     worker_env: Mapping[str, str] | None = None
+    #: Added to each worker's niceness. With 1 the scheduler lets a caller go on as soon as the
+    #: worker has replied, where both share a core; 0 leaves it alone. Not on Windows.
+    niceness: int = 1
     #: Anything with `dumps` and `loads` for arguments and results. None: pickle, protocol 5.
     codec: Any = None
     #: How long `close()` lets leases finish, and a retiring worker its `close()`.
@@ -138,10 +141,13 @@ class PoolConfig:
 
     def _check_sizes(self) -> None:
         for name in ("size", "min_size", "max_size", "max_waiting"):
-            self._check_count(name, least=0 if name in ("min_size", "max_waiting") else 1, none=True)
+            self._check_count(
+                name, least=0 if name in ("min_size", "max_waiting") else 1, none=True
+            )
         for name in ("startup_batch", "max_health_failures"):
             self._check_count(name, least=1, none=False)
         self._check_count("max_overflow", least=0, none=False)
+        self._check_count("niceness", least=0, none=False)
         low, high = self.min_size, self.max_size
         if low is not None and high is not None and low > high:
             self._refuse("min_size", f"it is larger than max_size={high}; exchange them")

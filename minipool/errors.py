@@ -12,7 +12,7 @@ from typing import Any
 class MinipoolError(Exception):
     """Base of everything raised by minipool. Keyword arguments become attributes."""
 
-    def __init__(self, message: str, **fields: Any) -> None:
+    def __init__(self, message: str, /, **fields: Any) -> None:
         super().__init__(message)
         self.__dict__.update(fields)
 

@@ -31,13 +31,13 @@ class Lease(Generic[W]):
     dropped without being released is given back by the collector, with a ResourceWarning.
     """
 
-    __slots__ = ("_held", "_desk", "_timeout", "_idempotent", "__weakref__")
+    __slots__ = ("__weakref__", "_desk", "_held", "_timeout")
+    _idempotent = False  # of the lease itself; a view has its own
 
     def __init__(self, desk: Desk, handle: Handle) -> None:
         self._held = [handle]  # `pop` is atomic: of two who release at once, one does
         self._desk = desk
         self._timeout = desk.call_timeout
-        self._idempotent = False
         # Release drops this reference. If the lease is collected before, `dropped` is called.
         handle.lease = _ref(self, desk.dropped)
 
@@ -266,7 +266,7 @@ class Lease(Generic[W]):
 class _View(Lease[W]):
     """A lease seen through other call options."""
 
-    __slots__ = ("_lease",)
+    __slots__ = ("_idempotent", "_lease")
 
     def __init__(self, lease: Lease[W], timeout: float | None, idempotent: bool) -> None:
         self._lease = lease._whole()  # a lease that nobody holds is given back

@@ -6,7 +6,9 @@ import atexit
 import threading
 import time
 import weakref
-from multiprocessing import util as _multiprocessing_util  # its exit handler must be older than ours
+from multiprocessing import (
+    util as _multiprocessing_util,  # its exit handler must be older than ours
+)
 from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 
 from .config import PoolConfig
@@ -216,9 +218,8 @@ class Pool(Generic[W]):
         desk.check_process()
         manager = desk.manager
         manager.close(grace, kill)
-        if not manager.here:
-            if manager.wait_for(lambda: manager.done, grace + _CLOSE_MARGIN):
-                manager.join(1.0)
+        if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
+            manager.join(1.0)
 
     def __enter__(self) -> Self:
         return self.open()
@@ -440,9 +441,9 @@ def _close_all() -> None:
         manager.close(0.0)
     deadline = time.monotonic() + _EXIT_GRACE
     for manager in managers:
-        if not manager.wait_for(lambda m=manager: m.done, max(0.0, deadline - time.monotonic())):
+        if not manager.wait_done(max(0.0, deadline - time.monotonic())):
             manager.close(0.0, kill=True)
-            manager.wait_for(lambda m=manager: m.done, 1.0)
+            manager.wait_done(1.0)
 
 
 assert _multiprocessing_util  # imported for its place in the order of exit handlers

@@ -157,7 +157,7 @@ def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:
 
 
 def health_report(config: PoolConfig, desk: Desk | None) -> HealthReport:
-    """Judge a pool: unhealthy if it cannot serve, degraded if it serves with less than it should."""
+    """Judge a pool: unhealthy if it cannot serve, degraded if it serves but not as it should."""
     if desk is None:
         return HealthReport("unhealthy", (f"{config.name} is not open",), ())
     manager, fleet = desk.manager, desk.manager.fleet

@@ -52,9 +52,7 @@ class Hooks(Dict[str, List[Listener]]):
     def __missing__(self, name: str) -> List[Listener]:
         raise KeyError(f"no event {name!r}; there are: {', '.join(self)}")
 
-    def emit(
-        self, name: str, measurements: dict[str, Any] | None = None, **metadata: Any
-    ) -> None:
+    def emit(self, name: str, measurements: dict[str, Any] | None = None, **metadata: Any) -> None:
         """Call each listener of `name` in turn. One that raises is logged and removed.
 
         Where it matters, the caller tests the list first, so that nothing is built for nobody.

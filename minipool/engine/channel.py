@@ -220,13 +220,12 @@ class PortableEnd:
         else:
             self._send(payload)
         while True:
-            reply = self._receive(deadline)
-            status, body = _checked(call_id, reply)
+            status, reply = _checked(call_id, self._receive(deadline))
             if status & wire.WITH_WORDS:
-                self.on_words(body)
-                status, body = status & ~wire.WITH_WORDS, body[wire.WORDS.size :]
+                self.on_words(reply)
+                status, reply = status & ~wire.WITH_WORDS, reply[wire.WORDS.size :]
             if status != wire.BEGUN:
-                return status, body
+                return status, reply
 
     def send(self, call_id: int, kind: int) -> None:
         self._send(wire.REQUEST.pack(0, call_id, kind, 0)[4:])

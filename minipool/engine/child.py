@@ -80,6 +80,7 @@ class Setup:
     spec: Any  # (worker, args, kwargs), pickled unless the process is forked
     codec: bytes | None  # packed; None: pickle
     env: dict[str, str]
+    niceness: int
     table: Descriptor | None
     lifeline: Descriptor | None
     portable: bool
@@ -94,6 +95,8 @@ def main(conn: Any, setup: Setup) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     _die_with_parent(setup.lifeline)
     os.environ.update(setup.env)
+    if setup.niceness and hasattr(os, "nice"):
+        os.nice(setup.niceness)
     _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
     words = _row(setup)
     end = PortableWorkerEnd(conn) if setup.portable else FastWorkerEnd(conn)
@@ -189,8 +192,8 @@ class _Worker:
         try:
             return 0, self._dumps(result, 5)
         except BaseException as problem:
-            error = wire.unpicklable_result(problem, type(result).__name__)
-            return wire.REFUSED, wire.pack_error(error)
+            stand_in = wire.unpicklable_result(problem, type(result).__name__)
+            return wire.REFUSED, wire.pack_error(stand_in)
 
     def _run_other(self, kind: int, name: bytes, body: Any) -> Any:
         if kind == wire.SHIPPED:

@@ -7,6 +7,7 @@ nothing why, and what to do about it.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -39,7 +40,10 @@ class Desk:
         self.call_timeout = manager.config.call_timeout
         self._origins = manager.config.leak_warn_after is not None
         # The lists themselves: to find one empty is all an event costs that nobody listens to.
-        self.on_checkout, self.on_checkin = self.hooks["worker.checkout"], self.hooks["worker.checkin"]
+        self.on_checkout, self.on_checkin = (
+            self.hooks["worker.checkout"],
+            self.hooks["worker.checkin"],
+        )
         self.on_start, self.on_stop = self.hooks["operation.start"], self.hooks["operation.stop"]
         self.on_exception, self.on_queue = (
             self.hooks["operation.exception"],
@@ -67,11 +71,12 @@ class Desk:
         token = self._try_take()
         if token is None:
             return self._acquire_slowly(timeout)
+        slot, generation = token
+        handle = self._handles.get(slot)
         now = _monotonic_ns()
-        handle = self._handles.get(token[0])
         if (
             handle is None
-            or handle.generation != token[1]
+            or handle.generation != generation
             or (now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed())
         ):
             self._refuse(token, handle)
@@ -108,9 +113,9 @@ class Desk:
                 self.check_open()
                 raise self._timed_out(timeout, time.monotonic() - start)
             handle = self._handles.get(token[0])
-            if handle is not None and handle.generation == token[1]:
-                if not handle.channel.disturbed():
-                    return self._take_over(handle, time.monotonic() - start)
+            fits = handle is not None and handle.generation == token[1]
+            if handle is not None and fits and not handle.channel.disturbed():
+                return self._take_over(handle, time.monotonic() - start)
             self._refuse(token, handle)
 
     def _take_over(self, handle: Handle, waited: float) -> Handle:
@@ -127,14 +132,13 @@ class Desk:
         """Note where a lease was taken, and tell of it, where anybody wants to know."""
         if self._origins:
             handle.origin = "".join(traceback.format_stack(limit=15)[:-3])
-        if self.on_checkout:
-            self.hooks.emit(
-                "worker.checkout",
-                {"wait": waited},
-                worker_id=handle.slot,
-                pid=handle.pid,
-                generation=handle.generation,
-            )
+        self.hooks.emit(
+            "worker.checkout",
+            {"wait": waited},
+            worker_id=handle.slot,
+            pid=handle.pid,
+            generation=handle.generation,
+        )
 
     def _refuse(self, token: tuple[int, int], handle: Handle | None) -> None:
         """Hand a worker that cannot be used to the manager, who replaces it."""
@@ -147,30 +151,18 @@ class Desk:
 
     def give_back(self, handle: Handle) -> None:
         """Offer a worker again, or hand it to the manager if it is not fit for the next one."""
-        if handle.abandoned:
-            return  # the owner, in another process, will see to it
-        row = handle.row
+        if handle.in_call or handle.tainted is not None:
+            return self._give_back_unfit(handle)
         handle.idle_since_ns = now = _monotonic_ns()
+        row = handle.row
         held = now - row[t.LEASED_SINCE_NS]
         row[t.LEASED_NS] += held
         row[t.LEASED_SINCE_NS] = 0
         handle.lease = None
         handle.calls_before = handle.calls_sent
-        leak_warned = handle.leak_warned
-        if handle.in_call or handle.tainted:
-            self._give_back_tainted(handle)
-        else:
-            self._publish(handle.slot, handle.generation)
-        if leak_warned:
-            self._unleaked(handle, held / 1e9)
-        if self.on_checkin:
-            self.hooks.emit(
-                "worker.checkin",
-                {"seconds": held / 1e9},
-                worker_id=handle.slot,
-                pid=handle.pid,
-                generation=handle.generation,
-            )
+        if self.on_checkin or self._origins:
+            self._unmark(handle, held / 1e9)
+        self._publish(handle.slot, handle.generation)
 
     def dropped(self, reference: weakref.ref[Any]) -> None:
         """Give back the worker of a lease that was collected without having been released.
@@ -189,21 +181,37 @@ class Desk:
                     stacklevel=2,
                 )
 
-    def _give_back_tainted(self, handle: Handle) -> None:
+    def _give_back_unfit(self, handle: Handle) -> None:
+        """Hand a worker to the manager that must not be used again."""
+        if handle.abandoned:
+            return  # the owner, in another process, will see to it
+        row = handle.row
+        held = _monotonic_ns() - row[t.LEASED_SINCE_NS]
+        row[t.LEASED_NS] += held
+        row[t.LEASED_SINCE_NS] = 0
+        handle.lease = None
         if not handle.condemned:
             self._count("discarded")
         if handle.in_call:
             handle.kill()  # at once: it may be working for nobody
+        self._unmark(handle, held / 1e9)
         self.manager.refused(handle.slot, handle.generation)
 
-    def _unleaked(self, handle: Handle, seconds: float) -> None:
-        import logging
-
-        handle.leak_warned = False
-        logging.getLogger("minipool").warning(
-            "worker %d of %s, reported as leaked, was given back after %.1f s",
-            handle.slot, self.config.name, seconds,
-        )  # fmt: skip
+    def _unmark(self, handle: Handle, held: float) -> None:
+        """Tell of the end of a lease, the more so if it was reported as leaked."""
+        if handle.leak_warned:
+            handle.leak_warned = False
+            logging.getLogger("minipool").warning(
+                "worker %d of %s, reported as leaked, was given back after %.1f s",
+                handle.slot, self.config.name, held,
+            )  # fmt: skip
+        self.hooks.emit(
+            "worker.checkin",
+            {"seconds": held},
+            worker_id=handle.slot,
+            pid=handle.pid,
+            generation=handle.generation,
+        )
 
     # -- telling -----------------------------------------------------------------------------
 

@@ -146,9 +146,7 @@ class Fleet:
         delay *= 1 + BACKOFF_JITTER * (2 * self._jitter() - 1)
         self.not_before = time.monotonic() + delay
         self.last_failure = _start_error(slot, exitcode, cause, handle)
-        self._hooks.emit(
-            "error", {}, kind="start", error=self.last_failure, worker_id=slot
-        )
+        self._hooks.emit("error", {}, kind="start", error=self.last_failure, worker_id=slot)
 
     # -- end ---------------------------------------------------------------------------------
 

@@ -320,7 +320,7 @@ class Handle:
 
 def _pidfd(pid: int | None) -> int | None:
     try:
-        return os.pidfd_open(pid) if pid is not None else None  # type: ignore[attr-defined]
+        return os.pidfd_open(pid) if pid is not None else None
     except (AttributeError, OSError):
         return None
 

@@ -168,7 +168,9 @@ def _plan_lease(row: Row, now: int, limits: Limits) -> Action | None:
         return Lost(row.slot)
     held = now - row.leased_since_ns
     if limits.lease_ns is not None and held > limits.lease_ns:
-        return Revoke(row.slot, f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s")
+        return Revoke(
+            row.slot, f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s"
+        )
     if limits.leak_ns is not None and held > limits.leak_ns and not row.leak_warned:
         return WarnLeak(row.slot, held / SECOND_NS)
     return None

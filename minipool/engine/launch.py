@@ -95,6 +95,7 @@ class Launcher:
             slot=slot,
             generation=generation,
             codec=self._codec,
+            niceness=self.config.niceness,
             env=dict(self.config.worker_env or {}),
             portable=self.portable,
         )
@@ -203,7 +204,7 @@ def _preload(context: Any, modules: tuple[str, ...]) -> None:
     """
     from multiprocessing import forkserver
 
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     wanted = [name for name in (main_name(), *modules) if name not in server._preload_modules]
     running = getattr(server, "_forkserver_pid", None) is not None
     if running and any(name in wanted for name in modules):

@@ -10,6 +10,7 @@ the pool not at all, so a forgotten pool can be collected, and survives its own 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import threading
@@ -47,10 +48,8 @@ class Bell:
     def ring(self) -> None:
         if not self._rung:  # one byte is enough: the manager looks at everything
             self._rung = True
-            try:
+            with contextlib.suppress(OSError, ValueError):  # closed: nobody needs waking any more
                 self._writer.send_bytes(b"!")
-            except (OSError, ValueError):
-                pass  # closed: nobody needs waking any more
 
     def silence(self) -> None:
         """Take the byte, then forget that it came: what is written later rings again."""
@@ -124,6 +123,10 @@ class Manager:
             return condition()  # nothing will change while its thread waits here
         with self._changed:
             return self._changed.wait_for(lambda: condition() or self.done, timeout)
+
+    def wait_done(self, timeout: float) -> bool:
+        """Wait until everything has ended."""
+        return self.wait_for(lambda: self.done, timeout)
 
     def close(self, lease_timeout: float, kill: bool = False) -> None:
         """Begin to end everything; `lease_timeout` seconds from now leases are revoked."""
@@ -221,7 +224,7 @@ class Manager:
         except (PeerGone, Garbled):
             return self._condemn(handle, "its pipe broke")
         if frame is None:
-            return
+            return None
         call_id, status, body = frame
         if handle.state is S.STARTING:
             if status == wire.READY:
@@ -358,9 +361,7 @@ class Manager:
             live = self.fleet.live()
             leased = sum(handle.live_lease is not None for handle in live)
             ratio = leased / len(live) if live else 0.0
-            self.hooks.emit(
-                "utilization", {"leased": leased, "workers": len(live), "ratio": ratio}
-            )
+            self.hooks.emit("utilization", {"leased": leased, "workers": len(live), "ratio": ratio})
 
     def _act(self, action: health.Action, handle: Handle) -> None:
         if isinstance(action, health.Probe):
@@ -472,9 +473,11 @@ class Manager:
         now = time.monotonic()
         for handle in tuple(self.fleet.handles.values()):
             handle.condemned = True
-            if handle.state is S.STARTING or now >= self._close_by + _LAST_GRACE:
-                self._revoke(handle, "the pool was closed")
-            elif handle.state is S.IDLE and now >= self._close_by:
+            if (
+                handle.state is S.STARTING
+                or now >= self._close_by + _LAST_GRACE
+                or (handle.state is S.IDLE and now >= self._close_by)
+            ):
                 self._revoke(handle, "the pool was closed")
         if not self.fleet.handles:
             self._end()

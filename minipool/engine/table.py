@@ -52,7 +52,7 @@ MAX_ROWS = 4096
 
 
 def bucket(ns: int) -> int:
-    """Return the histogram bucket for a duration; below 256 ns is the first, over 4 min the last."""
+    """Return a duration's histogram bucket; below 256 ns is the first, over 4 min the last."""
     if ns < 256:
         return 0
     octave = ns.bit_length()

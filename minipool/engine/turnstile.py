@@ -45,7 +45,7 @@ class Waiter:
     own callable there instead.
     """
 
-    __slots__ = ("ticket", "wants", "token", "closed", "wake", "_gate")
+    __slots__ = ("_gate", "closed", "ticket", "token", "wake", "wants")
 
     def __init__(self, ticket: int, wants: Optional[int] = None) -> None:
         self.ticket = ticket

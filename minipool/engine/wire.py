@@ -191,9 +191,8 @@ class Targets(Dict[Any, Tuple[int, bytes]]):
         if not callable(target):
             raise CallMismatch(f"{target!r} is neither a method's name nor callable; give one")
         name = getattr(target, "__name__", None)
-        if self._class is not None and isinstance(name, str):
-            if getattr(self._class, name, None) is target:
-                return METHOD, name.encode()
+        if isinstance(name, str) and getattr(self._class, name, None) is target:
+            return METHOD, name.encode()
         path = name_of(target)
         why = why_unreachable(target, self._starts_by_fork)
         if why is not None and not self._own_codec:

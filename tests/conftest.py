@@ -1,0 +1,119 @@
+"""What every test shares: start methods, gates, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import logging
+import multiprocessing
+import os
+import select
+import threading
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+from gates import Gate
+
+START_METHODS = [
+    method
+    for method in ("forkserver", "spawn", "fork")
+    if method in multiprocessing.get_all_start_methods()
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "logs_errors: the test makes minipool log at ERROR")
+    faulthandler.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers() -> None:
+    """Start multiprocessing's own helpers first: they stay, and are nobody's leftovers."""
+    forkserver.ensure_running()
+    resource_tracker.ensure_running()
+
+
+@pytest.fixture(params=START_METHODS)
+def start_method(request: pytest.FixtureRequest) -> str:
+    """Run the test once with each start method."""
+    return str(request.param)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """A place where worker code stops until the test lets it go on."""
+    made = Gate(str(tmp_path / "gate"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest, caplog: Any) -> Iterator[None]:
+    """Fail if the test leaves a process, thread or descriptor, or logged an error."""
+    gc.collect()
+    threads, descriptors = set(threading.enumerate()), _descriptors()
+    yield
+    gc.collect()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(2)
+    left = [thread for thread in set(threading.enumerate()) - threads if thread.is_alive()]
+    assert not left, f"threads left: {left}"
+    processes = {pid: name for pid, name in _descendants().items() if not _gone(pid, 2.0)}
+    assert not processes, f"processes left: {processes}"
+    opened = {fd: to for fd, to in _descriptors().items() if descriptors.get(fd) != to}
+    assert not opened, f"descriptors left: {opened}"
+    if not request.node.get_closest_marker("logs_errors"):
+        errors = [
+            record.getMessage()
+            for when in ("setup", "call")
+            for record in caplog.get_records(when)
+            if record.name.startswith("minipool") and record.levelno >= logging.ERROR
+        ]
+        assert not errors, f"logged at ERROR: {errors}"
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists them is closed by now
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def _descendants() -> dict[int, str]:
+    """Return pid and command of every process below this one, but multiprocessing's own."""
+    parents, names = {}, {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                after = stat.rpartition(")")[2].split()
+                parents[int(entry)] = int(after[1])
+                names[int(entry)] = Path(f"/proc/{entry}/cmdline").read_text()[:300]
+    mine = {os.getpid()}
+    found: dict[int, str] = {}
+    while True:
+        new = {pid for pid, parent in parents.items() if parent in mine and pid not in mine}
+        if not new:
+            return found
+        mine |= new
+        for pid in new:
+            helper = "resource_tracker" in names[pid] or "forkserver import main" in names[pid]
+            if not (helper and parents[pid] == os.getpid()):
+                found[pid] = names[pid]
+
+
+def _gone(pid: int, timeout: float) -> bool:
+    """Wait for the end of a process."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return True
+    try:
+        return bool(select.select([fd], [], [], timeout)[0])
+    finally:
+        os.close(fd)

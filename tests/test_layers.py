@@ -1,0 +1,64 @@
+"""The house: each module imports only from the rooms before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "minipool"
+
+# In order: a module may import from those before it in this list, and from no other.
+ROOMS = [
+    "errors", "telemetry", "config",
+    "engine.states", "engine.table", "engine.wire", "engine.channel", "engine.child",
+    "engine.health", "engine.handle", "engine.launch", "engine.turnstile", "engine.fleet",
+    "engine.manager", "engine.desk",
+    "status", "lease", "pool",
+    "tools.bench", "tools.cli", "__main__",
+]  # fmt: skip
+HALLS = {"", "engine", "tools"}  # packages: their __init__ may name anything, lazily
+
+
+def _modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix("__init__").removesuffix(".")] = ast.parse(path.read_text())
+    return found
+
+
+def _imports(name: str, tree: ast.Module) -> set[str]:
+    """Return the modules of the package that a module imports, wherever in it."""
+    here = name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] == "minipool" for alias in node.names), (
+                f"{name} imports minipool absolutely, so it could not be vendored"
+            )
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        assert node.module is None or node.module.split(".")[0] != "minipool" or node.level, name
+        if node.level:
+            base = here[: len(here) - (node.level - 1)]
+            if node.module:
+                base = [*base, *node.module.split(".")]
+            for alias in node.names:
+                path = ".".join([*base, alias.name])
+                found.add(path if path in ROOMS else ".".join(base))
+    return found
+
+
+def test_every_module_has_its_room() -> None:
+    assert set(_modules()) - HALLS == set(ROOMS)
+
+
+def test_modules_import_only_from_rooms_before_theirs() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, tree in _modules().items()
+        if name not in HALLS
+        for other in _imports(name, tree)
+        if other not in HALLS and ROOMS.index(other) >= ROOMS.index(name)
+    ]
+    assert not wrong
