@@ -9,7 +9,10 @@ shape (a name, numbers, context) is that of Erlang's `telemetry`.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, Iterable, List
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List
+
+if TYPE_CHECKING:
+    import logging
 
 Listener = Callable[[str, Dict[str, Any], Dict[str, Any]], object]
 
@@ -42,6 +45,13 @@ EVENTS: dict[str, tuple[str, str, str]] = {
 }
 
 
+def logger() -> logging.Logger:
+    """Return minipool's logger; imported when there is something to log, which is seldom."""
+    import logging
+
+    return logging.getLogger("minipool")
+
+
 class Hooks(Dict[str, List[Listener]]):
     """One plain list of callables for each event of one pool; append to listen."""
 
@@ -65,10 +75,6 @@ class Hooks(Dict[str, List[Listener]]):
             try:
                 listener(name, measurements or {}, metadata)
             except Exception:
-                import logging  # here, because most programs never come this way
-
-                logging.getLogger("minipool").exception(
-                    "listener %r failed on %s and was removed", listener, name
-                )
+                logger().exception("listener %r failed on %s and was removed", listener, name)
                 with contextlib.suppress(ValueError):  # another thread removed it first
                     listeners.remove(listener)
