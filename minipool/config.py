@@ -6,7 +6,6 @@ refused here, before anything is started, with the value seen and the remedy.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import os
@@ -96,6 +95,8 @@ class PoolConfig:
         known = [field.name for field in fields(cls)]
         for name, value in options.items():
             if name not in known:
+                import difflib
+
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
                 raise ConfigError(

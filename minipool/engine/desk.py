@@ -7,16 +7,15 @@ nothing why, and what to do about it.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
-import traceback
 import warnings
 import weakref
 from typing import Any
 
 from ..errors import CheckoutTimeout, PoolClosed, PoolForked, TooManyWaiters
+from ..telemetry import logger
 from . import table as t
 from . import wire
 from .handle import Handle
@@ -131,6 +130,8 @@ class Desk:
     def _mark(self, handle: Handle, waited: float) -> None:
         """Note where a lease was taken, and tell of it, where anybody wants to know."""
         if self._origins:
+            import traceback
+
             handle.origin = "".join(traceback.format_stack(limit=15)[:-3])
         self.hooks.emit(
             "worker.checkout",
@@ -201,7 +202,7 @@ class Desk:
         """Tell of the end of a lease, the more so if it was reported as leaked."""
         if handle.leak_warned:
             handle.leak_warned = False
-            logging.getLogger("minipool").warning(
+            logger().warning(
                 "worker %d of %s, reported as leaked, was given back after %.1f s",
                 handle.slot, self.config.name, held,
             )  # fmt: skip

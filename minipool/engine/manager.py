@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any, Callable
 
 from ..config import PoolConfig
 from ..errors import PoolStartError
-from ..telemetry import Hooks
+from ..telemetry import Hooks, logger
 from . import health, wire
 from . import table as t
 from .channel import Garbled, PeerGone
@@ -31,8 +30,6 @@ from .launch import Launcher
 from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
-
-log = logging.getLogger("minipool")
 
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
 _EXITCODE_PATIENCE_NS = health.SECOND_NS  # a fork server may tell it late, or never
@@ -162,7 +159,7 @@ class Manager:
             try:
                 self._turn(self._wait())
             except Exception:
-                log.exception("the manager of %s failed and goes on", self.config.name)
+                logger().exception("the manager of %s failed and goes on", self.config.name)
                 connection.wait([self.bell.reader], self.config.tick)  # not at full speed
         with self._changed:
             self._changed.notify_all()
@@ -260,7 +257,7 @@ class Manager:
         self.turnstile.publish(handle.slot, handle.generation)
 
     def _tell_probed(self, handle: Handle, seconds: float, healthy: bool) -> None:
-        log.debug("worker %d: health check: %s", handle.slot, "well" if healthy else "failed")
+        logger().debug("worker %d: health check: %s", handle.slot, "well" if healthy else "failed")
         self.hooks.emit(
             "worker.health_check",
             {"seconds": seconds, "failures": handle.probe_failures},
@@ -302,9 +299,9 @@ class Manager:
         """Tell of a worker that ended though nobody wanted it to."""
         self._lost_at.append(handle.ended_ns / 1e9)
         why = handle.tainted or "by itself"
-        level = logging.INFO if handle.tainted else logging.WARNING  # who tainted it was told
-        log.log(
-            level, "worker %d (pid %s) of %s died %s (%s) and is replaced",
+        log = logger().info if handle.tainted else logger().warning  # who tainted it was told
+        log(
+            "worker %d (pid %s) of %s died %s (%s) and is replaced",
             handle.slot, handle.pid, self.config.name, describe_exit(code), why,
         )  # fmt: skip
         self.hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot, exitcode=code)
@@ -402,7 +399,7 @@ class Manager:
 
     def _warn_leak(self, handle: Handle, seconds: float) -> None:
         handle.leak_warned = True
-        log.warning(
+        logger().warning(
             "worker %d of %s has been leased for %.1f s; it was taken here:\n%s",
             handle.slot, self.config.name, seconds, handle.origin,
         )  # fmt: skip

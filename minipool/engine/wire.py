@@ -16,7 +16,6 @@ from __future__ import annotations
 import pickle
 import struct
 import sys
-import traceback
 from types import ModuleType
 from typing import Any, Callable, Dict, Tuple
 
@@ -300,6 +299,8 @@ def _message(error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
+    import traceback  # here, because a worker that is well never needs it
+
     try:
         return "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception as problem:
