@@ -20,11 +20,12 @@ from .engine.manager import Manager, live_managers
 from .engine.states import WorkerState
 from .errors import CheckoutTimeout, ConfigError, PoolClosed, PoolStartError
 from .lease import Lease, seconds
-from .status import HealthReport, PoolStats, WorkerInfo, health_report, pool_stats, worker_info
 from .telemetry import Hooks
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
+
+    from .status import HealthReport, PoolStats, WorkerInfo
 
     P = ParamSpec("P")
 
@@ -317,7 +318,8 @@ class Pool(Generic[W]):
     def workers(self) -> list[WorkerInfo]:
         """Return what each worker is doing now, in the order of their ids."""
         handles = self._handles()
-        return [worker_info(handles[slot]) for slot in sorted(handles)]
+        info = _status().worker_info
+        return [info(handles[slot]) for slot in sorted(handles)]
 
     def worker(self, worker_id: int) -> WorkerInfo:
         """Return what one worker is doing now.
@@ -325,10 +327,11 @@ class Pool(Generic[W]):
         Raises:
             KeyError: there is no such worker at the moment.
         """
-        try:
-            return worker_info(self._handles()[worker_id])
-        except KeyError:
-            raise KeyError(f"{self.config.name} has no worker {worker_id!r} now") from None
+        handle = self._handles().get(worker_id)
+        if handle is None:
+            raise KeyError(f"{self.config.name} has no worker {worker_id!r} now")
+        info: WorkerInfo = _status().worker_info(handle)
+        return info
 
     def _handles(self) -> dict[int, Handle]:
         desk = self._desk
@@ -339,7 +342,8 @@ class Pool(Generic[W]):
 
     def stats(self) -> PoolStats:
         """Return what the pool did so far and how it stands; also after it was closed."""
-        return pool_stats(self.config, self._desk)
+        stats: PoolStats = _status().pool_stats(self.config, self._desk)
+        return stats
 
     def health_check(self, probe: bool = False) -> HealthReport:
         """Tell whether the pool is well: healthy, degraded or unhealthy, and why.
@@ -351,7 +355,8 @@ class Pool(Generic[W]):
             desk.check_process()
             if probe and not desk.manager.closing:
                 self._probe_all(desk.manager)
-        return health_report(self.config, desk)
+        report: HealthReport = _status().health_report(self.config, desk)
+        return report
 
     def _probe_all(self, manager: Manager) -> None:
         asked: list[Handle] = []
@@ -432,6 +437,13 @@ class PoolOptions(Generic[W]):
             )
         finally:
             lease.release()
+
+
+def _status() -> Any:
+    """Return the module that makes reports; imported when somebody asks for the first one."""
+    from . import status
+
+    return status
 
 
 def _close_all() -> None:

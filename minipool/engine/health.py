@@ -6,7 +6,7 @@ that depends on time is decided here, so it is tested with a clock that tests tu
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import NamedTuple, Optional, Sequence
 
 from .states import WorkerState as S
 
@@ -44,60 +44,58 @@ class Limits(NamedTuple):
     max_idle_ns: Optional[int] = None
 
 
-class Probe(NamedTuple):
+class Action:
+    """What to do about one worker. Two are equal when they are of one kind and say the same."""
+
+    def __init__(self, slot: int, reason: str = "", shrink: bool = False) -> None:
+        self.slot = slot
+        self.reason = reason
+        self.shrink = shrink
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.__dict__ == self.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.slot, self.reason))
+
+    def __repr__(self) -> str:
+        shrink = ", shrink=True" if self.shrink else ""
+        return f"{type(self).__name__}({self.slot}, {self.reason!r}{shrink})"
+
+
+class Probe(Action):
     """Claim the idle worker and ask whether it is well."""
 
-    slot: int
 
-
-class CountFailure(NamedTuple):
+class CountFailure(Action):
     """The probe under way got no answer in time: one failure more, and keep waiting."""
 
-    slot: int
 
-
-class Replace(NamedTuple):
+class Replace(Action):
     """Kill the worker; the fleet starts another."""
 
-    slot: int
-    reason: str
 
-
-class Terminate(NamedTuple):
+class Terminate(Action):
     """Send SIGTERM to a worker that was asked to stop and did not."""
 
-    slot: int
+
+class Retire(Action):
+    """Ask an idle worker to stop; no other is started for it.
+
+    With `shrink` it was one of the target, which sinks by one.
+    """
 
 
-class Retire(NamedTuple):
-    """Ask an idle worker to stop; no other is started for it."""
-
-    slot: int
-    reason: str
-    shrink: bool = False  # it was one of the target, which sinks by one
-
-
-class Revoke(NamedTuple):
+class Revoke(Action):
     """Take the worker away from its lease."""
 
-    slot: int
-    reason: str
 
-
-class WarnLeak(NamedTuple):
+class WarnLeak(Action):
     """Log the lease with the stack that took it."""
 
-    slot: int
-    seconds: float
 
-
-class Lost(NamedTuple):
+class Lost(Action):
     """Neither idle nor leased at this look. At the second look running it is replaced."""
-
-    slot: int
-
-
-Action = Union[Probe, CountFailure, Replace, Terminate, Retire, Revoke, WarnLeak, Lost]
 
 
 def plan(
@@ -172,7 +170,7 @@ def _plan_lease(row: Row, now: int, limits: Limits) -> Action | None:
             row.slot, f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s"
         )
     if limits.leak_ns is not None and held > limits.leak_ns and not row.leak_warned:
-        return WarnLeak(row.slot, held / SECOND_NS)
+        return WarnLeak(row.slot)
     return None
 
 

@@ -381,7 +381,7 @@ class Manager:
         elif isinstance(action, health.Revoke):
             self._revoke(handle, action.reason)
         elif isinstance(action, health.WarnLeak):
-            self._warn_leak(handle, action.seconds)
+            self._warn_leak(handle)
 
     def probe(self, handle: Handle) -> None:
         """Claim an idle worker and ask whether it is well."""
@@ -397,7 +397,8 @@ class Manager:
         handle.revoked = reason
         self._condemn(handle, reason)
 
-    def _warn_leak(self, handle: Handle, seconds: float) -> None:
+    def _warn_leak(self, handle: Handle) -> None:
+        seconds = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9
         handle.leak_warned = True
         logger().warning(
             "worker %d of %s has been leased for %.1f s; it was taken here:\n%s",
