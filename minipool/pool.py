@@ -317,9 +317,10 @@ class Pool(Generic[W]):
 
     def workers(self) -> list[WorkerInfo]:
         """Return what each worker is doing now, in the order of their ids."""
+        from .status import worker_info  # reports are imported when somebody asks for one
+
         handles = self._handles()
-        info = _status().worker_info
-        return [info(handles[slot]) for slot in sorted(handles)]
+        return [worker_info(handles[slot]) for slot in sorted(handles)]
 
     def worker(self, worker_id: int) -> WorkerInfo:
         """Return what one worker is doing now.
@@ -327,11 +328,12 @@ class Pool(Generic[W]):
         Raises:
             KeyError: there is no such worker at the moment.
         """
+        from .status import worker_info
+
         handle = self._handles().get(worker_id)
         if handle is None:
             raise KeyError(f"{self.config.name} has no worker {worker_id!r} now")
-        info: WorkerInfo = _status().worker_info(handle)
-        return info
+        return worker_info(handle)
 
     def _handles(self) -> dict[int, Handle]:
         desk = self._desk
@@ -342,21 +344,23 @@ class Pool(Generic[W]):
 
     def stats(self) -> PoolStats:
         """Return what the pool did so far and how it stands; also after it was closed."""
-        stats: PoolStats = _status().pool_stats(self.config, self._desk)
-        return stats
+        from .status import pool_stats
+
+        return pool_stats(self.config, self._desk)
 
     def health_check(self, probe: bool = False) -> HealthReport:
         """Tell whether the pool is well: healthy, degraded or unhealthy, and why.
 
         With `probe`, every idle worker is asked first; that takes `health_check_timeout` at most.
         """
+        from .status import health_report
+
         desk = self._desk
         if desk is not None:
             desk.check_process()
             if probe and not desk.manager.closing:
                 self._probe_all(desk.manager)
-        report: HealthReport = _status().health_report(self.config, desk)
-        return report
+        return health_report(self.config, desk)
 
     def _probe_all(self, manager: Manager) -> None:
         asked: list[Handle] = []
@@ -437,13 +441,6 @@ class PoolOptions(Generic[W]):
             )
         finally:
             lease.release()
-
-
-def _status() -> Any:
-    """Return the module that makes reports; imported when somebody asks for the first one."""
-    from . import status
-
-    return status
 
 
 def _close_all() -> None:
