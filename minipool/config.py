@@ -86,8 +86,8 @@ class PoolConfig:
         self._check_preload_and_env()
         if self.name is None:
             self._set("name", f"pool-{next(_pool_numbers)}")
-        elif not isinstance(self.name, str) or not self.name or "\0" in self.name:
-            self._refuse("name", "give a text that is not empty")
+        elif not _is_text(self.name):
+            self._refuse("name", "give a text that is not empty, without NUL and half characters")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> PoolConfig:
@@ -163,7 +163,8 @@ class PoolConfig:
         self._set("max_size", self.size if high is None else high)
         assert self.max_size is not None
         if self.max_size + self.max_overflow > MAX_WORKERS:
-            self._refuse("max_size", f"with max_overflow it may be {MAX_WORKERS} at most")
+            name = "size" if high is None else "max_size"
+            self._refuse(name, f"with max_overflow it may be {MAX_WORKERS} at most")
 
     def _check_count(self, name: str, least: int, none: bool) -> None:
         value = getattr(self, name)
@@ -198,12 +199,15 @@ class PoolConfig:
                          f'could import it once; use "forkserver"')  # fmt: skip
 
     def _check_preload_and_env(self) -> None:
-        if isinstance(self.preload, str) or not all(isinstance(m, str) for m in self.preload):
+        names = self.preload
+        if not isinstance(names, (tuple, list)) or not all(isinstance(n, str) for n in names):
             self._refuse("preload", "give a list of module names")
-        self._set("preload", tuple(self.preload))
+        self._set("preload", tuple(names))
+        if self.worker_env is not None and not isinstance(self.worker_env, Mapping):
+            self._refuse("worker_env", "give a dict of texts")
         for key, value in (self.worker_env or {}).items():
-            if not isinstance(key, str) or not isinstance(value, str):
-                self._refuse("worker_env", f"{key!r}: {value!r} is not a pair of texts")
+            if not _is_text(key) or "=" in key or not (value == "" or _is_text(value)):
+                self._refuse("worker_env", f"no variable can be set to {key!r}: {value!r}")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -211,6 +215,17 @@ class PoolConfig:
     def _refuse(self, name: str, remedy: str) -> None:
         value = getattr(self, name)
         raise ConfigError(f"{name}={value!r}: {remedy}", option=name, value=value)
+
+
+def _is_text(value: object) -> bool:
+    """Tell whether a value can be passed to the system as a text that is not empty."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 _OTHER_VARIABLES = ("MINIPOOL_PORTABLE",)

@@ -113,6 +113,10 @@ def _default_method() -> str:
 
 
 def _check_worker(worker: Any, args: Any, kwargs: Any) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise ConfigError(f"args={args!r}: give a tuple", option="args", value=args)
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ConfigError(f"kwargs={kwargs!r}: give a dict", option="kwargs", value=kwargs)
     if worker is None:
         if args or kwargs:
             raise ConfigError(
@@ -128,8 +132,6 @@ def _check_worker(worker: Any, args: Any, kwargs: Any) -> None:
             raise _bad_worker(worker, 'a worker is named "package.module:Class"')
     elif not callable(worker):
         raise _bad_worker(worker, "it is not callable; give a class, a factory, or the name of one")
-    if not isinstance(args, (tuple, list)):
-        raise ConfigError(f"args={args!r}: give a tuple", option="args", value=args)
 
 
 def _bad_worker(worker: Any, why: str) -> ConfigError:

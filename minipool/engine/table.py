@@ -95,7 +95,7 @@ class Table:
         self._write_header(pool_name)
 
     def _write_header(self, pool_name: str) -> None:
-        name = pool_name.encode()[: ROW_BYTES - H_NAME * 8]
+        name = pool_name.encode(errors="replace")[: ROW_BYTES - H_NAME * 8]
         words = self._words
         words[H_LAYOUT], words[H_ROW_WORDS], words[H_ROWS] = LAYOUT, ROW_WORDS, 0
         words[H_PID], words[H_NAME_BYTES] = os.getpid(), len(name)
