@@ -11,7 +11,7 @@ from multiprocessing import (
 )
 from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 
-from .config import PoolConfig
+from .config import MAX_WORKERS, PoolConfig
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
@@ -142,18 +142,18 @@ class Pool(Generic[W]):
         manager = desk.manager
 
         def settled() -> bool:
-            return manager.fleet.started >= count or (
-                manager.fleet.last_failure is not None and manager.fleet.started == 0
-            )
+            none_starts = manager.fleet.last_failure is not None and manager.fleet.started == 0
+            return self._ready_count(manager) >= count or none_starts
 
         # Workers that do not get ready are failures after init_timeout each; this is the backstop.
         timeout = None if self.config.init_timeout is None else 2 * self.config.init_timeout + 1
-        in_time = manager.wait_for(settled, timeout)
-        if manager.fleet.started >= min(count, 1) and (in_time or manager.fleet.started >= count):
-            return
+        manager.wait_for(settled, timeout)
         desk.check_open()
+        ready = self._ready_count(manager)
+        if ready >= count:
+            return
         error = manager.start_error() or PoolStartError(
-            f"{self.config.name}: {manager.fleet.started} of {count} workers became ready within "
+            f"{self.config.name}: {ready} of {count} workers became ready within "
             f"{timeout} s; raise `init_timeout`"
         )
         self.terminate()
@@ -249,6 +249,9 @@ class Pool(Generic[W]):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"size={size!r}: give a whole number, 1 or more", option="size",
                               value=size)  # fmt: skip
+        if size + self.config.max_overflow > MAX_WORKERS:
+            raise ConfigError(f"size={size!r}: with max_overflow it may be {MAX_WORKERS} at most",
+                              option="size", value=size)  # fmt: skip
         if not fixed and not manager.floor <= size <= manager.ceiling:
             raise ConfigError(
                 f"size={size!r}: it is not between min_size={manager.floor} and "
@@ -256,7 +259,6 @@ class Pool(Generic[W]):
                 option="size",
                 value=size,
             )
-        PoolConfig(size=size, max_overflow=self.config.max_overflow)  # refuses what is too large
         previous = manager.target
         manager.order(lambda: manager.resize(size))
         self.hooks.emit("pool.resized", {"size": size, "previous": previous})

@@ -121,7 +121,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
         turned_away=desk.turned_away,
         calls=sum(calls),
         raised=totals[t.RAISED],
-        faults=totals[t.FAULTS],
+        faults=desk.faults,
         discarded=desk.discarded,
         workers_started=fleet.started,
         workers_lost=fleet.lost,
@@ -136,7 +136,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
     )
 
 
-_TOTALS = (t.LEASES, t.RAISED, t.FAULTS)
+_TOTALS = (t.LEASES, t.RAISED)
 _GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
 
 

@@ -58,6 +58,7 @@ class Desk:
         self.timeouts = 0
         self.turned_away = 0
         self.discarded = 0
+        self.faults = 0
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ class Desk:
         waiting = len(self._turnstile.waiters)
         if self.config.max_waiting is not None and waiting >= self.config.max_waiting:
             raise self._too_many(waiting)
-        self._count("queued")
+        self.count("queued")
         if self.on_queue:
             self.hooks.emit("queue.depth", {"depth": waiting + 1})
         if self.manager.here:
@@ -156,13 +157,14 @@ class Desk:
             return self._give_back_unfit(handle)
         handle.idle_since_ns = now = _monotonic_ns()
         row = handle.row
-        held = now - row[t.LEASED_SINCE_NS]
-        row[t.LEASED_NS] += held
+        since = row[t.LEASED_SINCE_NS]  # `Handle.end_lease`, written out: it is on every way
         row[t.LEASED_SINCE_NS] = 0
+        if since:
+            row[t.LEASED_NS] += now - since
         handle.lease = None
         handle.calls_before = handle.calls_sent
         if self.on_checkin or self._origins:
-            self._unmark(handle, held / 1e9)
+            self._unmark(handle, (now - since) / 1e9)
         self._publish(handle.slot, handle.generation)
 
     def dropped(self, reference: weakref.ref[Any]) -> None:
@@ -186,16 +188,13 @@ class Desk:
         """Hand a worker to the manager that must not be used again."""
         if handle.abandoned:
             return  # the owner, in another process, will see to it
-        row = handle.row
-        held = _monotonic_ns() - row[t.LEASED_SINCE_NS]
-        row[t.LEASED_NS] += held
-        row[t.LEASED_SINCE_NS] = 0
+        held = handle.end_lease(_monotonic_ns())
         handle.lease = None
         if not handle.condemned:
-            self._count("discarded")
+            self.count("discarded")
         if handle.in_call:
             handle.kill()  # at once: it may be working for nobody
-        self._unmark(handle, held / 1e9)
+        self._unmark(handle, held)
         self.manager.refused(handle.slot, handle.generation)
 
     def _unmark(self, handle: Handle, held: float) -> None:
@@ -216,7 +215,8 @@ class Desk:
 
     # -- telling -----------------------------------------------------------------------------
 
-    def _count(self, name: str) -> None:
+    def count(self, name: str) -> None:
+        """Add one to a counter of things that are slow or rare."""
         with self._counting:
             setattr(self, name, getattr(self, name) + 1)
 
@@ -243,7 +243,7 @@ class Desk:
             )
 
     def _too_many(self, waiting: int) -> TooManyWaiters:
-        self._count("turned_away")
+        self.count("turned_away")
         return TooManyWaiters(
             f"{waiting} callers are waiting for a worker of {self.config.name} already "
             f"(max_waiting={self.config.max_waiting}); come back later, or raise `size`",
@@ -252,7 +252,7 @@ class Desk:
         )
 
     def _timed_out(self, timeout: float | None, waited: float) -> CheckoutTimeout:
-        self._count("timeouts")
+        self.count("timeouts")
         live = self.manager.fleet.live()
         leased = [handle for handle in live if handle.live_lease is not None]
         mine = sum(handle.thread == _get_ident() for handle in leased)

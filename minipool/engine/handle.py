@@ -64,6 +64,7 @@ class Handle:
         self.abandoned = False  # this process is a fork of the owner
         self.start_error: BaseException | None = None  # what its constructor raised
         self.spawned_ns = self.since_ns
+        self.last_begun_id: int | None = None  # known once the process has ended
         self.ended_ns = 0  # when its process was found ended
         self.revoked: str | None = None  # why it was taken away from its lease
         self.thread = 0  # that took the present lease
@@ -137,18 +138,26 @@ class Handle:
 
     def exitcode(self, timeout: float = _REAP_TIMEOUT) -> int | None:
         """Return the exit code of a process that ended or is about to; None if not to be had."""
-        with self._reaping:  # two readers would spoil each other's answer
-            with contextlib.suppress(ValueError):  # closed by the manager meanwhile
-                if self.process.exitcode is None and timeout:
-                    connection.wait([self.process.sentinel], timeout)
+        with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
+            if timeout:
+                connection.wait([self.process.sentinel], timeout)
+            with self._reaping:  # two readers would spoil each other's answer
                 self._last_exitcode = self.process.exitcode
         return self._last_exitcode
 
     _last_exitcode: int | None = None
 
     def reap(self) -> None:
-        """Forget a process whose end is known. Pipe and process go when nobody uses them."""
+        """Forget a process whose end is known. Pipe and process go when nobody uses them.
+
+        The row is for the next worker from now on. A lease that still holds this one keeps a copy
+        to read and write, so it can spoil nothing.
+        """
         self.exitcode(0)
+        self.move(WorkerEvent.REAPED)
+        self.last_begun_id = self.row[t.CALL_ID]
+        self.end_lease(time.monotonic_ns())
+        self.row = memoryview(bytearray(self.row)).cast("q")
         with self._reaping:
             with contextlib.suppress(ValueError, AssertionError):
                 self.process.join(0)
@@ -156,9 +165,16 @@ class Handle:
             if self._pidfd is not None:
                 os.close(self._pidfd)
                 self._pidfd = None
-        self.move(WorkerEvent.REAPED)
         if self.live_lease is None:  # else a thread may be using the descriptor this moment
             self.channel.close()
+
+    def end_lease(self, now: int) -> float:
+        """Add the time since the lease began to the row; return it in seconds. Once a lease."""
+        row = self.row
+        since, row[t.LEASED_SINCE_NS] = row[t.LEASED_SINCE_NS], 0
+        if since:
+            row[t.LEASED_NS] += now - since
+        return (now - since) / 1e9 if since else 0.0
 
     def abandon(self) -> None:
         """Let go of the pipe in a process that was forked from the owner."""
@@ -167,6 +183,9 @@ class Handle:
             self.channel.close()
         elif self.conn is not None:
             self.conn.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
     @property
     def live_lease(self) -> Any:
@@ -246,9 +265,10 @@ class Handle:
                 f"from; open a pool of your own here",
                 owner_pid=os.getppid(),
             )
-        row, target = self.row, name.decode(errors="replace")
-        started = row[t.CALL_ID] >= self.calls_sent
-        row[t.FAULTS] += 1
+        target, begun_id = name.decode(errors="replace"), self.row[t.CALL_ID]
+        if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
+            begun_id = self.last_begun_id
+        started = begun_id >= self.calls_sent
         self.tainted = self.tainted or f"{type(problem).__name__} during {target!r}"
         if isinstance(problem, PeerGone):  # dying by itself: do not spoil its exit code
             self.exitcode(_DYING)

@@ -66,10 +66,11 @@ class Manager:
         self.config = config
         self.hooks = hooks
         self.bell = Bell()
-        self.turnstile = Turnstile(config.strategy, self.bell.ring, self.refused)
+        self.turnstile = Turnstile(config.strategy, self._queued, self.refused)
         self.fleet = Fleet(launcher, config, hooks)
         self.target = config.initial_size
         self.floor, self.ceiling = config.min_size or 0, config.max_size or 0
+        self.may_grow = True
         self.done = False  # everything has ended
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
@@ -103,6 +104,11 @@ class Manager:
     @property
     def closing(self) -> bool:
         return self._close_by is not None
+
+    def _queued(self) -> None:
+        """Hear that somebody queues; nothing to do while no worker could be added."""
+        if self.may_grow:
+            self.bell.ring()
 
     def refused(self, slot: int, generation: int) -> None:
         """Take a slot that must not be offered again: closed, fenced, tainted or worn out."""
@@ -413,7 +419,8 @@ class Manager:
         live = self.fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
         dying = self.fleet.dying()  # each is replaced in its own slot, a moment from now
-        waiting = len(self.turnstile.waiters)
+        self.may_grow = len(live) < self.ceiling + self.config.max_overflow
+        waiting = len(self.turnstile.waiters)  # after that: who queues sees it, or is seen
         wanted = self.target
         if waiting > starting and self.target < (self.config.size or 0):
             wanted = self.target = min(self.config.size or 0, self.target + waiting - starting)
