@@ -219,7 +219,7 @@ class _Worker:
     def _find(self, name: bytes) -> Callable[..., Any]:
         if len(self._functions) >= 4096:
             self._functions.clear()
-        function: Callable[..., Any] = wire.find(name.decode())
+        function: Callable[..., Any] = wire.find_for(self._object, name.decode())
         self._functions[name] = function
         return function
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import pickle
 import struct
 import sys
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Callable, Dict, Tuple
 
 from ..errors import CallMismatch, RemoteError
@@ -104,6 +104,24 @@ def find(name: str) -> Any:
     module, _, path = name.partition(":")
     __import__(module)
     return _walk(sys.modules[module], path)
+
+
+def find_for(owner: Any, name: str) -> Any:
+    """Import what `name_of` named; a method of a class that `owner` is one of comes bound to it.
+
+    The parent sends a method by its bare name if it knows the class. It does not if the worker
+    is made by a factory, or if `target` is the method of a base class.
+
+    Raises:
+        ImportError, AttributeError: there is no such thing in this process.
+    """
+    found = find(name)
+    holder, _, method = name.rpartition(".")
+    if ":" in holder and isinstance(found, FunctionType):
+        kind = find(holder)
+        if isinstance(kind, type) and isinstance(owner, kind):
+            return getattr(owner, method)
+    return found
 
 
 def _walk(start: Any, path: str) -> Any:
