@@ -70,7 +70,8 @@ class FastEnd:
 
     def _set_timeout(self, timeout: float | None) -> None:
         """Let `recv` wait so long. It costs a system call, and most calls have the same."""
-        self._sock.settimeout(_FOREVER if timeout is None else max(_SOON, timeout))
+        limit = _FOREVER if timeout is None else min(max(_SOON, timeout), _FOREVER)
+        self._sock.settimeout(limit)
         self._timeout = timeout
 
     def exchange(
@@ -139,7 +140,10 @@ class FastEnd:
     def disturbed(self) -> bool:
         """Tell whether an idle worker's pipe has something to read, or the worker is dead."""
         poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
+        try:
+            poll.register(self.fd, select.POLLIN)
+        except ValueError:
+            return True  # closed
         poll.register(self._death_fd, select.POLLIN)
         return bool(poll.poll(0))
 
@@ -237,7 +241,10 @@ class PortableEnd:
         pass  # `_receive` watches the sentinel itself
 
     def disturbed(self) -> bool:
-        return bool(connection.wait([self._conn, self._sentinel], 0))
+        try:
+            return bool(connection.wait([self._conn, self._sentinel], 0))
+        except (OSError, ValueError):
+            return True  # closed
 
     def _readable(self) -> bool:
         try:
@@ -267,13 +274,12 @@ class PortableEnd:
                 done.set()
 
         threading.Thread(target=send, name="minipool-send", daemon=True).start()
-        if not done.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+        if not done.wait(_left(deadline)):
             raise TimedOut
 
     def _receive(self, deadline: float | None) -> memoryview:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            ready = connection.wait([self._conn, self._sentinel], left)
+            ready = connection.wait([self._conn, self._sentinel], _left(deadline))
             if not ready:
                 raise TimedOut
             if self._conn not in ready and not self._conn.poll(0):
@@ -396,6 +402,11 @@ def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
 
 
+def _left(deadline: float | None) -> float | None:
+    """Return the seconds until then, as far as they can be waited for."""
+    return None if deadline is None else min(max(0.0, deadline - time.monotonic()), _FOREVER)
+
+
 def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     """Make a pipe; return what becomes the parent's end and what travels to the worker."""
     if portable:
@@ -406,4 +417,5 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
 
 
 def _left_ms(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+    left = _left(deadline)
+    return None if left is None else left * 1000

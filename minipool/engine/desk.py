@@ -71,15 +71,10 @@ class Desk:
         token = self._try_take()
         if token is None:
             return self._acquire_slowly(timeout)
-        slot, generation = token
-        handle = self._handles.get(slot)
+        handle: Handle = token[1]
         now = _monotonic_ns()
-        if (
-            handle is None
-            or handle.generation != generation
-            or (now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed())
-        ):
-            self._refuse(token, handle)
+        if now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed():
+            self._refuse(handle)
             return self._acquire_slowly(timeout)
         handle.thread = _get_ident()
         row = handle.row
@@ -112,11 +107,10 @@ class Desk:
                 self.manager.bell.ring()  # with timeout 0 nobody queued, but somebody wanted one
                 self.check_open()
                 raise self._timed_out(timeout, time.monotonic() - start)
-            handle = self._handles.get(token[0])
-            fits = handle is not None and handle.generation == token[1]
-            if handle is not None and fits and not handle.channel.disturbed():
+            handle: Handle = token[1]
+            if not handle.channel.disturbed():
                 return self._take_over(handle, time.monotonic() - start)
-            self._refuse(token, handle)
+            self._refuse(handle)
 
     def _take_over(self, handle: Handle, waited: float) -> Handle:
         row = handle.row
@@ -142,12 +136,11 @@ class Desk:
             generation=handle.generation,
         )
 
-    def _refuse(self, token: tuple[int, int], handle: Handle | None) -> None:
+    def _refuse(self, handle: Handle) -> None:
         """Hand a worker that cannot be used to the manager, who replaces it."""
-        if handle is not None and handle.generation == token[1]:
-            handle.tainted = handle.tainted or "dead, or talking, when it was idle"
-            handle.in_call = True  # so that it is killed and not asked to stop
-        self.manager.refused(*token)
+        handle.tainted = handle.tainted or "dead, or talking, when it was idle"
+        handle.in_call = True  # so that it is killed and not asked to stop
+        self.manager.refused(handle.slot, handle)
 
     # -- giving back -------------------------------------------------------------------------
 
@@ -165,7 +158,7 @@ class Desk:
         handle.calls_before = handle.calls_sent
         if self.on_checkin or self._origins:
             self._unmark(handle, (now - since) / 1e9)
-        self._publish(handle.slot, handle.generation)
+        self._publish(handle.slot, handle)
 
     def dropped(self, reference: weakref.ref[Any]) -> None:
         """Give back the worker of a lease that was collected without having been released.
@@ -195,7 +188,7 @@ class Desk:
         if handle.in_call:
             handle.kill()  # at once: it may be working for nobody
         self._unmark(handle, held)
-        self.manager.refused(handle.slot, handle.generation)
+        self.manager.refused(handle.slot, handle)
 
     def _unmark(self, handle: Handle, held: float) -> None:
         """Tell of the end of a lease, the more so if it was reported as leaked."""

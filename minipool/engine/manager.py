@@ -78,7 +78,7 @@ class Manager:
         self._launcher = launcher
         self._limits = _limits(config)
         self._changed = threading.Condition()
-        self._refused: collections.deque[tuple[int, int]] = collections.deque()
+        self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
         self._lost_at: collections.deque[float] = collections.deque()  # not yet replaced
@@ -110,9 +110,9 @@ class Manager:
         if self.may_grow:
             self.bell.ring()
 
-    def refused(self, slot: int, generation: int) -> None:
+    def refused(self, slot: int, handle: Handle) -> None:
         """Take a slot that must not be offered again: closed, fenced, tainted or worn out."""
-        self._refused.append((slot, generation))
+        self._refused.append(handle)
         self.bell.ring()
 
     def order(self, action: Callable[[], None]) -> None:
@@ -124,6 +124,8 @@ class Manager:
         """Wait until something that the manager changes is so; False if time ran out first."""
         if self.here:
             return condition()  # nothing will change while its thread waits here
+        if timeout is not None:
+            timeout = min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
             return self._changed.wait_for(lambda: condition() or self.done, timeout)
 
@@ -209,7 +211,7 @@ class Manager:
         while self._orders:
             self._orders.popleft()()
         while self._refused:
-            self._take_back(*self._refused.popleft())
+            self._take_back(self._refused.popleft())
         self._look()
         if self._close_by is None:
             self._reconcile()
@@ -247,8 +249,8 @@ class Manager:
         if self._lost_at:
             lost_for = time.monotonic() - self._lost_at.popleft()
             self.hooks.emit("recovery", {"seconds": lost_for}, **facts)
-        self.turnstile.admit(handle.slot, handle.generation)
-        self.turnstile.publish(handle.slot, handle.generation)
+        self.turnstile.admit(handle.slot, handle)
+        self.turnstile.publish(handle.slot, handle)
 
     def _probed(self, handle: Handle, healthy: bool) -> None:
         now = time.monotonic_ns()
@@ -260,7 +262,7 @@ class Manager:
             failures = handle.probe_failures
             return self._condemn(handle, f"failed {failures} health checks in a row")
         handle.move(E.ANSWERED)
-        self.turnstile.publish(handle.slot, handle.generation)
+        self.turnstile.publish(handle.slot, handle)
 
     def _tell_probed(self, handle: Handle, seconds: float, healthy: bool) -> None:
         logger().debug("worker %d: health check: %s", handle.slot, "well" if healthy else "failed")
@@ -319,10 +321,9 @@ class Manager:
         handle.move(E.TOLD_TO_STOP)
         handle.send_stop()
 
-    def _take_back(self, slot: int, generation: int) -> None:
+    def _take_back(self, handle: Handle) -> None:
         """Deal with a slot that was given back and is not to be offered again."""
-        handle = self.fleet.handles.get(slot)
-        if handle is None or handle.generation != generation or handle.state is not S.IDLE:
+        if handle.state is not S.IDLE:
             return  # its end is under way already
         if handle.in_call:
             self._condemn(handle, "left in the middle of a call")
@@ -379,7 +380,7 @@ class Manager:
             handle.terminated = True
             handle.kill(15)
         elif isinstance(action, health.Retire):
-            if self.turnstile.claim(handle.slot, handle.generation):
+            if self.turnstile.claim(handle.slot, handle):
                 self.target -= action.shrink
                 self._last_shrink_ns = time.monotonic_ns()
                 handle.tainted = action.reason
@@ -391,7 +392,7 @@ class Manager:
 
     def probe(self, handle: Handle) -> None:
         """Claim an idle worker and ask whether it is well."""
-        if self.turnstile.claim(handle.slot, handle.generation):
+        if self.turnstile.claim(handle.slot, handle):
             handle.move(E.CLAIMED)
             handle.probed_ns = handle.since_ns
             try:
@@ -459,7 +460,7 @@ class Manager:
         handle.tainted, handle.condemned = handle.tainted or reason, True
         if handle.state is S.STARTING:
             self._condemn(handle, reason)
-        elif handle.state is S.IDLE and self.turnstile.claim(handle.slot, handle.generation):
+        elif handle.state is S.IDLE and self.turnstile.claim(handle.slot, handle):
             self._retire(handle)
 
     def drain(self) -> None:
@@ -473,8 +474,8 @@ class Manager:
     def _finish(self) -> None:
         """Take every worker one step further towards its end; then end."""
         assert self._close_by is not None
-        for slot, generation in self.turnstile.close():
-            self._take_back(slot, generation)
+        for _, handle in self.turnstile.close():
+            self._take_back(handle)
         now = time.monotonic()
         for handle in tuple(self.fleet.handles.values()):
             handle.condemned = True

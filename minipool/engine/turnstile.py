@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-Token = Tuple[int, int]  # slot, generation
+Token = Tuple[int, Any]  # slot, generation: whatever tells its workers apart, such as a handle
 
 _SETTLEMENT = 1.0  # seconds to wait for one who popped our ticket; he is a few steps from done
 
@@ -73,11 +73,11 @@ class Turnstile:
         self,
         strategy: str = "lifo",
         on_queue: Callable[[], object] = lambda: None,
-        on_refused: Callable[[int, int], object] = lambda slot, generation: None,
+        on_refused: Callable[[int, Any], object] = lambda slot, generation: None,
     ) -> None:
-        self.idle: Dict[int, int] = {}
+        self.idle: Dict[int, Any] = {}
         self.waiters: Dict[int, Waiter] = {}
-        self.current: Dict[int, int] = {}  # slot -> valid generation; written by `admit`, `fence`
+        self.current: Dict[int, Any] = {}  # slot -> valid generation; written by `admit`, `fence`
         self.closed = False
         self._pop: Callable[[], Token] = (
             self.idle.popitem if strategy == "lifo" else self._pop_oldest
@@ -176,11 +176,11 @@ class Turnstile:
 
     # -- giving back -------------------------------------------------------------------------
 
-    def admit(self, slot: int, generation: int) -> None:
+    def admit(self, slot: int, generation: Any) -> None:
         """Make `generation` the valid one of a slot; `publish` offers it then. Manager only."""
         self.current[slot] = generation
 
-    def publish(self, slot: int, generation: int) -> bool:
+    def publish(self, slot: int, generation: Any) -> bool:
         """Offer a slot: the one way into `idle`. False if it was refused."""
         if self.current.get(slot) != generation:
             self._on_refused(slot, generation)  # fenced
@@ -193,7 +193,7 @@ class Turnstile:
             self.pump()
         return True
 
-    def claim(self, slot: int, generation: int) -> bool:
+    def claim(self, slot: int, generation: Any) -> bool:
         """Take this very slot out of `idle`, for a probe or to retire it; never waits."""
         found = self.idle.pop(slot, None)
         if found is not None and found != generation:
