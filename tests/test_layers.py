@@ -14,7 +14,8 @@ ROOMS = [
     "engine.health", "engine.handle", "engine.launch", "engine.turnstile", "engine.fleet",
     "engine.manager", "engine.desk",
     "status", "lease", "pool",
-    "tools.bench", "tools.cli", "__main__",
+    "tools.floors", "tools.figures", "tools.procfs", "tools.peers", "tools.rounds",
+    "tools.speed", "tools.costs", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
 HALLS = {"", "engine", "tools"}  # packages: their __init__ may name anything, lazily
 
