@@ -21,6 +21,7 @@ W = TypeVar("W")
 R = TypeVar("R")
 
 _ref = weakref.ref
+CALL_TIMEOUT = "call_timeout"  # the option's name stands for its value
 
 
 class Lease(Generic[W]):
@@ -148,6 +149,8 @@ class Lease(Generic[W]):
                 result = handle.request(kind, name, args, kwargs, self._timeout)
             except WorkerError as error:
                 result = self._recover(error, handle, kind, name, args, kwargs)
+                for held in self._held[:1]:
+                    facts["worker_id"] = held.slot  # another one has done it
         except BaseException as error:
             took = time.monotonic() - start
             hooks.emit("operation.exception", {"seconds": took}, error=error, **facts)
@@ -156,7 +159,7 @@ class Lease(Generic[W]):
         return result
 
     def options(
-        self, *, timeout: float | None | str = "call_timeout", idempotent: bool = False
+        self, *, timeout: float | None | str = CALL_TIMEOUT, idempotent: bool = False
     ) -> Lease[W]:
         """Return this lease with other call options: `w.options(timeout=0.5).call("predict", x)`.
 
@@ -165,7 +168,10 @@ class Lease(Generic[W]):
             idempotent: a call may run twice: when its worker dies it is made again on another,
                 within `timeout`, if it was the first of this lease.
         """
-        return _View(self, seconds(timeout, self._desk.call_timeout, "timeout"), idempotent)
+        limit = self._desk.call_timeout
+        if timeout != CALL_TIMEOUT:
+            limit = seconds(timeout, "timeout")
+        return _View(self, limit, idempotent)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -278,14 +284,12 @@ class _View(Lease[W]):
         return self._lease
 
 
-def seconds(value: Any, default: float | None, name: str) -> float | None:
-    """Return a timeout as given, or the default for a text (which is the option's name).
+def seconds(value: Any, name: str) -> float | None:
+    """Return a timeout as given, if it is one.
 
     Raises:
         ValueError: it is negative or NaN. TypeError: it is no number.
     """
-    if isinstance(value, str):
-        return default
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -19,7 +19,7 @@ from .engine.launch import Launcher
 from .engine.manager import Manager, live_managers
 from .engine.states import WorkerState
 from .errors import CheckoutTimeout, ConfigError, PoolClosed, PoolStartError
-from .lease import Lease, seconds
+from .lease import CALL_TIMEOUT, Lease, seconds
 from .telemetry import Hooks
 
 if TYPE_CHECKING:
@@ -114,11 +114,14 @@ class Pool(Generic[W]):
 
     def _open(self, wait_for: int) -> Desk:
         with self._opening:
+            first = self._desk is None
             if self._desk is None:
                 if self._closed:
                     raise PoolClosed(f"{self.config.name} is closed; make a new pool")
                 self._desk = self._start()
-        desk = self._desk
+            desk = self._desk
+        if first:
+            self.hooks.emit("pool.init", {"size": self.config.size})
         desk.check_open()
         if wait_for and not desk.manager.here:
             self._wait_started(desk, wait_for)
@@ -134,7 +137,6 @@ class Pool(Generic[W]):
         # Pool and leases know the desk, the manager does not: when they are collected, so is it.
         weakref.finalize(desk, manager.close, 0.0, True).atexit = False  # `_close_all` does better
         manager.start()
-        self.hooks.emit("pool.init", {"size": self.config.size})
         return desk
 
     def _wait_started(self, desk: Desk, count: int) -> None:
@@ -174,7 +176,7 @@ class Pool(Generic[W]):
         most = manager.ceiling + self.config.max_overflow
         if wanted > most:
             raise ValueError(f"workers={workers!r}: the pool has {most} at most")
-        limit = self.config.init_timeout if timeout is None else seconds(timeout, None, "timeout")
+        limit = self.config.init_timeout if timeout is None else seconds(timeout, "timeout")
         if wanted > manager.target:
             manager.order(lambda: setattr(manager, "target", max(manager.target, wanted)))
         if not manager.wait_for(lambda: self._ready_count(manager) >= wanted, limit):
@@ -203,7 +205,7 @@ class Pool(Generic[W]):
         """
         grace = self.config.close_timeout
         if timeout is not None:
-            grace = seconds(timeout, None, "timeout") or 0.0
+            grace = seconds(timeout, "timeout") or 0.0
         self._end(grace, kill=False)
 
     def terminate(self) -> None:
@@ -280,7 +282,7 @@ class Pool(Generic[W]):
             desk = self._open(wait_for=min(1, self.config.initial_size))
         limit = desk.checkout_timeout
         if timeout is not _CHECKOUT_TIMEOUT:
-            limit = seconds(timeout, limit, "timeout")
+            limit = seconds(timeout, "timeout")
         return Lease(desk, desk.acquire(limit))
 
     if TYPE_CHECKING:
@@ -305,7 +307,7 @@ class Pool(Generic[W]):
             lease.release()
 
     def options(
-        self, *, timeout: float | None | str = "call_timeout", idempotent: bool = False
+        self, *, timeout: float | None | str = CALL_TIMEOUT, idempotent: bool = False
     ) -> PoolOptions[W]:
         """Return a caller with other options: `pool.options(timeout=0.5).call("predict", x)`.
 
@@ -412,8 +414,10 @@ class PoolOptions(Generic[W]):
 
     def __init__(self, pool: Pool[W], timeout: float | None | str, idempotent: bool) -> None:
         self._pool, self._idempotent = pool, idempotent
-        self._own_timeout = not isinstance(timeout, str)
-        self._timeout = seconds(timeout, pool.config.call_timeout, "timeout")
+        self._own_timeout = timeout != CALL_TIMEOUT
+        self._timeout = pool.config.call_timeout
+        if self._own_timeout:
+            self._timeout = seconds(timeout, "timeout")
 
     if TYPE_CHECKING:
 

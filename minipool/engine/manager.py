@@ -312,7 +312,7 @@ class Manager:
             "worker %d (pid %s) of %s died %s (%s) and is replaced",
             handle.slot, handle.pid, self.config.name, describe_exit(code), why,
         )  # fmt: skip
-        self.hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot, exitcode=code)
+        self.hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot)
 
     def _retire(self, handle: Handle) -> None:
         """Ask a worker, which the caller owns, to end by itself."""

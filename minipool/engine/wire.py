@@ -22,6 +22,7 @@ from typing import Any, Callable, Dict, Tuple
 from ..errors import CallMismatch, RemoteError
 
 MAX_FRAME = 4 << 30  # a longer declared length is garbage
+MAX_NAME = 0xFFFF  # bytes; what the header can tell
 SHORT_FRAME = 0x7FFFFFFF  # beyond it, Connection writes -1 and then an 8-byte length
 
 LENGTH = struct.Struct("!i")
@@ -204,7 +205,7 @@ class Targets(Dict[Any, Tuple[int, bytes]]):
                     f"cannot call method {target!r}: this pool has no worker class; "
                     f"give Pool a class, or give call() a function"
                 )
-            return METHOD, target.encode()
+            return METHOD, _encoded(target)
         if not callable(target):
             raise CallMismatch(f"{target!r} is neither a method's name nor callable; give one")
         name = getattr(target, "__name__", None)
@@ -216,7 +217,18 @@ class Targets(Dict[Any, Tuple[int, bytes]]):
             raise CallMismatch(f"a worker cannot find {target!r}: {why}")
         if path is None or why is not None:
             return SHIPPED, str(getattr(target, "__qualname__", target)).encode()[:200]
-        return FUNCTION, path.encode()
+        return FUNCTION, _encoded(path)
+
+
+def _encoded(name: str) -> bytes:
+    """Return a name as bytes, if it fits into a request."""
+    try:
+        data = name.encode()
+    except UnicodeEncodeError as problem:
+        raise CallMismatch(f"{name!r} cannot be the name of anything: {problem}") from None
+    if len(data) > MAX_NAME:
+        raise CallMismatch(f"{name[:40]!r}... ({len(data)} bytes) is too long for a name")
+    return data
 
 
 def explain_unpicklable(
@@ -231,9 +243,12 @@ def explain_unpicklable(
         except Exception as own:
             return CallMismatch(
                 f"{label} of the call to {target!r}, a {type(value).__name__}, cannot be sent to "
-                f"a worker: {own}; nothing was sent; pass plain data, or make it in the worker"
+                f"a worker: {_message(own)}; nothing was sent; pass plain data, or make it in the "
+                f"worker"
             )
-    return CallMismatch(f"the arguments of {target!r} cannot be sent to a worker: {problem}")
+    return CallMismatch(
+        f"the arguments of {target!r} cannot be sent to a worker: {_message(problem)}"
+    )
 
 
 # -- exceptions ----------------------------------------------------------------------------------
@@ -248,8 +263,9 @@ def pack_error(error: BaseException) -> bytes:
         "message": _message(error),
         "traceback": text,
         "pickled": None,
+        "exits": isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)),
     }
-    if not isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)):
+    if not envelope["exits"]:
         envelope["pickled"] = _tested_pickle(error)
     return pickle.dumps(envelope, 5)
 
@@ -257,16 +273,16 @@ def pack_error(error: BaseException) -> bytes:
 def unpack_error(body: bytes | memoryview) -> BaseException:
     """Return the exception a worker packed, or the `RemoteError` that stands in for it."""
     envelope = pickle.loads(body)
-    pickled = envelope.pop("pickled")
+    pickled, exits = envelope.pop("pickled"), envelope.pop("exits")
     if pickled is not None:
         try:
             error = pickle.loads(pickled)
         except Exception as problem:
-            return _stand_in(envelope, f"does not unpickle here: {problem!r}")
+            return _stand_in(envelope, f"does not unpickle here: {_named(problem)}")
         if isinstance(error, BaseException):
             error.__cause__ = RemoteTraceback(envelope["traceback"])
             return error
-    if envelope["type_name"] in ("SystemExit", "KeyboardInterrupt", "GeneratorExit"):
+    if exits:
         return _stand_in(envelope, "is not passed on, because it would end the caller")
     return _stand_in(envelope, "cannot be pickled")
 
@@ -281,10 +297,10 @@ def _stand_in(envelope: dict[str, str], why: str) -> RemoteError:
 def unpicklable_result(problem: BaseException, type_name: str) -> RemoteError:
     """Build the error for a result that the codec of its worker cannot take."""
     return RemoteError(
-        f"the call returned a {type_name}, which cannot be sent back: {problem}; "
+        f"the call returned a {type_name}, which cannot be sent back: {_message(problem)}; "
         f"return plain data, or keep the object in the worker and return what you need of it",
         type_name=type_name,
-        message=str(problem),
+        message=_message(problem),
         traceback=_text(problem),
     )
 
@@ -292,10 +308,10 @@ def unpicklable_result(problem: BaseException, type_name: str) -> RemoteError:
 def unreadable_result(problem: Exception) -> RemoteError:
     """Build the error for a result that came, but cannot be made an object again here."""
     return RemoteError(
-        f"the call returned, but its result cannot be unpickled here: {problem!r}; return plain "
-        f"data; the worker is well",
+        f"the call returned, but its result cannot be unpickled here: {_named(problem)}; return "
+        f"plain data; the worker is well",
         type_name=type(problem).__name__,
-        message=str(problem),
+        message=_message(problem),
         traceback=_text(problem),
     )
 
@@ -313,7 +329,11 @@ def _message(error: BaseException) -> str:
     try:
         return str(error)
     except Exception as problem:
-        return f"<str() of it failed: {problem!r}>"
+        return f"<str() of it failed with {type(problem).__name__}>"
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_message(error)}"
 
 
 def _text(error: BaseException) -> str:
@@ -322,7 +342,7 @@ def _text(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception as problem:
-        return f"<its traceback cannot be shown: {problem!r}>"
+        return f"<its traceback cannot be shown: {type(problem).__name__}>"
 
 
 def no_such_method(owner: Any, name: str) -> CallMismatch:

@@ -1,0 +1,95 @@
+"""Every public error: its place in the hierarchy, its fields, its text, and its way over a pipe."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+
+import minipool
+from minipool import errors
+
+ERRORS = {
+    name: value
+    for name, value in vars(errors).items()
+    if inspect.isclass(value) and issubclass(value, BaseException)
+}
+
+BASES: dict[str, tuple[type[BaseException], ...]] = {
+    "MinipoolError": (Exception,),
+    "ConfigError": (errors.MinipoolError, ValueError),
+    "CallMismatch": (errors.MinipoolError, TypeError),
+    "PoolError": (errors.MinipoolError,),
+    "CheckoutTimeout": (errors.PoolError, TimeoutError),
+    "TooManyWaiters": (errors.PoolError,),
+    "PoolClosed": (errors.PoolError,),
+    "PoolForked": (errors.PoolError,),
+    "PoolStartError": (errors.PoolError,),
+    "LeaseError": (errors.MinipoolError,),
+    "LeaseReleased": (errors.LeaseError,),
+    "LeaseRevoked": (errors.LeaseError,),
+    "WorkerError": (errors.MinipoolError,),
+    "WorkerDied": (errors.WorkerError,),
+    "WorkerStartError": (errors.WorkerError,),
+    "CallTimeout": (errors.WorkerError, TimeoutError),
+    "ProtocolError": (errors.WorkerError,),
+    "RemoteError": (errors.MinipoolError,),
+}
+
+
+def test_hierarchy_is_as_promised() -> None:
+    """Each error has just the bases that callers catch it by; none is missing here."""
+    assert {name: cls.__bases__ for name, cls in ERRORS.items()} == BASES
+
+
+def test_every_error_is_public_and_documented() -> None:
+    """All errors can be had from the package, and say what they mean."""
+    for name, cls in ERRORS.items():
+        assert getattr(minipool, name) is cls
+        assert name in minipool.__all__
+        assert cls.__doc__
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_error_pickles_with_its_fields(name: str, protocol: int) -> None:
+    """Type, text and every field survive each pickle protocol, and a copy."""
+    cls = ERRORS[name]
+    fields: dict[str, Any] = {field: f"<{field}>" for field in _fields(cls)}
+    fields["extra"] = [1, {"deep": None}]
+    error = cls("what, value, remedy", **fields)
+
+    for again in (pickle.loads(pickle.dumps(error, protocol)), copy.copy(error)):
+        assert type(again) is cls
+        assert str(again) == "what, value, remedy"
+        assert again.args == error.args
+        assert vars(again) == fields
+
+
+def _fields(cls: type) -> list[str]:
+    return [field for base in cls.__mro__ for field in base.__dict__.get("__annotations__", {})]
+
+
+def test_field_may_have_the_name_of_the_text() -> None:
+    """`message` is a field of RemoteError and no clash with the error's own text."""
+    error = errors.RemoteError("text", type_name="KeyError", message="'k'", traceback="Trace")
+
+    again = pickle.loads(pickle.dumps(error))
+
+    assert (str(again), again.message, again.type_name) == ("text", "'k'", "KeyError")
+
+
+def test_subclass_of_a_user_pickles_too() -> None:
+    """A user's own kind of our errors travels like ours."""
+    again = pickle.loads(pickle.dumps(_OwnTimeout("late", timeout=1.0)))
+
+    assert type(again) is _OwnTimeout
+    assert again.timeout == 1.0
+    assert isinstance(again, TimeoutError)
+
+
+class _OwnTimeout(errors.CheckoutTimeout):
+    pass
