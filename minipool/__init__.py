@@ -26,11 +26,14 @@ _HOME = {
     "WorkerInfo": "status",
     "HealthReport": "status",
     "current_worker": "engine.child",
+    "current_session": "engine.child",
+    "SessionInfo": "sessions",
     **dict.fromkeys(
         (
             "MinipoolError", "ConfigError", "CallMismatch", "PoolError", "CheckoutTimeout",
             "TooManyWaiters", "PoolClosed", "PoolForked", "PoolStartError", "LeaseError",
-            "LeaseReleased", "LeaseRevoked", "WorkerError", "WorkerDied", "WorkerStartError",
+            "LeaseReleased", "LeaseRevoked", "SessionError", "SessionNotFound", "SessionExists",
+            "SessionLost", "SessionBusy", "WorkerError", "WorkerDied", "WorkerStartError",
             "CallTimeout", "ProtocolError", "RemoteError",
         ),
         "errors",

@@ -15,6 +15,7 @@ from typing import Any, Mapping
 from .errors import ConfigError
 
 MAX_WORKERS = 2048  # twice as many rows are in the table: old ones may end while new ones start
+AFFINITIES = ("prefer", "strict", "any")
 START_METHODS = ("forkserver", "spawn", "fork")
 _pool_numbers = itertools.count(1)
 
@@ -71,12 +72,29 @@ class PoolConfig:
     lease_timeout: float | None = None
     #: A lease older than this is logged once, with the stack that took it. None: never.
     leak_warn_after: float | None = None
+    #: Which worker a session's lease gets: "prefer" the one that has it warm (waiting up to
+    #: `affinity_wait` s for that one), "strict": that one or SessionLost, or "any".
+    affinity: str = "prefer"
+    affinity_wait: float = 0.0
+    #: A session unused for so long is ended; beyond `max_sessions` the longest unused one is.
+    session_ttl: float = 3600.0
+    max_sessions: int = 10_000
+    #: With True a session must be begun with create_session(); else its first use begins it.
+    strict_sessions: bool = False
+    #: Where sessions are kept: None: in memory; a path: in that SQLite file; or a store object.
+    session_store: Any = None
     #: Shown in process, thread and memory names, errors and metrics. None: "pool-1" and so on.
     name: str | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
-        for name in ("overflow_idle", "health_check_timeout", "close_timeout"):
+        for name in (
+            "overflow_idle",
+            "health_check_timeout",
+            "close_timeout",
+            "affinity_wait",
+            "session_ttl",
+        ):
             self._check_seconds(name, none=False)
         for name in ("max_idle", "init_timeout", "checkout_timeout", "call_timeout"):
             self._check_seconds(name, none=True)
@@ -145,7 +163,7 @@ class PoolConfig:
             self._check_count(
                 name, least=0 if name in ("min_size", "max_waiting") else 1, none=True
             )
-        for name in ("startup_batch", "max_health_failures"):
+        for name in ("startup_batch", "max_health_failures", "max_sessions"):
             self._check_count(name, least=1, none=False)
         self._check_count("max_overflow", least=0, none=False)
         self._check_count("niceness", least=0, none=False)
@@ -187,8 +205,11 @@ class PoolConfig:
             self._refuse("strategy", 'give "lifo" or "fifo"')
         if self.start_method is not None and self.start_method not in START_METHODS:
             self._refuse("start_method", f"give one of {START_METHODS}, or None")
-        if not isinstance(self.lazy, bool):
-            self._refuse("lazy", "give True or False")
+        if self.affinity not in AFFINITIES:
+            self._refuse("affinity", f"give one of {AFFINITIES}")
+        for name in ("lazy", "strict_sessions"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "give True or False")
         if self.codec is not None:
             for function in ("dumps", "loads"):
                 if not callable(getattr(self.codec, function, None)):

@@ -86,6 +86,30 @@ class LeaseRevoked(LeaseError):
     reason: str
 
 
+class SessionError(MinipoolError):
+    """Something is wrong with a session; its committed state is as it was."""
+
+    session_id: str
+
+
+class SessionNotFound(SessionError):
+    """There is no session of that id."""
+
+
+class SessionExists(SessionError):
+    """There is a session of that id already."""
+
+
+class SessionLost(SessionError):
+    """The worker that had the session under strict affinity is gone, with what cannot travel."""
+
+
+class SessionBusy(SessionError):
+    """Another lease, or another process (`owner_pid`), has the session."""
+
+    owner_pid: int | None
+
+
 class WorkerError(MinipoolError):
     """One worker failed. The pool replaces it by itself; a new lease gets another."""
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
-from .errors import LeaseError, LeaseReleased, LeaseRevoked, WorkerDied, WorkerError
+from .errors import (
+    LeaseError,
+    LeaseReleased,
+    LeaseRevoked,
+    SessionError,
+    WorkerDied,
+    WorkerError,
+)
+from .sessions import State
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
@@ -126,8 +134,15 @@ class Lease(Generic[W]):
             dead = self._held.pop()
         except IndexError:
             raise self._gone("the call") from None
+        session, dead.session = dead.session, None  # it stays ours
         self._desk.give_back(dead)
-        handle = self._desk.acquire(timeout)
+        try:
+            handle = self._desk.acquire(timeout)
+        except BaseException:
+            if session is not None:
+                session.sessions.give_back(session)
+            raise
+        handle.session = session
         self._held.append(handle)
         handle.lease = _ref(self._whole(), self._desk.dropped)
         return handle
@@ -235,6 +250,34 @@ class Lease(Generic[W]):
     def generation(self) -> int:
         """Tells workers apart that had the same slot, one after the other."""
         return self._handle.generation
+
+    @property
+    def session(self) -> str | None:
+        """The id of the session this lease is for, or None."""
+        record = self._handle.session
+        return None if record is None else str(record.key)
+
+    @property
+    def affinity(self) -> str | None:
+        """How the session's worker was found; None without a session.
+
+        "hit": the one that has it warm; "new": its first; "moved": another than before, to which
+        the state went; "lost": another, because the one before is dead.
+        """
+        record = self._handle.session
+        return None if record is None else str(record.affinity)
+
+    @property
+    def state(self) -> State:
+        """The session's committed state. Reading gives copies, setting a key commits at once.
+
+        Raises:
+            SessionError: this lease has no session.
+        """
+        record = self._handle.session
+        if record is None:
+            raise SessionError("this lease has no session; check out with `checkout(session=...)`")
+        return State(record)
 
     def __repr__(self) -> str:
         held = self._held[:1]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
 from multiprocessing import (
     util as _multiprocessing_util,  # its exit handler must be older than ours
 )
-from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
-from .config import MAX_WORKERS, PoolConfig
+from .config import AFFINITIES, MAX_WORKERS, PoolConfig
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
@@ -19,6 +20,7 @@ from .engine.launch import Launcher
 from .engine.manager import Manager, live_managers
 from .engine.states import WorkerState
 from .errors import CheckoutTimeout, ConfigError, PoolClosed, PoolStartError
+from .sessions import SessionInfo, Sessions, SessionScope
 from .lease import CALL_TIMEOUT, Lease, seconds
 from .telemetry import Hooks
 
@@ -136,8 +138,18 @@ class Pool(Generic[W]):
         desk = Desk(manager, targets)
         # Pool and leases know the desk, the manager does not: when they are collected, so is it.
         weakref.finalize(desk, manager.close, 0.0, True).atexit = False  # `_close_all` does better
+        self._sessions = Sessions(desk, self._store())
         manager.start()
         return desk
+
+    def _store(self) -> Any:
+        """Return where sessions are kept; None: in memory."""
+        store = self.config.session_store
+        if not isinstance(store, (str, os.PathLike)):
+            return store
+        from .store import SQLiteStore  # imported by those who use it
+
+        return SQLiteStore(os.fspath(store))
 
     def _wait_started(self, desk: Desk, count: int) -> None:
         """Wait for the first workers; fail at once when none can be started."""
@@ -223,6 +235,7 @@ class Pool(Generic[W]):
         manager.close(grace, kill)
         if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
             manager.join(1.0)
+            self._sessions.close()
 
     def __enter__(self) -> Self:
         return self.open()
@@ -267,7 +280,14 @@ class Pool(Generic[W]):
 
     # -- using -------------------------------------------------------------------------------
 
-    def checkout(self, *, timeout: float | None | str = _CHECKOUT_TIMEOUT) -> Lease[W]:
+    def checkout(
+        self,
+        *,
+        timeout: float | None | str = _CHECKOUT_TIMEOUT,
+        session: str | None = None,
+        affinity: str | None = None,
+        hint: str | None = None,
+    ) -> Lease[W]:
         """Take a worker for yourself; use it as `with pool.checkout() as w: w.call(...)`.
 
         `timeout` is how many seconds to wait for one (default: `checkout_timeout`; 0: not at all;
@@ -283,6 +303,10 @@ class Pool(Generic[W]):
         limit = desk.checkout_timeout
         if timeout is not _CHECKOUT_TIMEOUT:
             limit = seconds(timeout, "timeout")
+        if session is not None:
+            return Lease(desk, self._sessions.acquire(session, _checked_affinity(affinity), limit))
+        if hint is not None:
+            return Lease(desk, self._sessions.acquire_near(hint, limit))
         return Lease(desk, desk.acquire(limit))
 
     if TYPE_CHECKING:
@@ -316,6 +340,60 @@ class Pool(Generic[W]):
             idempotent: the call may run twice: if its worker dies it is made again on another.
         """
         return PoolOptions(self, timeout, idempotent)
+
+    # -- sessions ----------------------------------------------------------------------------
+
+    def session(self, session_id: str, state: Mapping[str, Any] | None = None) -> SessionScope:
+        """Return a session for a `with` block, which begins and ends it.
+
+        `with pool.session("user_1") as s: s.call("ask", question)`
+        """
+        return SessionScope(self, session_id, state)
+
+    def create_session(self, session_id: str, state: Mapping[str, Any] | None = None) -> None:
+        """Begin a session, with a state.
+
+        Raises:
+            SessionExists: there is one of that id already.
+            SessionError: there are too many, all in use; or the store refused.
+            CallMismatch: a value of `state` cannot be pickled. Nothing was begun.
+        """
+        self._opened()
+        self._sessions.create(session_id, state)
+
+    def end_session(self, session_id: str, timeout: float | None | str = _CHECKOUT_TIMEOUT) -> None:
+        """End a session once its present lease is over; does nothing if there is none.
+
+        Its worker's object hears `session_ended(session)`.
+
+        Raises:
+            CheckoutTimeout, SessionBusy: it was in use all the time, or elsewhere; it goes on.
+        """
+        desk = self._opened()
+        limit = desk.checkout_timeout
+        if timeout is not _CHECKOUT_TIMEOUT:
+            limit = seconds(timeout, "timeout")
+        self._sessions.end(session_id, limit)
+
+    def session_state(self, session_id: str) -> dict[str, Any]:
+        """Return a copy of a session's last committed state.
+
+        Raises:
+            SessionNotFound: there is none of that id.
+        """
+        self._opened()
+        return self._sessions.state(session_id)
+
+    def sessions(self) -> list[SessionInfo]:
+        """Return what is known of each session of this process."""
+        if self._desk is None:
+            return []
+        self._desk.check_process()
+        return self._sessions.infos()
+
+    def _opened(self) -> Desk:
+        """Return the desk, opening the pool if this is its first use."""
+        return self._desk or self._open(wait_for=min(1, self.config.initial_size))
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -447,6 +525,12 @@ class PoolOptions(Generic[W]):
             )
         finally:
             lease.release()
+
+
+def _checked_affinity(affinity: str | None) -> str | None:
+    if affinity is not None and affinity not in AFFINITIES:
+        raise ValueError(f"affinity={affinity!r}: give one of {AFFINITIES}")
+    return affinity
 
 
 def _close_all() -> None:

@@ -41,6 +41,13 @@ EVENTS: dict[str, tuple[str, str, str]] = {
     "utilization": ("the manager looked round", "leased, workers, ratio", ""),
     "error": ("the pool, not the user's code, failed", "", "kind, error, worker_id"),
     "recovery": ("a lost worker was replaced", "seconds", "worker_id, pid, generation"),
+    "session.bound": ("a session got its first worker", "version", "session, worker_id"),
+    "session.moved": ("a session went on with another worker", "version", "session, worker_id"),
+    "session.lost": (
+        "a session expired, was evicted, or lost its worker under strict affinity",
+        "version",
+        "session, reason",
+    ),
     "lease.leaked": ("a lease outlived leak_warn_after, or was dropped", "seconds", "worker_id"),
 }
 

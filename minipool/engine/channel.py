@@ -105,14 +105,15 @@ class FastEnd:
             return _checked(call_id, self._receive(_deadline(timeout), reply))
         return status, reply[_REPLY_HEADER:]
 
-    def send(self, call_id: int, kind: int) -> None:
-        """Send a request without name and arguments, without waiting for anything.
+    def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
+        """Send a small request without a name, without waiting for anything.
 
         Raises:
             PeerGone: the worker is dead, or has not read what was sent before.
         """
         try:
-            os.write(self.fd, _pack_request(_REQUEST_HEADER, call_id, kind, 0))
+            size = _REQUEST_HEADER + len(body)
+            os.write(self.fd, _pack_request(size, call_id, kind, 0) + body)
         except OSError:
             raise PeerGone from None
 
@@ -231,8 +232,8 @@ class PortableEnd:
             if status != wire.BEGUN:
                 return status, reply
 
-    def send(self, call_id: int, kind: int) -> None:
-        self._send(wire.REQUEST.pack(0, call_id, kind, 0)[4:])
+    def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
+        self._send(wire.REQUEST.pack(0, call_id, kind, 0)[4:] + body)
 
     def receive_now(self) -> memoryview | None:
         return self._receive(_deadline(0)) if self._readable() else None

@@ -14,6 +14,7 @@ ends, and at the latest when its parent does:
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any, Callable
 from . import table as t
 from . import wire
 from .channel import FastWorkerEnd, PortableWorkerEnd
+from .conversation import NotHere, Session, WarmSessions
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
@@ -50,6 +52,23 @@ _current: CurrentWorker | None = None
 def current_worker() -> CurrentWorker | None:
     """Return who runs this code: the worker's id, generation, pid and pool; None in no worker."""
     return _current
+
+
+_session: Session | None = None
+
+
+def current_session() -> Session:
+    """Return the state of the session that the running call belongs to: a mapping.
+
+    Raises:
+        LookupError: no call of a session is running here.
+    """
+    if _session is None:
+        raise LookupError(
+            "no call of a session is running here; check out with `checkout(session=...)`, and ask "
+            "in the thread that runs the call"
+        )
+    return _session
 
 
 class Descriptor:
@@ -131,8 +150,6 @@ class _Worker:
         words[t.WORKER_WORDS] = memoryview(bytearray(72)).cast("q")
         words[t.PHASE] = t.PHASE_BOOTING
         try:
-            import pickle
-
             spec = pickle.loads(setup.spec) if isinstance(setup.spec, bytes) else setup.spec
             codec = None if setup.codec is None else wire.unpack_codec(setup.codec)
             self._dumps, self._loads = wire.functions_of(codec)
@@ -141,6 +158,7 @@ class _Worker:
                 make = wire.find(make)
             if make is not None:
                 self._object = make(*args, **kwargs)
+            self._sessions = WarmSessions(self._object)
         except BaseException as error:
             self._end.send(0, wire.START_FAILED, b"", wire.pack_error(error))
             raise SystemExit(1) from None
@@ -157,9 +175,11 @@ class _Worker:
         while True:
             call_id, kind, name, body = receive()
             if kind == wire.STOP:
+                if body:
+                    self._end_sessions(None)
                 return
             if kind == wire.PROBE:
-                self._answer_probe(call_id)
+                self._answer_probe(call_id, body)
                 continue
             start = now()
             words[t.CALL_STARTED_NS] = start
@@ -181,6 +201,8 @@ class _Worker:
     def _run(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
         """Run one call; return the status and body of its reply. Raises nothing."""
         try:
+            if kind & wire.SESSION:
+                return self._run_in_session(kind & ~wire.SESSION, name, body)
             if kind == wire.FUNCTION:
                 target = self._functions.get(name) or self._find(name)
                 result = target(*self._loads(body))
@@ -223,8 +245,45 @@ class _Worker:
         self._functions[name] = function
         return function
 
-    def _answer_probe(self, call_id: int) -> None:
+    def _run_in_session(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
+        """Run one call with its session at hand; commit what it changed if it returns."""
+        global _session
+        end = 4 + int.from_bytes(body[:4], "big")
+        head = pickle.loads(body[4:end])
+        try:
+            session = self._sessions.enter(head)
+        except NotHere:
+            return wire.NOT_HERE, b""
+        except BaseException as error:
+            return self._failure(error)
+        _session = session
+        status, result = self._run(kind, name, body[end:])
+        _session = None
+        if status != wire.RETURNED:
+            self._sessions.undo(session)
+            return status, result
+        try:
+            changes = session.changes()
+        except BaseException as error:
+            self._sessions.undo(session)
+            return self._failure(error)
+        session.commit(changes)
+        if not changes:
+            return status, result
+        packed = pickle.dumps(changes, 5)
+        return wire.COMMITTED, len(packed).to_bytes(4, "big") + packed + result
+
+    def _end_sessions(self, session_ids: list[str] | None) -> None:
+        """End these sessions, or all. What `session_ended` raises is printed and ends nothing."""
+        try:
+            self._sessions.end(session_ids)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+
+    def _answer_probe(self, call_id: int, body: Any) -> None:
         """Run the object's own `health_check()`, if it has one; False or an exception is ill."""
+        if body:
+            self._end_sessions(pickle.loads(body))
         check = getattr(self._object, "health_check", None)
         try:
             if check is not None and check() is False:

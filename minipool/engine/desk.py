@@ -59,6 +59,7 @@ class Desk:
         self.turned_away = 0
         self.discarded = 0
         self.faults = 0
+        self.sessions_hit = self.sessions_new = self.sessions_moved = self.sessions_lost = 0
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -76,6 +77,8 @@ class Desk:
         if now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed():
             self._refuse(handle)
             return self._acquire_slowly(timeout)
+        if handle.sessions and self._turnstile.idle:
+            handle = self._colder(handle)
         handle.thread = _get_ident()
         row = handle.row
         row[t.LEASED_SINCE_NS] = now
@@ -84,7 +87,44 @@ class Desk:
             self._mark(handle, 0.0)
         return handle
 
-    def _acquire_slowly(self, timeout: float | None) -> Handle:
+    def _colder(self, handle: Handle) -> Handle:
+        """Exchange a worker for an idle one whose sessions are fewer or longer unused.
+
+        For callers without a session: what is warm shall stay free for the sessions.
+        """
+        idle = tuple(self._turnstile.idle.values())
+        other = min(idle, key=_warmth, default=handle)
+        if _warmth(other) < _warmth(handle) and self._turnstile.claim(other.slot, other):
+            self._turnstile.publish(handle.slot, handle)
+            return other  # type: ignore[no-any-return]
+        return handle
+
+    def acquire_this(
+        self, wanted: Handle, timeout: float | None, widen_after: float | None
+    ) -> Handle | None:
+        """Take that very worker, or, `widen_after` seconds later (None: never), any.
+
+        None: that worker is no more.
+        """
+        if self._turnstile.try_take_this(wanted.slot) is not None:
+            if self._handles.get(wanted.slot) is wanted and not wanted.channel.disturbed():
+                return self._take_over(wanted, 0.0)
+            self._refuse(self._handles.get(wanted.slot, wanted))
+            return None
+        if widen_after is not None and widen_after <= 0:
+            return self.acquire(timeout)
+        try:
+            handle = self._acquire_slowly(timeout, wanted.slot, widen_after)
+        except Closed:
+            return None
+        if widen_after is None and handle is not wanted:
+            self.give_back(handle)
+            return None
+        return handle
+
+    def _acquire_slowly(
+        self, timeout: float | None, wants: int | None = None, widen_after: float | None = None
+    ) -> Handle:
         """Queue for a worker, again if what comes turns out to be dead."""
         self.check_open()
         start = time.monotonic()
@@ -99,10 +139,10 @@ class Desk:
         while True:
             left = None if timeout is None else timeout - (time.monotonic() - start)
             try:
-                token = self._turnstile.take(left)
+                token = self._turnstile.take(left, wants, widen_after)
             except Closed:
                 self.check_open()
-                raise AssertionError("a closed turnstile has a reason") from None
+                raise  # that one worker is no more
             if token is None:
                 self.manager.bell.ring()  # with timeout 0 nobody queued, but somebody wanted one
                 self.check_open()
@@ -158,7 +198,12 @@ class Desk:
         handle.calls_before = handle.calls_sent
         if self.on_checkin or self._origins:
             self._unmark(handle, (now - since) / 1e9)
+        session = handle.session
+        if session is not None:
+            handle.session, handle.session_ended_ns = None, now
         self._publish(handle.slot, handle)
+        if session is not None:
+            session.sessions.give_back(session)
 
     def dropped(self, reference: weakref.ref[Any]) -> None:
         """Give back the worker of a lease that was collected without having been released.
@@ -188,7 +233,10 @@ class Desk:
         if handle.in_call:
             handle.kill()  # at once: it may be working for nobody
         self._unmark(handle, held)
+        session, handle.session = handle.session, None
         self.manager.refused(handle.slot, handle)
+        if session is not None:
+            session.sessions.give_back(session)
 
     def _unmark(self, handle: Handle, held: float) -> None:
         """Tell of the end of a lease, the more so if it was reported as leaked."""
@@ -261,6 +309,10 @@ class Desk:
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure
         return error
+
+
+def _warmth(handle: Handle) -> tuple[bool, int]:
+    return bool(handle.sessions), handle.session_ended_ns
 
 
 def _nested(mine: int) -> str:

@@ -7,8 +7,10 @@ the manager alone starts, stops and reaps; anybody may `kill`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
+import pickle
 import signal
 import threading
 import time
@@ -67,6 +69,10 @@ class Handle:
         self.last_begun_id: int | None = None  # known once the process has ended
         self.ended_ns = 0  # when its process was found ended
         self.revoked: str | None = None  # why it was taken away from its lease
+        self.session: Any = None  # the record of the session that the present lease is for
+        self.sessions: dict[str, None] = {}  # those this worker has warm
+        self.session_ended_ns = 0  # when the last lease of a session ended
+        self.sessions_over: collections.deque[str] = collections.deque()  # to be told of
         self.thread = 0  # that took the present lease
         self.origin = ""  # the stack that took it, where that is asked for
         self.calls_before = 0  # the present lease
@@ -74,6 +80,7 @@ class Handle:
         self._dumps, self._loads = wire.functions_of(codec)
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
         self._pidfd: int | None = None
+        self._telling: list[str] = []  # what the probe under way tells
         self.process: Any = None
         self.conn: Any = None
         self.channel: Any = None
@@ -214,6 +221,9 @@ class Handle:
                 body = self._dumps(args, 5)
         except Exception as problem:
             raise self._unpicklable(problem, kind, name, args, kwargs) from problem
+        if self.session is not None:
+            kind |= wire.SESSION
+            body = self.session.head(self) + body
         self.calls_sent = call_id = self.calls_sent + 1
         self.in_call = True
         start = _monotonic_ns()
@@ -230,7 +240,12 @@ class Handle:
             self.row[t.CALL_TIMES - 72 + (octave << 3) + ((took >> (octave - 4)) & 7)] += 1
         else:
             self.row[t.CALL_TIMES + t.bucket(took)] += 1
-        if status:
+        if status == wire.NOT_HERE:
+            self.session.missing()
+            return self.request(kind & ~(wire.SESSION | wire.KEYWORDS), name, args, kwargs, timeout)
+        if status == wire.COMMITTED:
+            reply = self._commit(reply)
+        elif status:
             raise self._remote_error(status, reply)
         try:
             return self._loads(reply)
@@ -252,6 +267,12 @@ class Handle:
         if status == wire.RAISED_AND_TAINTED:
             self.tainted = f"the call ended in {type(error).__name__}"
         return error
+
+    def _commit(self, reply: bytes | memoryview) -> bytes | memoryview:
+        """Commit what a call changed in its session; return the rest, which is its result."""
+        end = 4 + int.from_bytes(reply[:4], "big")
+        self.session.commit(pickle.loads(reply[4:end]))
+        return reply[end:]
 
     def _note(self, words: bytes | memoryview) -> None:
         """Take over the worker's words, where it cannot write them itself."""
@@ -312,12 +333,21 @@ class Handle:
             PeerGone: it is dead.
         """
         self.in_call = True
-        self.channel.send(PROBE_ID, wire.PROBE)
+        self._telling = [self.sessions_over[i] for i in range(min(200, len(self.sessions_over)))]
+        body = pickle.dumps(self._telling) if self._telling else b""
+        self.channel.send(PROBE_ID, wire.PROBE, body)
 
-    def send_stop(self) -> None:
+    def probed(self) -> None:
+        """Hear that the probe was answered, and with it what it told."""
+        self.in_call = False
+        for _ in self._telling:
+            self.sessions_over.popleft()
+        self._telling = []
+
+    def send_stop(self, sessions_end: bool) -> None:
         """Ask the worker to close its object and end. A dead one is stopped enough."""
         with contextlib.suppress(PeerGone):
-            self.channel.send(0, wire.STOP)
+            self.channel.send(0, wire.STOP, b"\1" if sessions_end else b"")
 
     def receive(self) -> tuple[int, int, bytes | memoryview] | None:
         """Return call id, status and body of the frame that is there, or None. Never waits.

@@ -71,6 +71,8 @@ class Manager:
         self.target = config.initial_size
         self.floor, self.ceiling = config.min_size or 0, config.max_size or 0
         self.may_grow = True
+        self.sweepers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called once a tick
+        self.sessions_end = True  # with the pool; False where a store keeps them
         self.done = False  # everything has ended
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
@@ -255,7 +257,7 @@ class Manager:
     def _probed(self, handle: Handle, healthy: bool) -> None:
         now = time.monotonic_ns()
         handle.probe_failures = 0 if healthy else handle.probe_failures + 1
-        handle.in_call = False
+        handle.probed()
         seconds, handle.probed_ns = (now - handle.probed_ns) / 1e9, now
         self._tell_probed(handle, seconds, healthy)
         if handle.probe_failures >= self.config.max_health_failures:
@@ -293,6 +295,7 @@ class Manager:
             handle.ended_ns = time.monotonic_ns()
             handle.channel.hang_up()
             self.turnstile.fence(handle.slot)
+            self.turnstile.dismiss(handle.slot)
             if handle.state not in (S.STOPPING, S.LOST):
                 handle.move(E.DIED)
         code = handle.exitcode(0)
@@ -319,7 +322,7 @@ class Manager:
         self.turnstile.fence(handle.slot)
         handle.condemned = True
         handle.move(E.TOLD_TO_STOP)
-        handle.send_stop()
+        handle.send_stop(self.sessions_end and self._close_by is not None)
 
     def _take_back(self, handle: Handle) -> None:
         """Deal with a slot that was given back and is not to be offered again."""
@@ -360,6 +363,13 @@ class Manager:
             if handle.slot not in lost:
                 handle.sweeps_lost = 0
         self.fleet.forgive(now_ns)
+        for reference in self.sweepers:
+            sweep = reference()
+            if sweep is not None:
+                sweep()
+        for handle in tuple(self.fleet.handles.values()):
+            if handle.sessions_over:
+                self.probe(handle)
         self._seat = self.turnstile.unseat(self._seat)
         if self.hooks["utilization"]:
             live = self.fleet.live()

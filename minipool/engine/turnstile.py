@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from typing import Any, Callable, Dict, List, Optional, Tuple
+import time
+from typing import Any, Callable, Dict, List, Tuple
 
 Token = Tuple[int, Any]  # slot, generation: whatever tells its workers apart, such as a handle
 
@@ -47,7 +48,7 @@ class Waiter:
 
     __slots__ = ("_gate", "closed", "ticket", "token", "wake", "wants")
 
-    def __init__(self, ticket: int, wants: Optional[int] = None) -> None:
+    def __init__(self, ticket: int, wants: Any = None) -> None:
         self.ticket = ticket
         self.wants = wants  # this slot only; None: any
         self.token: Token | None = None
@@ -113,7 +114,7 @@ class Turnstile:
             if generation is not None:  # else another thread was faster
                 return slot, generation
 
-    def _pop_wanted(self, wants: int | None) -> Token | None:
+    def _pop_wanted(self, wants: Any) -> Token | None:
         if wants is not None:
             generation = self.idle.pop(wants, None)
             return None if generation is None else (wants, generation)
@@ -122,11 +123,17 @@ class Turnstile:
         except KeyError:
             return None
 
-    def _try_take_this(self, wants: int) -> Token | None:
+    def try_take_this(self, wants: Any) -> Token | None:
+        """Take this very slot if it is idle and nobody waits; never waits."""
         return None if self.waiters or self.closed else self._pop_valid(wants)
 
-    def take(self, timeout: float | None, wants: int | None = None) -> Token | None:
+    def take(
+        self, timeout: float | None, wants: Any = None, widen_after: float | None = None
+    ) -> Token | None:
         """Take a slot, queueing for it; None when the time ran out. `timeout` 0 does not queue.
+
+        With `wants` only that very slot will do; after `widen_after` seconds any other as well,
+        without losing the place in the line.
 
         Raises:
             Closed: nothing was taken.
@@ -134,19 +141,21 @@ class Turnstile:
         """
         if self.closed:
             raise Closed
-        token = self.try_take() if wants is None else self._try_take_this(wants)
+        token = self.try_take() if wants is None else self.try_take_this(wants)
         if token is not None or (timeout is not None and timeout <= 0):
             return token
         waiter = self.enqueue(wants)
         try:
             self._on_queue()
+            if widen_after is not None:
+                timeout = self._widen(waiter, timeout, widen_after)
             waiter.wait(timeout)
             return self._outcome(waiter)
         except BaseException:
             self.leave(waiter)
             raise
 
-    def enqueue(self, wants: int | None = None) -> Waiter:
+    def enqueue(self, wants: Any = None) -> Waiter:
         """Join the line. Settled already on return, if a slot was free or the turnstile closed."""
         waiter = Waiter(next(self._tickets), wants)
         self.waiters[waiter.ticket] = waiter
@@ -155,6 +164,16 @@ class Turnstile:
         elif self.idle:
             self.pump()
         return waiter
+
+    def _widen(self, waiter: Waiter, timeout: float | None, after: float) -> float | None:
+        """Wait for one slot only, for a while; then let any do. Return what is left of the time."""
+        start = time.monotonic()
+        if waiter.wait(after if timeout is None else min(after, timeout)):
+            waiter.wake()  # settled: for the wait that follows
+        else:
+            waiter.wants = None
+            self.pump()
+        return None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
 
     def _outcome(self, waiter: Waiter) -> Token | None:
         if self.waiters.pop(waiter.ticket, None) is not None:
@@ -205,6 +224,20 @@ class Turnstile:
         self.current.pop(slot, None)
         self.idle.pop(slot, None)
 
+    def oldest(self) -> Token | None:
+        """Return the slot that has been idle for the longest time, without taking it."""
+        while True:
+            try:
+                return next(iter(self.idle.items()), None)
+            except RuntimeError:
+                continue  # another thread changed the dict under `iter`
+
+    def dismiss(self, wants: Any) -> None:
+        """Wake who waits for a slot that is no more, with Closed."""
+        for ticket, waiter in tuple(self.waiters.items()):
+            if waiter.wants == wants:
+                self._settle_closed(ticket)
+
     def close(self) -> list[Token]:
         """Settle every waiter as closed, and return the tokens that were idle."""
         self.closed = True
@@ -254,7 +287,7 @@ class Turnstile:
             waiter.token = token
             waiter.wake()
 
-    def _pop_valid(self, wants: int | None) -> Token | None:
+    def _pop_valid(self, wants: Any) -> Token | None:
         while True:
             token = self._pop_wanted(wants)
             if token is None or self.current.get(token[0]) == token[1]:

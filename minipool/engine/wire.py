@@ -34,8 +34,12 @@ REPLY = struct.Struct("!iqB")
 # SHIPPED is target, arguments and keywords.
 METHOD, FUNCTION, SHIPPED, PROBE, STOP = range(5)
 KEYWORDS = 0x80
+SESSION = 0x40  # the body begins with the head of a session, behind its length in 4 bytes
 # Statuses of replies. Only RETURNED has a body in the pool's codec.
 RETURNED, RAISED, RAISED_AND_TAINTED, REFUSED, BEGUN, READY, START_FAILED = range(7)
+# COMMITTED: before the result, behind their length in 4 bytes, the changes of the session's state.
+# NOT_HERE: nothing has run, because the worker lacks the session's state.
+COMMITTED, NOT_HERE = range(7, 9)
 WITH_WORDS = 0x80  # flag: the worker's words lie between header and body (no shared table)
 WORDS = struct.Struct("=9q")
 

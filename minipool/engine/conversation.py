@@ -1,0 +1,188 @@
+"""Sessions as a worker sees them: state by key, committed when a call succeeds, else undone.
+
+Runs in the worker. The parent has the truth: the last committed state, pickled key by key, and
+its version. A worker keeps what it was sent and what it committed itself, so that a call of a
+session that is warm here travels without any state. Only keys that a call touched are pickled
+and compared at its end, which is how a change deep inside a value is noticed; what a call does
+not touch costs nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, MutableMapping
+from typing import Any, Dict, Optional, Tuple
+
+from ..errors import CallMismatch
+
+Changes = Dict[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
+#: What travels before the arguments of a call: id, version, the whole state or None if the worker
+#: has it, and whether the session was elsewhere since its last call here.
+Head = Tuple[str, int, Optional[Dict[str, bytes]], bool]
+
+MAX_WARM = 1000  # sessions a worker keeps at hand; for others it asks
+
+
+class NotHere(Exception):
+    """The worker does not have this session's state in this version. Nothing has run."""
+
+
+class Session(MutableMapping[str, Any]):
+    """The state of the session whose call is running; see `minipool.current_session()`.
+
+    A mapping with str keys. What the call changes, in it or inside its values, is committed when
+    the call returns and forgotten when it raises. `local` is a dict for what cannot travel
+    (cursors, compiled things): it stays with the worker and is empty after a move, for
+    `session_started(session)` to fill.
+    """
+
+    def __init__(self, session_id: str) -> None:
+        self.id = session_id
+        self.local: dict[str, Any] = {}
+        self.version = -1
+        self.calls = 0  # that returned, here
+        self._committed: dict[str, bytes] = {}
+        self._values: dict[str, Any] = {}  # unpickled, as far as they were needed
+        self._touched: set[str] = set()
+        self._deleted: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._values:
+            if key in self._deleted or key not in self._committed:
+                raise KeyError(key)
+            self._values[key] = pickle.loads(self._committed[key])
+        self._touched.add(key)
+        return self._values[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"session keys are text, not {key!r}")
+        self._values[key] = value
+        self._touched.add(key)
+        self._deleted.discard(key)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self._values.pop(key, None)
+        self._touched.discard(key)
+        self._deleted.add(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values or (key in self._committed and key not in self._deleted)
+
+    def __iter__(self) -> Iterator[str]:
+        keys = [key for key in self._committed if key not in self._deleted]
+        return iter(keys + [key for key in self._values if key not in self._committed])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"<session {self.id!r}, version {self.version}: {sorted(self)}>"
+
+    # -- for the worker's loop ---------------------------------------------------------------
+
+    def take_over(self, version: int, state: dict[str, bytes]) -> None:
+        """Replace everything by what the parent sent."""
+        self.version, self._committed = version, state
+        self._values.clear()
+        self.undo()
+
+    def changes(self) -> Changes:
+        """Return what the call has changed.
+
+        Raises:
+            CallMismatch: a value cannot be pickled. Undo the call.
+        """
+        found: Changes = {}
+        for key in self._touched:
+            try:
+                data = pickle.dumps(self._values[key], 5)
+            except Exception as problem:
+                raise CallMismatch(
+                    f"session {self.id!r}: the value of {key!r}, a "
+                    f"{type(self._values[key]).__name__}, cannot be kept: {problem}; nothing of "
+                    f"this call was committed; keep plain data, or put it into `local`"
+                ) from problem
+            if self._committed.get(key) != data:
+                found[key] = data
+        found.update((key, None) for key in self._deleted if key in self._committed)
+        return found
+
+    def commit(self, changes: Changes) -> None:
+        """Make the changes the committed state."""
+        for key, data in changes.items():
+            if data is None:
+                self._committed.pop(key, None)
+            else:
+                self._committed[key] = data
+        self.version += bool(changes)
+        self.calls += 1
+        self._touched.clear()
+        self._deleted.clear()
+
+    def undo(self) -> None:
+        """Forget what the call has changed."""
+        for key in self._touched:
+            self._values.pop(key, None)
+        self._touched.clear()
+        self._deleted.clear()
+
+
+class WarmSessions:
+    """The sessions a worker has at hand; the least recently used go first."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner  # the worker's object, for `session_started` and `session_ended`
+        self._warm: dict[str, Session] = {}
+
+    def enter(self, head: Head) -> Session:
+        """Make the session of a call ready.
+
+        Raises:
+            NotHere: the parent must send the state.
+            Exception: whatever `session_started` raised; the session is not here afterwards.
+        """
+        session_id, version, state, was_elsewhere = head
+        session = self._warm.pop(session_id, None)
+        if session is None or was_elsewhere:
+            if state is None:
+                raise NotHere
+            session = Session(session_id)
+            session.take_over(version, state)
+            started = getattr(self._owner, "session_started", None)
+            if started is not None:
+                started(session)
+        elif state is not None:
+            session.take_over(version, state)
+        elif session.version != version:
+            raise NotHere
+        self._warm[session_id] = session
+        if len(self._warm) > MAX_WARM:
+            self._warm.pop(next(iter(self._warm)))
+        return session
+
+    def undo(self, session: Session) -> None:
+        """Undo a call. If the session had just come, it comes again with the next one."""
+        session.undo()
+        if session.calls == 0:
+            self._warm.pop(session.id, None)
+
+    def end(self, session_ids: list[str] | None) -> None:
+        """Forget sessions that are over, or all, after `session_ended` has seen them.
+
+        Raises:
+            Exception: what the last `session_ended` that failed has raised.
+        """
+        ended = getattr(self._owner, "session_ended", None)
+        problem: Exception | None = None
+        for session_id in list(self._warm) if session_ids is None else session_ids:
+            session = self._warm.pop(session_id, None)
+            if session is not None and ended is not None:
+                try:
+                    ended(session)
+                except Exception as error:
+                    problem = error
+        if problem is not None:
+            raise problem
