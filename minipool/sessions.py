@@ -20,6 +20,7 @@ from typing import Any, Mapping, NamedTuple, Optional
 
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.table import SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
 from .errors import (
     CallMismatch,
@@ -51,7 +52,7 @@ class Record:
 
     __slots__ = (
         "affinity", "at_generation", "at_slot", "at_version", "born", "fenced", "key", "lost_at",
-        "sessions", "state", "used", "version",
+        "sessions", "state", "used", "version", "warm_head",
     )  # fmt: skip
 
     def __init__(self, sessions: Sessions, key: str) -> None:
@@ -64,16 +65,21 @@ class Record:
         self.lost_at = 0.0  # when its worker was found dead, for those who waited for that one
         self.affinity = "new"
         self.fenced = False
+        self.warm_head: bytes | None = None  # of the last call, while nothing changes
 
     def head(self, handle: Handle) -> bytes:
         """Return what a call must bring along, so that this worker knows the session."""
         here = self.at_slot == handle.slot and self.at_generation == handle.generation
+        if here and self.at_version == self.version and self.warm_head is not None:
+            return self.warm_head
         state = None if here and self.at_version == self.version else self.state or {}
         data = pickle.dumps((self.key, self.version, state, not here), 5)
         if not here:
             self.sessions.bind(self, handle)
         self.at_version = self.version
-        return len(data).to_bytes(4, "big") + data
+        data = len(data).to_bytes(4, "big") + data
+        self.warm_head = data if state is None else None
+        return data
 
     def missing(self) -> None:
         """Hear that the worker does not have what it was thought to have."""
@@ -98,6 +104,7 @@ class Record:
                 session_id=self.key,
             )
         self.at_version = -1  # until it is known that both sides agree
+        self.warm_head = None
         self.sessions.store_commit(self, changes)
         state = dict(self.state or {})
         for key, data in changes.items():
@@ -204,6 +211,7 @@ class Sessions:
         self._manager = desk.manager
         self._config = desk.config
         self._store = store
+        self._affinity = desk.config.affinity
         self._records: dict[str, Record] = {}
         self._line = Turnstile("fifo")
         self._acquiring: dict[str, Record] = {}  # owned, but no worker yet
@@ -317,8 +325,13 @@ class Sessions:
         Raises:
             SessionBusy, SessionLost, SessionNotFound, CheckoutTimeout: nothing was taken.
         """
+        if affinity is None:
+            affinity = self._affinity
+        if affinity != "any":
+            handle = self._acquire_warm(key)
+            if handle is not None:
+                return handle
         self._desk.check_open()
-        affinity = affinity or self._config.affinity
         start = time.monotonic()
         record = self._take(_checked_key(key), timeout)
         try:
@@ -333,7 +346,25 @@ class Sessions:
             raise
         finally:
             self._acquiring.pop(key, None)
-        self._desk.count(f"sessions_{record.affinity}")
+        if record.affinity == "hit":
+            handle.row[SESSION_HITS] += 1
+        else:
+            self._desk.count(f"sessions_{record.affinity}")
+        return handle
+
+    def _acquire_warm(self, key: str) -> Handle | None:
+        """Take a session and the worker that has it, if both are free this moment."""
+        token = self._line.try_take_this(key)
+        if token is None:
+            return None
+        record: Record = token[1]
+        handle = self._desk.try_acquire_this(record.at_slot, record.at_generation)
+        if handle is None:
+            self.give_back(record)
+            return None
+        handle.session = record
+        record.affinity = "hit"
+        handle.row[SESSION_HITS] += 1
         return handle
 
     def acquire_near(self, hint: str, timeout: float | None) -> Handle:

@@ -249,9 +249,8 @@ class _Worker:
         """Run one call with its session at hand; commit what it changed if it returns."""
         global _session
         end = 4 + int.from_bytes(body[:4], "big")
-        head = pickle.loads(body[4:end])
         try:
-            session = self._sessions.enter(head)
+            session = self._sessions.enter(body[4:end])
         except NotHere:
             return wire.NOT_HERE, b""
         except BaseException as error:

@@ -59,7 +59,7 @@ class Desk:
         self.turned_away = 0
         self.discarded = 0
         self.faults = 0
-        self.sessions_hit = self.sessions_new = self.sessions_moved = self.sessions_lost = 0
+        self.sessions_new = self.sessions_moved = self.sessions_lost = 0
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -97,6 +97,27 @@ class Desk:
         if _warmth(other) < _warmth(handle) and self._turnstile.claim(other.slot, other):
             self._turnstile.publish(handle.slot, handle)
             return other  # type: ignore[no-any-return]
+        return handle
+
+    def try_acquire_this(self, slot: int, generation: int) -> Handle | None:
+        """Take that very worker if it is idle and nobody waits; never waits."""
+        token = self._turnstile.try_take_this(slot)
+        if token is None:
+            return None
+        handle: Handle = token[1]
+        now = _monotonic_ns()
+        if handle.generation != generation:
+            self._publish(slot, handle)
+            return None
+        if now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed():
+            self._refuse(handle)
+            return None
+        handle.thread = _get_ident()
+        row = handle.row
+        row[t.LEASED_SINCE_NS] = now
+        row[t.LEASES] += 1
+        if self.on_checkout or self._origins:
+            self._mark(handle, 0.0)
         return handle
 
     def acquire_this(

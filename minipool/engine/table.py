@@ -32,7 +32,7 @@ H_NAME = 8
 # Owner line: who holds the slot, and what the pool counts about it. An IDLE worker is leased while
 # LEASED_SINCE_NS is not 0. LEASES numbers the leases as well; how many replies came, and how many
 # leases did not have to wait, is in the histograms: a lease without a wait is in none.
-STATE, GENERATION, PID, LEASED_SINCE_NS, LEASED_NS, LEASES, RAISED = range(7)
+STATE, GENERATION, PID, LEASED_SINCE_NS, LEASED_NS, LEASES, RAISED, SESSION_HITS = range(8)
 
 # Worker line: what the worker says of itself.
 # CALL_ID counts the calls that have begun, from 1; the last of them is running while
