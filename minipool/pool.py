@@ -115,21 +115,26 @@ class Pool(Generic[W]):
         return self
 
     def _open(self, wait_for: int) -> Desk:
-        with self._opening:
-            first = self._desk is None
-            if self._desk is None:
-                if self._closed:
-                    raise PoolClosed(f"{self.config.name} is closed; make a new pool")
-                self._desk = self._start()
-            desk = self._desk
-        if first:
-            self.hooks.emit("pool.init", {"size": self.config.size})
+        desk = self._desk or self._open_now()  # no lock, which a fork may have copied as held
         desk.check_open()
         if wait_for and not desk.manager.here:
             self._wait_started(desk, wait_for)
         return desk
 
+    def _open_now(self) -> Desk:
+        with self._opening:
+            if self._desk is not None:
+                return self._desk
+            if self._closed:
+                raise PoolClosed(f"{self.config.name} is closed; make a new pool")
+            desk = self._desk = self._start()
+        if self._closed:  # by a signal handler, which the lock does not keep out
+            desk.manager.close(0.0, kill=True)
+        self.hooks.emit("pool.init", {"size": self.config.size})
+        return desk
+
     def _start(self) -> Desk:
+        _end_with_process()
         self._launcher.open()
         manager = Manager(self._launcher, self.config, self.hooks)
         targets = wire.Targets(
@@ -225,12 +230,13 @@ class Pool(Generic[W]):
         self._end(0.0, kill=True)
 
     def _end(self, grace: float, kill: bool) -> None:
+        if self._desk is not None:
+            self._desk.check_process()  # before the lock, which a fork may have copied as held
         with self._opening:
             self._closed = True
             desk = self._desk
         if desk is None:
             return
-        desk.check_process()
         manager = desk.manager
         manager.close(grace, kill)
         if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
@@ -442,7 +448,7 @@ class Pool(Generic[W]):
             desk.check_process()
             if probe and not desk.manager.closing:
                 self._probe_all(desk.manager)
-        return health_report(self.config, desk)
+        return health_report(self.config, desk, self._closed)
 
     def _probe_all(self, manager: Manager) -> None:
         asked: list[Handle] = []
@@ -457,7 +463,7 @@ class Pool(Generic[W]):
 
         manager.order(probe_idle)
         if not manager.here:
-            placed.wait(self.config.health_check_timeout)
+            manager.wait_for(placed.is_set, self.config.health_check_timeout)
             manager.wait_for(
                 lambda: not any(handle.state is WorkerState.PROBING for handle in asked),
                 self.config.health_check_timeout + 0.5,
@@ -545,5 +551,16 @@ def _close_all() -> None:
             manager.wait_done(1.0)
 
 
-assert _multiprocessing_util  # imported for its place in the order of exit handlers
-atexit.register(_close_all)
+def _end_with_process() -> None:
+    """Have this process's pools ended when it ends, also where `atexit` is not called.
+
+    A process of multiprocessing joins its children first of all, and pools in it would keep them.
+    """
+    global _ends_with
+    if _ends_with != os.getpid():
+        _ends_with = os.getpid()
+        _multiprocessing_util.Finalize(None, _close_all, exitpriority=100)
+
+
+_ends_with = 0
+atexit.register(_close_all)  # registered later than multiprocessing's handler, so called before

@@ -156,10 +156,11 @@ def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:
     return min(1.0, leased / served) if served else 0.0
 
 
-def health_report(config: PoolConfig, desk: Desk | None) -> HealthReport:
+def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> HealthReport:
     """Judge a pool: unhealthy if it cannot serve, degraded if it serves but not as it should."""
     if desk is None:
-        return HealthReport("unhealthy", (f"{config.name} is not open",), ())
+        state = "closed" if closed else "not open"
+        return HealthReport("unhealthy", (f"{config.name} is {state}",), ())
     manager, fleet = desk.manager, desk.manager.fleet
     infos = tuple(worker_info(fleet.handles[slot]) for slot in sorted(fleet.handles))
     if manager.closing:

@@ -50,6 +50,14 @@ class Garbled(Exception):
     """What came is no frame. The pipe must not be used again."""
 
 
+class _QuietSocket(socket.socket):
+    """Closes itself when it is collected: a lease may outlive its worker, and then has the last
+    hold of the pipe. That is no reason for a ResourceWarning."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class FastEnd:
     """The parent's end, on a socket. `death_fd` becomes readable when the worker is gone.
 
@@ -203,6 +211,9 @@ class FastEnd:
         """Close the pipe. A thread that still wants to use it gets PeerGone."""
         self.fd = -1
         self._sock.close()
+
+    def __del__(self) -> None:
+        self.close()  # of a lease that was dropped after its worker had been buried
 
 
 class PortableEnd:
@@ -414,6 +425,7 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
         ends: tuple[Any, Any] = context.Pipe(duplex=True)
         return ends
     ours, theirs = socket.socketpair()
+    ours = _QuietSocket(ours.family, ours.type, 0, ours.detach())
     return ours, connection.Connection(theirs.detach())
 
 

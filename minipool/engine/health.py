@@ -11,6 +11,7 @@ from typing import NamedTuple, Optional, Sequence
 from .states import WorkerState as S
 
 SECOND_NS = 1_000_000_000
+DYING_NS = SECOND_NS // 4  # from the end of a worker's pipe to the end of its process
 KILL_AFTER = 1.0  # seconds between SIGTERM and SIGKILL for a worker that will not stop
 
 
@@ -131,6 +132,8 @@ def due_in(rows: Sequence[Row], now: int, limits: Limits) -> int | None:
         elif row.state is S.STOPPING:
             grace = int(KILL_AFTER * SECOND_NS) if row.terminated else 0
             dues.append(row.since_ns + limits.stop_ns + grace)
+        elif row.state is S.LOST and now - row.since_ns <= DYING_NS:
+            dues.append(row.since_ns + DYING_NS)
     return max(0, min(dues) - now) if dues else None
 
 
@@ -147,6 +150,9 @@ def _plan_row(row: Row, now: int, limits: Limits) -> Action | None:
             return Replace(row.slot, "did not stop, not even on SIGTERM")
         if not row.terminated and age > limits.stop_ns:
             return Terminate(row.slot)
+    elif row.state is S.LOST:
+        if age > DYING_NS:
+            return Replace(row.slot, "its pipe ended, but not its process")
     elif row.state is S.IDLE and not row.idle:
         return _plan_lease(row, now, limits)
     return None

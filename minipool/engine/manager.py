@@ -114,6 +114,9 @@ class Manager:
 
     def refused(self, slot: int, handle: Handle) -> None:
         """Take a slot that must not be offered again: closed, fenced, tainted or worn out."""
+        if handle.state is S.VACANT:
+            handle.channel.close()  # buried while it was leased, and its lease is over now
+            return
         self._refused.append(handle)
         self.bell.ring()
 
@@ -228,8 +231,10 @@ class Manager:
         """Read the word of a booting or probed worker."""
         try:
             frame = handle.receive()
-        except (PeerGone, Garbled):
-            return self._condemn(handle, "its pipe broke")
+        except PeerGone:
+            return self._hung_up(handle)
+        except Garbled:
+            return self._condemn(handle, "what it sent is garbled")
         if frame is None:
             return None
         call_id, status, body = frame
@@ -238,9 +243,16 @@ class Manager:
                 return self._ready(handle)
             if status == wire.START_FAILED:
                 handle.start_error = wire.unpack_error(body)
+                return self._condemn(handle, "its object could not be made")
         elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
             return self._probed(handle, status == wire.RETURNED)
         self._condemn(handle, "it sent what was not asked for")
+
+    def _hung_up(self, handle: Handle) -> None:
+        """Give a worker whose pipe has ended a moment to end by itself: its exit code tells why."""
+        self.turnstile.fence(handle.slot)
+        if handle.state is not S.LOST:
+            handle.move(E.DIED)
 
     def _ready(self, handle: Handle) -> None:
         self.fleet.ready(handle)
@@ -337,7 +349,8 @@ class Manager:
 
     def _rows(self) -> list[health.Row]:
         idle = self.turnstile.idle
-        return [_row(handle, handle.slot in idle) for handle in self.fleet.handles.values()]
+        handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
+        return [_row(handle, handle.slot in idle) for handle in handles]
 
     def _look(self) -> None:
         """Make the plan and carry it out. Losses are counted only by looks a tick apart."""

@@ -33,6 +33,7 @@ from typing import Any, Callable, Dict, List, Tuple
 Token = Tuple[int, Any]  # slot, generation: whatever tells its workers apart, such as a handle
 
 _SETTLEMENT = 1.0  # seconds to wait for one who popped our ticket; he is a few steps from done
+_LOOK = 5.0  # seconds after which a sleeping waiter looks whether he was forgotten
 
 
 class Closed(Exception):
@@ -80,6 +81,7 @@ class Turnstile:
         self.waiters: Dict[int, Waiter] = {}
         self.current: Dict[int, Any] = {}  # slot -> valid generation; written by `admit`, `fence`
         self.closed = False
+        self._offer = self.idle.setdefault  # never in the place of another token
         self._pop: Callable[[], Token] = (
             self.idle.popitem if strategy == "lifo" else self._pop_oldest
         )
@@ -130,7 +132,7 @@ class Turnstile:
     def take(
         self, timeout: float | None, wants: Any = None, widen_after: float | None = None
     ) -> Token | None:
-        """Take a slot, queueing for it; None when the time ran out. `timeout` 0 does not queue.
+        """Take a slot, queueing for it; None when the time ran out. `timeout` 0 does not wait.
 
         With `wants` only that very slot will do; after `widen_after` seconds any other as well,
         without losing the place in the line.
@@ -142,38 +144,59 @@ class Turnstile:
         if self.closed:
             raise Closed
         token = self.try_take() if wants is None else self.try_take_this(wants)
-        if token is not None or (timeout is not None and timeout <= 0):
+        if token is not None:
             return token
-        waiter = self.enqueue(wants)
+        until = None
+        if timeout is not None:
+            if timeout <= 0 and not (self.idle and self.waiters):  # who waits may not want these
+                return None
+            until = time.monotonic() + timeout
+        waiter = Waiter(next(self._tickets), wants)
         try:
+            self._join(waiter)
             self._on_queue()
-            if widen_after is not None:
-                timeout = self._widen(waiter, timeout, widen_after)
-            waiter.wait(timeout)
-            return self._outcome(waiter)
+            in_time = widen_after is not None and self._wait_narrowly(waiter, until, widen_after)
+            in_time = in_time or self._wait(waiter, until)
+            token = self._outcome(waiter)
         except BaseException:
             self.leave(waiter)
             raise
+        if token is None and in_time:  # struck by an exception, he who popped us never settled
+            return self.take(None if until is None else until - time.monotonic(), wants)
+        return token
 
     def enqueue(self, wants: Any = None) -> Waiter:
         """Join the line. Settled already on return, if a slot was free or the turnstile closed."""
         waiter = Waiter(next(self._tickets), wants)
+        self._join(waiter)
+        return waiter
+
+    def _join(self, waiter: Waiter) -> None:
         self.waiters[waiter.ticket] = waiter
         if self.closed:
             self._settle_closed(waiter.ticket)
         elif self.idle:
             self.pump()
-        return waiter
 
-    def _widen(self, waiter: Waiter, timeout: float | None, after: float) -> float | None:
-        """Wait for one slot only, for a while; then let any do. Return what is left of the time."""
-        start = time.monotonic()
-        if waiter.wait(after if timeout is None else min(after, timeout)):
-            waiter.wake()  # settled: for the wait that follows
-        else:
-            waiter.wants = None
-            self.pump()
-        return None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
+    def _wait(self, waiter: Waiter, until: float | None) -> bool:
+        """Wait until the waiter was popped by who settles it; False if the time ran out first."""
+        while True:
+            left = _LOOK if until is None else max(0.0, until - time.monotonic())
+            if waiter.wait(min(left, _LOOK)):
+                return True
+            if waiter.ticket not in self.waiters:
+                return True  # not woken yet; or never, if an exception struck who should
+            if left < _LOOK:
+                return False
+
+    def _wait_narrowly(self, waiter: Waiter, until: float | None, seconds: float) -> bool:
+        """Wait for the one slot wanted, for a while; then let any do. True: it was settled."""
+        soon = time.monotonic() + seconds
+        if self._wait(waiter, soon if until is None else min(soon, until)):
+            return True
+        waiter.wants = None
+        self.pump()
+        return False
 
     def _outcome(self, waiter: Waiter) -> Token | None:
         if self.waiters.pop(waiter.ticket, None) is not None:
@@ -204,13 +227,27 @@ class Turnstile:
         if self.current.get(slot) != generation:
             self._on_refused(slot, generation)  # fenced
             return False
-        self.idle[slot] = generation
+        if self._offer(slot, generation) is not generation:
+            return self._publish_again(slot, generation)
         if self.closed and self.idle.pop(slot, None) is not None:
             self._on_refused(slot, generation)  # had the closer popped it, it would be his
             return False
         if self.waiters:
             self.pump()
         return True
+
+    def _publish_again(self, slot: int, generation: Any) -> bool:
+        """Offer a slot that has a token in `idle` already: one of the two is of an old worker.
+
+        A releaser may sleep between its look at `current` and its offer until its worker is dead
+        and the next one offered. It must not put its token in the place of the valid one.
+        """
+        found = self.idle.pop(slot, None)
+        if found is None or self.current.get(slot) != found:
+            return self.publish(slot, generation)
+        self._on_refused(slot, generation)
+        self.publish(slot, found)
+        return False
 
     def claim(self, slot: int, generation: Any) -> bool:
         """Take this very slot out of `idle`, for a probe or to retire it; never waits."""
@@ -234,14 +271,14 @@ class Turnstile:
 
     def dismiss(self, wants: Any) -> None:
         """Wake who waits for a slot that is no more, with Closed."""
-        for ticket, waiter in tuple(self.waiters.items()):
+        for ticket, waiter in list(self.waiters.items()):
             if waiter.wants == wants:
                 self._settle_closed(ticket)
 
     def close(self) -> list[Token]:
         """Settle every waiter as closed, and return the tokens that were idle."""
         self.closed = True
-        for ticket in tuple(self.waiters):
+        for ticket in list(self.waiters):
             self._settle_closed(ticket)
         tokens: List[Token] = []
         while True:
@@ -272,10 +309,10 @@ class Turnstile:
                 self._match()
             finally:
                 if self._seat.get("taken") is me:
-                    del self._seat["taken"]
+                    self._seat.pop("taken", None)  # `unseat` may have been faster
 
     def _match(self) -> None:
-        for ticket, waiter in tuple(self.waiters.items()):
+        for ticket, waiter in self.waiters.copy().items():
             token = self._pop_valid(waiter.wants)
             if token is None:
                 if waiter.wants is None:
@@ -296,11 +333,13 @@ class Turnstile:
     def unseat(self, seen: object) -> object:
         """Free the matcher's seat if `seen` still sits there; return who does. Manager only.
 
-        An exception thrown into a thread inside the `finally` of `pump` can leave the seat taken.
-        Two matchers at once are harmless (each step is arbitrated); none would be a standstill.
+        An exception thrown into a matching thread cuts the match short, and inside the `finally`
+        of `pump` it can leave the seat taken. Two matchers at once are harmless (each step is
+        arbitrated); none would be a standstill.
         """
         holder = self._seat.get("taken")
         if holder is not None and holder is seen:
             self._seat.pop("taken", None)
+        if self.waiters and self.idle:
             self.pump()
         return self._seat.get("taken")

@@ -1,0 +1,239 @@
+"""Worker classes that make trouble at their start, at their end, or when they are probed.
+
+A module of its own, without pytest, because every worker that uses one of them imports it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from gates import pass_gate
+
+
+class StopsAtGateInInit:
+    """Becomes ready when the test opens the gate."""
+
+    def __init__(self, gate: str) -> None:
+        pass_gate(gate)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class HangsInInit:
+    def __init__(self) -> None:
+        signal.pause()
+
+
+class LeavesInInit:
+    def __init__(self, code: int) -> None:
+        os._exit(code)
+
+
+class KillsItselfInInit:
+    def __init__(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FailsWhileFileExists:
+    """Starts well unless there is that file."""
+
+    def __init__(self, path: str) -> None:
+        if os.path.exists(path):
+            raise OSError(f"{path} is in the way")
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class LeavesOnceReady:
+    """Says that it is ready, and is gone: a thread of its own ends the process."""
+
+    def __init__(self) -> None:
+        main = threading.main_thread()
+
+        def leave() -> None:
+            # The main thread sends the ready frame, then waits for requests: that is when.
+            while "receive" not in _function_of(main):
+                pass
+            os._exit(3)
+
+        threading.Thread(target=leave, daemon=True).start()
+
+
+def _function_of(thread: threading.Thread) -> str:
+    import sys
+
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame.f_code.co_name if frame is not None else ""
+
+
+class NotesItsEnd:
+    """Appends a line to a file when its `close()` is called."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def wait_at(self, gate: str) -> int:
+        return pass_gate(gate)
+
+    def close(self) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class HangsInClose:
+    def __init__(self, ignored: tuple[int, ...] = ()) -> None:
+        for signum in ignored:
+            signal.signal(signum, signal.SIG_IGN)
+
+    def close(self) -> None:
+        while True:
+            signal.pause()
+
+
+class RaisesInClose:
+    def close(self) -> None:
+        raise RuntimeError("cannot let go")
+
+
+class IgnoresSigterm:
+    def __init__(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def wait_at(self, gate: str) -> int:
+        return pass_gate(gate)
+
+
+class SickWhileFileExists:
+    """Its `health_check()` is False while there is that file, and it counts how often it ran."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.checks = path, 0
+
+    def health_check(self) -> bool:
+        self.checks += 1
+        return not os.path.exists(self.path)
+
+    def counted(self) -> int:
+        return self.checks
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class RaisesInHealthCheck:
+    def health_check(self) -> None:
+        raise ConnectionError("the database is gone")
+
+
+class HangsInHealthCheck:
+    def health_check(self) -> None:
+        signal.pause()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class StopsAtGateInHealthCheck:
+    def __init__(self, gate: str) -> None:
+        self.gate = gate
+
+    def health_check(self) -> None:
+        pass_gate(self.gate)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class ReadsEnvironmentAtImport:
+    """Tells what an environment variable was when this module was imported."""
+
+    SEEN = os.environ.get("MINIPOOL_TEST_WORD")
+
+    def seen(self) -> str | None:
+        return self.SEEN
+
+
+def busy_in_python(path: str) -> None:
+    """Tell the gate, and compute for ever."""
+    _arrive(path)
+    while True:
+        pass
+
+
+def busy_in_c(path: str) -> None:
+    """Tell the gate, and sleep in a C function that holds the GIL."""
+    libc: Any = ctypes.PyDLL(None)  # PyDLL keeps the GIL, CDLL would not
+    _arrive(path)
+    libc.sleep(600)
+
+
+def idle_at_gate(path: str) -> None:
+    """Tell the gate, and wait in a system call without the GIL."""
+    _arrive(path)
+    signal.pause()
+
+
+def _arrive(path: str) -> None:
+    with open(path + ".in", "wb", buffering=0) as arrived:
+        arrived.write(b"!")
+
+
+def priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def imported(name: str) -> bool:
+    import sys
+
+    return name in sys.modules
+
+
+def fork_and_wait() -> int:
+    """Fork in worker code; return the child's exit code."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def nested_sum(start_method: str, close: bool) -> int:
+    """Open a pool inside a worker and use it; leave it open unless told to close it."""
+    from workers import Counter
+
+    from minipool import Pool
+
+    pool = Pool(Counter, args=(40,), size=1, start_method=start_method).open()
+    result: int = pool.call("add", 2)
+    if close:
+        pool.close()
+    else:
+        _kept.append(pool)
+    return result
+
+
+_kept: list[Any] = []
+
+
+def sockets_of(pid: int) -> set[str]:
+    """Return the sockets that a process has open."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.add(os.readlink(link))
+        except OSError:  # closed meanwhile
+            continue
+    return {name for name in found if name.startswith("socket:")}
