@@ -20,8 +20,8 @@ from .engine.launch import Launcher
 from .engine.manager import Manager, live_managers
 from .engine.states import WorkerState
 from .errors import CheckoutTimeout, ConfigError, PoolClosed, PoolStartError
-from .sessions import SessionInfo, Sessions, SessionScope
 from .lease import CALL_TIMEOUT, Lease, seconds
+from .sessions import SessionInfo, Sessions, SessionScope
 from .telemetry import Hooks
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from .errors import (
 )
 from .telemetry import logger
 
-Changes = dict  # key -> pickled value, None: the key is gone
+Changes = Mapping[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
 
 
 class SessionInfo(NamedTuple):
@@ -100,7 +100,7 @@ class Record:
         """
         if self.fenced:
             raise SessionLost(
-                f"session {self.key!r} was given to another caller meanwhile; nothing was committed",
+                f"session {self.key!r} has another owner by now; nothing was committed",
                 session_id=self.key,
             )
         self.at_version = -1  # until it is known that both sides agree
@@ -122,7 +122,7 @@ class Record:
         return sum(map(len, (self.state or {}).values()))
 
 
-class State(MutableMapping):
+class State(MutableMapping[str, Any]):
     """A session's committed state as the holder of its lease sees it, outside the worker.
 
     Reading gives copies; setting or deleting a key commits at once.
@@ -317,9 +317,7 @@ class Sessions:
 
     # -- using -------------------------------------------------------------------------------
 
-    def acquire(
-        self, key: str, affinity: str | None, timeout: float | None
-    ) -> Handle:
+    def acquire(self, key: str, affinity: str | None, timeout: float | None) -> Handle:
         """Take a session and a worker for it; both are the caller's until `give_back`.
 
         Raises:
@@ -395,7 +393,8 @@ class Sessions:
                 self._desk.check_open()
                 continue  # it was ended while we waited
             if token is not None:
-                return token[1]
+                owned: Record = token[1]
+                return owned
             if key in self._records:
                 raise self._busy(key, timeout)
 

@@ -11,13 +11,14 @@ Any object with the same methods can be a store: `open`, `has`, `read`, `commit`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sqlite3
 import threading
 import time
 import uuid
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from .errors import SessionBusy, SessionError
 
@@ -26,7 +27,7 @@ _APPLICATION_ID = 0x6D706F6F  # "mpoo": so that no other program's file is taken
 _LEASE_S = 30.0  # how long an owner on another host is believed without a sign of life
 _BEAT_S = 5.0
 
-Loaded = Tuple[int, Optional[dict]]  # version, state by key as bytes
+Loaded = Tuple[int, Optional[Dict[str, bytes]]]  # version, state by key as bytes
 
 _SCHEMA = """
 CREATE TABLE owner (id TEXT PRIMARY KEY, host TEXT, pid INTEGER, started TEXT, beat REAL);
@@ -120,7 +121,7 @@ class SQLiteStore:
             row = self._db.execute("SELECT version FROM session WHERE id=?", (key,)).fetchone()
             return None if row is None else (row[0], self._state_of(key))
 
-    def commit(self, key: str, version: int, changes: dict[str, bytes | None]) -> None:
+    def commit(self, key: str, version: int, changes: Mapping[str, bytes | None]) -> None:
         """Keep the changes, all or none.
 
         Raises:
@@ -167,11 +168,9 @@ class SQLiteStore:
         with self._lock:
             if self._pid != os.getpid():
                 return  # a fork must not touch the owner's connection
-            try:
+            with contextlib.suppress(sqlite3.Error):  # else their owner is found dead, later
                 self._db.execute("UPDATE session SET owner=NULL WHERE owner=?", (self._owner,))
                 self._db.execute("DELETE FROM owner WHERE id=?", (self._owner,))
-            except sqlite3.Error:
-                pass  # they will be found without an owner that lives
             self._db.close()
 
     # -- how ---------------------------------------------------------------------------------
@@ -192,8 +191,8 @@ class SQLiteStore:
             alive = time.time() - beat < _LEASE_S
         if alive:
             raise SessionBusy(
-                f"session {key!r} belongs to process {pid} on {host}, which is alive; end it there, "
-                f"or wait for that process to close its pool",
+                f"session {key!r} belongs to process {pid} on {host}, which is alive; end it "
+                f"there, or wait for that process to close its pool",
                 session_id=key,
                 owner_pid=pid,
             )
@@ -238,10 +237,8 @@ class _Transaction:
             raise SessionError(f"{self._what}: {error}; nothing was changed") from error
 
     def _roll_back(self) -> None:
-        try:
+        with contextlib.suppress(sqlite3.Error):  # SQLite may have done it itself
             self._db.execute("ROLLBACK")
-        except sqlite3.Error:
-            pass  # SQLite has done it itself
 
 
 def _started(pid: int) -> str | None:

@@ -96,7 +96,7 @@ class Desk:
         other = min(idle, key=_warmth, default=handle)
         if _warmth(other) < _warmth(handle) and self._turnstile.claim(other.slot, other):
             self._turnstile.publish(handle.slot, handle)
-            return other  # type: ignore[no-any-return]
+            return other
         return handle
 
     def try_acquire_this(self, slot: int, generation: int) -> Handle | None:

@@ -30,7 +30,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Tuple
 
-Token = Tuple[int, Any]  # slot, generation: whatever tells its workers apart, such as a handle
+Token = Tuple[Any, Any]  # slot; generation: whatever tells its owners apart, such as a handle
 
 _SETTLEMENT = 1.0  # seconds to wait for one who popped our ticket; he is a few steps from done
 _LOOK = 5.0  # seconds after which a sleeping waiter looks whether he was forgotten
@@ -75,11 +75,11 @@ class Turnstile:
         self,
         strategy: str = "lifo",
         on_queue: Callable[[], object] = lambda: None,
-        on_refused: Callable[[int, Any], object] = lambda slot, generation: None,
+        on_refused: Callable[[Any, Any], object] = lambda slot, generation: None,
     ) -> None:
-        self.idle: Dict[int, Any] = {}
+        self.idle: Dict[Any, Any] = {}
         self.waiters: Dict[int, Waiter] = {}
-        self.current: Dict[int, Any] = {}  # slot -> valid generation; written by `admit`, `fence`
+        self.current: Dict[Any, Any] = {}  # slot -> valid generation; written by `admit`, `fence`
         self.closed = False
         self._offer = self.idle.setdefault  # never in the place of another token
         self._pop: Callable[[], Token] = (
@@ -218,11 +218,11 @@ class Turnstile:
 
     # -- giving back -------------------------------------------------------------------------
 
-    def admit(self, slot: int, generation: Any) -> None:
+    def admit(self, slot: Any, generation: Any) -> None:
         """Make `generation` the valid one of a slot; `publish` offers it then. Manager only."""
         self.current[slot] = generation
 
-    def publish(self, slot: int, generation: Any) -> bool:
+    def publish(self, slot: Any, generation: Any) -> bool:
         """Offer a slot: the one way into `idle`. False if it was refused."""
         if self.current.get(slot) != generation:
             self._on_refused(slot, generation)  # fenced
@@ -236,7 +236,7 @@ class Turnstile:
             self.pump()
         return True
 
-    def _publish_again(self, slot: int, generation: Any) -> bool:
+    def _publish_again(self, slot: Any, generation: Any) -> bool:
         """Offer a slot that has a token in `idle` already: one of the two is of an old worker.
 
         A releaser may sleep between its look at `current` and its offer until its worker is dead
@@ -249,14 +249,14 @@ class Turnstile:
         self.publish(slot, found)
         return False
 
-    def claim(self, slot: int, generation: Any) -> bool:
+    def claim(self, slot: Any, generation: Any) -> bool:
         """Take this very slot out of `idle`, for a probe or to retire it; never waits."""
         found = self.idle.pop(slot, None)
         if found is not None and found != generation:
             return False  # a leftover of an older generation, dropped
         return found is not None and self.current.get(slot) == generation
 
-    def fence(self, slot: int) -> None:
+    def fence(self, slot: Any) -> None:
         """Make every token of a slot worthless, whoever holds one. Manager only."""
         self.current.pop(slot, None)
         self.idle.pop(slot, None)
