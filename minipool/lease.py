@@ -142,7 +142,8 @@ class Lease(Generic[W]):
             if session is not None:
                 session.sessions.give_back(session)
             raise
-        handle.session = session
+        if session is not None:
+            session.moved(handle)
         self._held.append(handle)
         handle.lease = _ref(self._whole(), self._desk.dropped)
         return handle

@@ -241,7 +241,6 @@ class Pool(Generic[W]):
         manager.close(grace, kill)
         if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
             manager.join(1.0)
-            self._sessions.close()
 
     def __enter__(self) -> Self:
         return self.open()

@@ -81,6 +81,11 @@ class Record:
         self.warm_head = data if state is None else None
         return data
 
+    def moved(self, handle: Handle) -> None:
+        """Go on with another worker, because the one before has died."""
+        handle.session = self
+        self.affinity = "lost"
+
     def missing(self) -> None:
         """Hear that the worker does not have what it was thought to have."""
         self.at_slot = self.at_generation = self.at_version = -1
@@ -219,7 +224,10 @@ class Sessions:
         self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
         # Weakly, because the manager must not keep the pool from being collected.
         self._manager.sweepers.append(weakref.WeakMethod(self._sweep))
+        self._manager.lines.append(weakref.ref(self._line))
         self._manager.sessions_end = store is None
+        if store is not None:
+            self._manager.closers.append(store.close)
 
     # -- beginning and end -------------------------------------------------------------------
 
@@ -552,12 +560,6 @@ class Sessions:
                 self._line.admit(key, renewed)
                 self._line.publish(key, renewed)
         self._astray = astray
-
-    def close(self) -> None:
-        """Wake everyone who waits; let go of the store."""
-        self._line.close()
-        if self._store is not None:
-            self._store.close()
 
     def _tell(self, event: str, record: Record, **facts: Any) -> None:
         if self._desk.hooks[event]:

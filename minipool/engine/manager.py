@@ -72,6 +72,9 @@ class Manager:
         self.floor, self.ceiling = config.min_size or 0, config.max_size or 0
         self.may_grow = True
         self.sweepers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called once a tick
+        #: Closed with the pool; weakly, because what waits there may know the pool.
+        self.lines: list[weakref.ref[Turnstile]] = []
+        self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
         self.sessions_end = True  # with the pool; False where a store keeps them
         self.done = False  # everything has ended
         self.pid = os.getpid()
@@ -499,6 +502,10 @@ class Manager:
         assert self._close_by is not None
         for _, handle in self.turnstile.close():
             self._take_back(handle)
+        for reference in self.lines:
+            line = reference()
+            if line is not None:
+                line.close()
         now = time.monotonic()
         for handle in tuple(self.fleet.handles.values()):
             handle.condemned = True
@@ -514,6 +521,8 @@ class Manager:
     def _end(self) -> None:
         self.closed_ns = time.monotonic_ns()
         self.fleet.close()
+        for close in self.closers:
+            close()
         if self._launcher.lifeline is not None:
             self._launcher.lifeline.close()
         self.bell.close()
