@@ -135,6 +135,7 @@ class Pool(Generic[W]):
 
     def _start(self) -> Desk:
         _end_with_process()
+        store = self._store()
         self._launcher.open()
         manager = Manager(self._launcher, self.config, self.hooks)
         targets = wire.Targets(
@@ -143,7 +144,7 @@ class Pool(Generic[W]):
         desk = Desk(manager, targets)
         # Pool and leases know the desk, the manager does not: when they are collected, so is it.
         weakref.finalize(desk, manager.close, 0.0, True).atexit = False  # `_close_all` does better
-        self._sessions = Sessions(desk, self._store())
+        self._sessions = Sessions(desk, store)
         manager.start()
         return desk
 
