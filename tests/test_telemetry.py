@@ -355,6 +355,23 @@ def test_listener_may_close_the_pool(name: str) -> None:
         pool.call("add", 1)
 
 
+@pytest.mark.parametrize("name", ["worker.checkout", "worker.checkin"])
+def test_slow_listener_does_not_make_its_worker_look_lost(name: str) -> None:
+    """The manager looks round several times while a lease's listener is busy, and keeps it."""
+    pool = make(lease_timeout=60.0)
+    looks = Ear(pool, "utilization")
+    pool.hooks[name].append(lambda *event: looks.wait("utilization", len(looks.heard) + 5))
+
+    with pool:
+        with pool.checkout() as w:
+            pid = w.pid
+            w.call("add", 1)
+        with pool.checkout() as w:
+            assert (w.pid, w.call("get")) == (pid, 1)
+        assert pool.hooks[name]
+        assert pool.stats().workers_lost == 0
+
+
 # -- locks ---------------------------------------------------------------------------------------
 
 
