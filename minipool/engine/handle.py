@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from multiprocessing import connection
+from multiprocessing import connection, process
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
@@ -203,6 +203,9 @@ class Handle:
     def abandon(self) -> None:
         """Let go of the pipe in a process that was forked from the owner."""
         self.abandoned, self.tainted = True, "it belongs to another process"
+        self.lease = None  # nobody is to be told when it is dropped here
+        with contextlib.suppress(AttributeError):  # else multiprocessing joins it at exit
+            process._children.discard(self.process)  # type: ignore[attr-defined]
         if self.channel is not None:
             self.channel.close()
         elif self.conn is not None:
