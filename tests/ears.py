@@ -46,7 +46,7 @@ class Ear:
 
         with self._changed:
             enough = self._changed.wait_for(lambda: len(fitting()) >= count, timeout)
-        assert enough, f"{name} was heard {len(fitting())} times, not {count}: {self.heard}"
+        assert enough, f"{name} was heard {len(fitting())} times, not {count}: {self.heard[-30:]}"
         return fitting()[count - 1]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+# CPython 3.12+ warns when a process with threads forks; the fork start method does just that.
+WARNINGS = ("-W", "always::ResourceWarning", "-W", "ignore:This process (pid=:DeprecationWarning")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -30,7 +32,7 @@ def start(
     path.write_text(textwrap.dedent(code))
     more.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.Popen(
-        [sys.executable, "-W", "always::ResourceWarning", str(path), *args],
+        [sys.executable, *WARNINGS, str(path), *args],
         env=env or environment(), cwd=folder, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
     )  # fmt: skip

@@ -70,7 +70,7 @@ def test_error_pickles_with_its_fields(name: str, protocol: int) -> None:
 
 
 def _fields(cls: type) -> list[str]:
-    return [field for base in cls.__mro__ for field in base.__dict__.get("__annotations__", {})]
+    return [field for base in cls.__mro__ for field in vars(base).get("__annotations__", {})]
 
 
 def test_field_may_have_the_name_of_the_text() -> None:

@@ -237,3 +237,7 @@ def sockets_of(pid: int) -> set[str]:
         except OSError:  # closed meanwhile
             continue
     return {name for name in found if name.startswith("socket:")}
+
+
+def thread_names() -> list[str]:
+    return [thread.name.replace(" ", "-") for thread in threading.enumerate()]

@@ -187,7 +187,10 @@ class FastEnd:
         size = len(head) + len(body)
         length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else _long_length(size)
         poll = select.poll()
-        poll.register(self.fd, select.POLLOUT)
+        try:
+            poll.register(self.fd, select.POLLOUT)
+        except ValueError:
+            raise PeerGone from None  # closed
         poll.register(self._death_fd, select.POLLIN)
         for part in (memoryview(length + head), memoryview(body)):
             while part:
@@ -211,9 +214,6 @@ class FastEnd:
         """Close the pipe. A thread that still wants to use it gets PeerGone."""
         self.fd = -1
         self._sock.close()
-
-    def __del__(self) -> None:
-        self.close()  # of a lease that was dropped after its worker had been buried
 
 
 class PortableEnd:

@@ -27,6 +27,16 @@ _monotonic_ns, _get_ident = time.monotonic_ns, threading.get_ident
 _TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
 
 
+class _StandIn:
+    """Holds a worker for a lease that is not there yet or no more, while listeners hear of it."""
+
+    __slots__ = ("__weakref__",)
+
+    @staticmethod
+    def holds(handle: Handle) -> bool:
+        return True
+
+
 class Desk:
     """Gives out workers and takes them back, for one pool. Any thread may call it."""
 
@@ -189,6 +199,8 @@ class Desk:
             import traceback
 
             handle.origin = "".join(traceback.format_stack(limit=15)[:-3])
+        stand_in = _StandIn()  # or a slow listener's worker would be taken for lost
+        handle.lease = weakref.ref(stand_in)
         self.hooks.emit(
             "worker.checkout",
             {"wait": waited},
@@ -218,7 +230,7 @@ class Desk:
         handle.lease = None
         handle.calls_before = handle.calls_sent
         if self.on_checkin or self._origins:
-            self._unmark(handle, (now - since) / 1e9)
+            self._unmark(handle, (now - since) / 1e9 if since else 0.0)
         session = handle.session
         if session is not None:
             handle.session, handle.session_ended_ns = None, now
@@ -267,6 +279,8 @@ class Desk:
                 "worker %d of %s, reported as leaked, was given back after %.1f s",
                 handle.slot, self.config.name, held,
             )  # fmt: skip
+        stand_in = _StandIn()
+        handle.lease = weakref.ref(stand_in)
         self.hooks.emit(
             "worker.checkin",
             {"seconds": held},
@@ -274,6 +288,7 @@ class Desk:
             pid=handle.pid,
             generation=handle.generation,
         )
+        handle.lease = None
 
     # -- telling -----------------------------------------------------------------------------
 

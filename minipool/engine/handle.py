@@ -12,9 +12,10 @@ import contextlib
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
-from multiprocessing import connection
+from multiprocessing import connection, process
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
@@ -146,11 +147,34 @@ class Handle:
     def exitcode(self, timeout: float = _REAP_TIMEOUT) -> int | None:
         """Return the exit code of a process that ended or is about to; None if not to be had."""
         with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
-            if timeout:
-                connection.wait([self.process.sentinel], timeout)
+            if timeout and self._last_exitcode is None:
+                self._wait_ended(timeout)
             with self._reaping:  # two readers would spoil each other's answer
                 self._last_exitcode = self.process.exitcode
         return self._last_exitcode
+
+    def _wait_ended(self, timeout: float) -> None:
+        """Wait until the exit code can be had, on descriptors of our own.
+
+        When the manager reaps the process meanwhile, the numbers of the old ones go to whatever
+        is opened next, the next worker's pipe above all, and that may stay silent for ever.
+        The sentinel of a forked process ends a moment before there is an exit code, so the pidfd
+        is waited for as well; that of a fork server's child is the one the code comes from.
+        """
+        if sys.platform == "win32":
+            connection.wait([self.process.sentinel], timeout)
+            return
+        deadline = time.monotonic() + timeout
+        with self._reaping:
+            watched = [os.dup(self.process.sentinel)]
+            if self._pidfd is not None:
+                watched.append(os.dup(self._pidfd))
+        try:
+            for fd in watched:
+                connection.wait([fd], max(0.0, deadline - time.monotonic()))
+        finally:
+            for fd in watched:
+                os.close(fd)
 
     _last_exitcode: int | None = None
 
@@ -186,6 +210,9 @@ class Handle:
     def abandon(self) -> None:
         """Let go of the pipe in a process that was forked from the owner."""
         self.abandoned, self.tainted = True, "it belongs to another process"
+        self.lease = None  # nobody is to be told when it is dropped here
+        with contextlib.suppress(AttributeError):  # else multiprocessing joins it at exit
+            process._children.discard(self.process)  # type: ignore[attr-defined]
         if self.channel is not None:
             self.channel.close()
         elif self.conn is not None:

@@ -207,6 +207,7 @@ def _preload(context: Any, modules: tuple[str, ...]) -> None:
     from multiprocessing import forkserver
 
     server: Any = forkserver._forkserver
+    _forget_strange_server(server)
     wanted = [name for name in (main_name(), *modules) if name not in server._preload_modules]
     running = getattr(server, "_forkserver_pid", None) is not None
     if running and any(name in wanted for name in modules):
@@ -220,6 +221,22 @@ def _preload(context: Any, modules: tuple[str, ...]) -> None:
         )
     if wanted and not running:
         context.set_forkserver_preload([*server._preload_modules, *wanted])
+
+
+def _forget_strange_server(server: Any) -> None:
+    """Make multiprocessing start a server anew in a process that was forked from its owner.
+
+    The owner's server cannot be used here: it is no child of ours, and its lock may be held.
+    """
+    try:
+        if server._forkserver_pid is None or os.waitpid(server._forkserver_pid, os.WNOHANG)[0] == 0:
+            return
+    except ChildProcessError:
+        pass
+    modules, alive_fd = server._preload_modules, server._forkserver_alive_fd
+    server.__init__()
+    server._preload_modules = modules
+    os.close(alive_fd)
 
 
 def main_name() -> str:

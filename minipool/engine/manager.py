@@ -544,13 +544,14 @@ class Manager:
 
 def _row(handle: Handle, idle: bool) -> health.Row:
     lease = handle.live_lease
+    since_ns = handle.row[t.LEASED_SINCE_NS] or time.monotonic_ns()  # 0: this moment begun or over
     return health.Row(
         slot=handle.slot,
         generation=handle.generation,
         state=handle.state,
         since_ns=handle.idle_since_ns if handle.state is S.IDLE else handle.since_ns,
         idle=idle,
-        leased_since_ns=None if lease is None else handle.row[t.LEASED_SINCE_NS],
+        leased_since_ns=None if lease is None else since_ns,
         probed_ns=handle.probed_ns,
         probe_failures=handle.probe_failures,
         sweeps_lost=handle.sweeps_lost,

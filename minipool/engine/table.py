@@ -70,7 +70,7 @@ def bucket_start_ns(index: int) -> int:
 def quantile(counts: Sequence[int], fraction: float) -> float | None:
     """Return the duration in seconds below which `fraction` of the counted ones lie, or None.
 
-    Nearest rank, then interpolated inside the bucket.
+    Nearest rank, then that place in its bucket which is never more than 6 % from the true one.
     """
     total = sum(counts)
     if not total:
@@ -80,7 +80,7 @@ def quantile(counts: Sequence[int], fraction: float) -> float | None:
     for index, count in enumerate(counts):
         if count and seen + count >= rank:
             low, high = bucket_start_ns(index), bucket_start_ns(index + 1)
-            return (low + (high - low) * (rank - seen) / count) / 1e9
+            return 2 * low * high / (low + high) / 1e9
         seen += count
     raise AssertionError("the ranks add up")
 

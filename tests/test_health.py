@@ -1,0 +1,250 @@
+"""The health policy, with a clock turned by hand: every action, and the moment it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minipool.engine.health import (
+    DYING_NS,
+    KILL_AFTER,
+    SECOND_NS,
+    CountFailure,
+    Limits,
+    Lost,
+    Probe,
+    Replace,
+    Retire,
+    Revoke,
+    Row,
+    Terminate,
+    WarnLeak,
+    due_in,
+    plan,
+)
+from minipool.engine.states import WorkerState as S
+
+NOW = 1_000 * SECOND_NS
+KILL_NS = int(KILL_AFTER * SECOND_NS)
+
+
+def ago(seconds: float) -> int:
+    return NOW - int(seconds * SECOND_NS)
+
+
+def idle(slot: int = 0, since: float = 0.0, **words: Any) -> Row:
+    given = {"probed_ns": NOW, "idle": True, **words}
+    return Row(slot, 1, S.IDLE, ago(since), **given)
+
+
+def leased(slot: int = 0, since: float = 0.0, **words: Any) -> Row:
+    return Row(slot, 1, S.IDLE, ago(since), leased_since_ns=ago(since), probed_ns=0, **words)
+
+
+def row(state: S, since: float, slot: int = 0, **words: Any) -> Row:
+    return Row(slot, 1, state, ago(since), **words)
+
+
+def planned(rows: list[Row], limits: Limits, target: int | None = None, **words: Any) -> list[Any]:
+    floor = words.pop("floor", 0)
+    return plan(rows, NOW, limits, len(rows) if target is None else target, floor, **words)
+
+
+ALL = Limits(
+    init_ns=30 * SECOND_NS, probe_every_ns=30 * SECOND_NS, lease_ns=60 * SECOND_NS,
+    leak_ns=10 * SECOND_NS, max_idle_ns=60 * SECOND_NS,
+)  # fmt: skip
+
+
+def test_nothing_is_done_when_all_is_well() -> None:
+    """Every limit set, workers in every state, none past any border: no action."""
+    rows = [
+        idle(0, since=5), idle(1, since=29), leased(2, since=9), row(S.STARTING, 29, slot=3),
+        row(S.PROBING, 4.9, slot=4), row(S.STOPPING, 29, slot=5), row(S.LOST, 0.01, slot=6),
+        row(S.VACANT, 500, slot=7),
+    ]  # fmt: skip
+
+    assert planned(rows, ALL, target=8) == []
+
+
+def test_without_limits_nothing_is_ever_overdue() -> None:
+    """None means for ever: an ancient lease, start and idle worker are left alone."""
+    rows = [idle(0, since=900, probed_ns=0), leased(1, since=900), row(S.STARTING, 900, slot=2)]
+
+    assert planned(rows, Limits()) == []
+
+
+@pytest.mark.parametrize(
+    ("late", "border", "limits", "expected"),
+    [
+        (lambda s: row(S.STARTING, s), 30, Limits(init_ns=30 * SECOND_NS), Replace),
+        (lambda s: row(S.PROBING, s), 5, Limits(), CountFailure),
+        (lambda s: row(S.PROBING, s, probe_failures=2), 5, Limits(), Replace),
+        (lambda s: row(S.STOPPING, s), 30, Limits(), Terminate),
+        (lambda s: row(S.STOPPING, s, terminated=True), 30 + KILL_AFTER, Limits(), Replace),
+        (lambda s: row(S.LOST, s), DYING_NS / SECOND_NS, Limits(), Replace),
+        (lambda s: leased(since=s), 60, Limits(lease_ns=60 * SECOND_NS), Revoke),
+        (lambda s: leased(since=s), 10, Limits(leak_ns=10 * SECOND_NS), WarnLeak),
+        (lambda s: idle(probed_ns=ago(s)), 30, Limits(probe_every_ns=30 * SECOND_NS), Probe),
+        (lambda s: idle(probed_ns=ago(s), probe_failures=1), 5,
+         Limits(probe_every_ns=30 * SECOND_NS), Probe),
+        (lambda s: idle(probed_ns=ago(s), probe_failures=1), 2,
+         Limits(probe_every_ns=2 * SECOND_NS), Probe),
+        (lambda s: idle(since=s), 60, Limits(max_idle_ns=60 * SECOND_NS), Retire),
+    ],
+)  # fmt: skip
+def test_action_begins_just_past_its_border(
+    late: Any, border: float, limits: Limits, expected: type
+) -> None:
+    """At the limit nothing happens yet; a nanosecond later the one action is planned."""
+    assert planned([late(border)], limits) == []
+
+    (action,) = planned([late(border + 2e-9)], limits)
+
+    assert type(action) is expected
+    assert action.slot == 0
+
+
+def test_reasons_tell_the_limit_that_was_broken() -> None:
+    """Whoever reads the log finds the option and its value."""
+    (start,) = planned([row(S.STARTING, 31)], Limits(init_ns=30 * SECOND_NS))
+    (probe,) = planned([row(S.PROBING, 6, probe_failures=2)], Limits())
+    (stop,) = planned([row(S.STOPPING, 32, terminated=True)], Limits())
+    (lease,) = planned([leased(since=2)], Limits(lease_ns=SECOND_NS))
+
+    assert "30 s" in start.reason
+    assert "3 health checks in a row" in probe.reason
+    assert "SIGTERM" in stop.reason
+    assert "lease_timeout=1 s" in lease.reason
+
+
+def test_leak_is_warned_of_once() -> None:
+    """A lease that was reported is not reported at each look."""
+    limits = Limits(leak_ns=SECOND_NS)
+
+    assert planned([leased(since=50, leak_warned=True)], limits) == []
+
+
+def test_revocation_goes_before_the_warning() -> None:
+    """A lease past both limits is revoked; to warn of it as well would be late."""
+    limits = Limits(leak_ns=SECOND_NS, lease_ns=2 * SECOND_NS)
+
+    (action,) = planned([leased(since=3)], limits)
+
+    assert type(action) is Revoke
+
+
+def test_slot_neither_idle_nor_leased_is_lost_only_at_the_second_look() -> None:
+    """The first look may fall between two steps of a healthy thread; the second may not."""
+    between = Row(0, 1, S.IDLE, ago(0))
+
+    (first,) = planned([between], Limits())
+    (second,) = planned([between._replace(sweeps_lost=1)], Limits())
+
+    assert type(first) is Lost
+    assert type(second) is Replace
+    assert "lost" in second.reason
+
+
+def test_what_was_seen_again_is_not_lost() -> None:
+    """A slot that is idle or leased at this look is well, however it looked before."""
+    assert planned([idle(0, sweeps_lost=1), leased(1, sweeps_lost=1)], Limits()) == []
+
+
+@pytest.mark.parametrize(("workers", "at_once"), [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4)])
+def test_probes_never_take_all_workers_at_once(workers: int, at_once: int) -> None:
+    """When all are due, half of them at most are probed; a pool of one is probed too."""
+    rows = [idle(slot, probed_ns=ago(100 + slot)) for slot in range(workers)]
+
+    actions = planned(rows, Limits(probe_every_ns=SECOND_NS))
+
+    assert all(type(action) is Probe for action in actions)
+    assert len(actions) == at_once
+    longest_first = list(range(workers))[::-1][:at_once]
+    assert [action.slot for action in actions] == longest_first
+
+
+def test_probes_under_way_count() -> None:
+    """No more are started while as many as may be are out already."""
+    rows = [idle(slot, probed_ns=0) for slot in range(3)] + [row(S.PROBING, 1, slot=3)]
+    limits = Limits(probe_every_ns=SECOND_NS)
+
+    assert len(planned(rows, limits)) == 1
+    assert planned(rows[1:], limits) == []
+
+
+def test_busy_worker_is_never_probed() -> None:
+    """A leased worker is its lessee's, however long ago it was probed."""
+    assert planned([leased(0, since=500)], Limits(probe_every_ns=SECOND_NS)) == []
+
+
+def test_overflow_is_retired_when_idle_for_long_enough() -> None:
+    """Only what is above the target goes, the longest idle first, and not for good."""
+    rows = [idle(0, since=40), idle(1, since=50), idle(2, since=60), leased(3, since=1)]
+
+    actions = planned(rows, Limits(overflow_idle_ns=30 * SECOND_NS), target=2)
+
+    assert [(type(action), action.slot) for action in actions] == [(Retire, 2), (Retire, 1)]
+    assert not any(action.shrink for action in actions)
+
+
+def test_overflow_stays_for_its_idle_time() -> None:
+    """Just used, it may be needed again at once."""
+    rows = [idle(0, since=30), idle(1, since=29)]
+
+    assert planned(rows, Limits(overflow_idle_ns=30 * SECOND_NS), target=1) == []
+
+
+def test_busy_overflow_is_not_retired() -> None:
+    """A surplus that is at work goes when it has nothing to do."""
+    rows = [leased(0, since=90), leased(1, since=90)]
+
+    assert planned(rows, Limits(overflow_idle_ns=SECOND_NS), target=1) == []
+
+
+def test_shrinking_takes_one_worker_per_max_idle() -> None:
+    """The longest idle one goes; the next only a whole max_idle later."""
+    limits = Limits(max_idle_ns=10 * SECOND_NS)
+    rows = [idle(0, since=50), idle(1, since=99), idle(2, since=20)]
+
+    (action,) = planned(rows, limits, floor=1, last_shrink_ns=ago(10.5))
+
+    assert (type(action), action.slot, action.shrink) == (Retire, 1, True)
+    assert planned(rows, limits, floor=1, last_shrink_ns=ago(10)) == []
+
+
+def test_shrinking_stops_at_the_floor() -> None:
+    """min_size workers stay, however long they were idle."""
+    rows = [idle(slot, since=500) for slot in range(2)]
+
+    assert planned(rows, Limits(max_idle_ns=SECOND_NS), target=2, floor=2) == []
+
+
+def test_shrinking_never_takes_a_busy_worker() -> None:
+    """Nothing idle, nothing to shrink."""
+    rows = [leased(0, since=500), leased(1, since=500), row(S.PROBING, 1, slot=2)]
+
+    assert planned(rows, Limits(max_idle_ns=SECOND_NS), floor=1) == []
+
+
+def test_dying_workers_are_no_surplus() -> None:
+    """What is on its way out already does not push another one out."""
+    rows = [idle(0, since=90), row(S.STOPPING, 1, slot=1), row(S.LOST, 0, slot=2)]
+
+    assert planned(rows, Limits(overflow_idle_ns=SECOND_NS), target=1) == []
+
+
+def test_due_in_names_the_first_moment_that_matters() -> None:
+    """The manager sleeps until the earliest border of what is under way, and no longer."""
+    limits = Limits(init_ns=30 * SECOND_NS)
+    starting, probing = row(S.STARTING, 28), row(S.PROBING, 4, slot=1)
+    stopping = row(S.STOPPING, 30.5, slot=2, terminated=True)
+
+    assert due_in([starting], NOW, limits) == 2 * SECOND_NS
+    assert due_in([starting, probing], NOW, limits) == SECOND_NS
+    assert due_in([starting, probing, stopping], NOW, limits) == SECOND_NS // 2
+    assert due_in([row(S.PROBING, 50)], NOW, limits) == 0
+    assert due_in([row(S.LOST, 0)], NOW, limits) == DYING_NS
+    assert due_in([idle(0), leased(1), row(S.LOST, 3, slot=2)], NOW, limits) is None
+    assert due_in([starting], NOW, Limits()) is None
