@@ -27,6 +27,7 @@ _HOME = {
     "HealthReport": "status",
     "current_worker": "engine.child",
     "current_session": "engine.child",
+    "Session": "engine.conversation",
     "SessionInfo": "sessions",
     **dict.fromkeys(
         (
@@ -44,7 +45,9 @@ __all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from .config import PoolConfig as PoolConfig
+    from .engine.child import current_session as current_session
     from .engine.child import current_worker as current_worker
+    from .engine.conversation import Session as Session
     from .errors import CallMismatch as CallMismatch
     from .errors import CallTimeout as CallTimeout
     from .errors import CheckoutTimeout as CheckoutTimeout
@@ -59,12 +62,18 @@ if TYPE_CHECKING:
     from .errors import PoolStartError as PoolStartError
     from .errors import ProtocolError as ProtocolError
     from .errors import RemoteError as RemoteError
+    from .errors import SessionBusy as SessionBusy
+    from .errors import SessionError as SessionError
+    from .errors import SessionExists as SessionExists
+    from .errors import SessionLost as SessionLost
+    from .errors import SessionNotFound as SessionNotFound
     from .errors import TooManyWaiters as TooManyWaiters
     from .errors import WorkerDied as WorkerDied
     from .errors import WorkerError as WorkerError
     from .errors import WorkerStartError as WorkerStartError
     from .lease import Lease as Lease
     from .pool import Pool as Pool
+    from .sessions import SessionInfo as SessionInfo
     from .status import HealthReport as HealthReport
     from .status import PoolStats as PoolStats
     from .status import WorkerInfo as WorkerInfo
