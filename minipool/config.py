@@ -16,6 +16,7 @@ from .errors import ConfigError
 
 MAX_WORKERS = 2048  # twice as many rows are in the table: old ones may end while new ones start
 AFFINITIES = ("prefer", "strict", "any")
+STORE_METHODS = ("open", "has", "read", "commit", "delete", "beat", "close")  # see store.py
 START_METHODS = ("forkserver", "spawn", "fork")
 _pool_numbers = itertools.count(1)
 
@@ -82,7 +83,7 @@ class PoolConfig:
     #: With True a session must be begun with create_session(); else its first use begins it.
     strict_sessions: bool = False
     #: Where sessions are kept: None: in memory; a path: in that SQLite file; or a store object.
-    session_store: Any = None
+    session_store: str | Any | None = None
     #: Shown in process, thread and memory names, errors and metrics. None: "pool-1" and so on.
     name: str | None = None
 
@@ -93,9 +94,9 @@ class PoolConfig:
             "health_check_timeout",
             "close_timeout",
             "affinity_wait",
-            "session_ttl",
         ):
             self._check_seconds(name, none=False)
+        self._check_seconds("session_ttl", none=False, zero=False)
         for name in ("max_idle", "init_timeout", "checkout_timeout", "call_timeout"):
             self._check_seconds(name, none=True)
         for name in ("health_check_interval", "lease_timeout", "leak_warn_after"):
@@ -153,7 +154,7 @@ class PoolConfig:
     def tick(self) -> float:
         """Seconds between two looks of the manager when nothing happens."""
         limits = [self.lease_timeout, self.leak_warn_after, self.max_idle, self.overflow_idle]
-        limits += [self.health_check_interval, self.health_check_timeout]
+        limits += [self.health_check_interval, self.health_check_timeout, self.session_ttl]
         return max(0.01, min([1.0] + [limit / 4 for limit in limits if limit is not None]))
 
     # -- checks ------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ class PoolConfig:
         for name in ("lazy", "strict_sessions"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "give True or False")
+        self._check_store()
         if self.codec is not None:
             for function in ("dumps", "loads"):
                 if not callable(getattr(self.codec, function, None)):
@@ -218,6 +220,17 @@ class PoolConfig:
         if self.preload and self.start_method in ("spawn", "fork"):
             self._refuse("preload", f"start method {self.start_method!r} has no server that "
                          f'could import it once; use "forkserver"')  # fmt: skip
+
+    def _check_store(self) -> None:
+        store = self.session_store
+        if isinstance(store, os.PathLike):
+            store = store.__fspath__()
+        if store is None or (isinstance(store, str) and _is_text(store)):
+            return
+        lacking = [name for name in STORE_METHODS if not callable(getattr(store, name, None))]
+        if isinstance(store, (str, bytes)) or lacking:
+            self._refuse("session_store", f"give the path of a file as a text, or an object with "
+                         f"the methods {', '.join(STORE_METHODS)}; or None")  # fmt: skip
 
     def _check_preload_and_env(self) -> None:
         names = self.preload

@@ -11,6 +11,7 @@ from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .errors import (
+    CallMismatch,
     LeaseError,
     LeaseReleased,
     LeaseRevoked,
@@ -75,7 +76,8 @@ class Lease(Generic[W]):
         Raises:
             Exception: whatever `target` raised. The worker is well and still yours.
             RemoteError: what it returned or raised cannot travel. The worker is well.
-            CallMismatch: it cannot be sent, or there is no such method. Nothing has run.
+            CallMismatch: it cannot be sent, there is no such method, or the arguments are not those
+                that it takes. Nothing has run.
             CallTimeout, WorkerDied, ProtocolError: the worker and its state are gone; take a new
                 lease.
             LeaseReleased, LeaseRevoked: this lease has no worker any more.
@@ -88,9 +90,13 @@ class Lease(Generic[W]):
             raise self._busy(target)
         desk = self._desk
         try:
-            kind, name = desk.targets[target]
+            kind, name, counts, shape = desk.targets[target]
+        except CallMismatch:
+            raise
         except TypeError:  # not hashable
-            kind, name = desk.targets.resolve(target)
+            kind, name, counts, shape = desk.targets.resolve(target)
+        if kwargs or len(args) not in counts:
+            shape.check(args, kwargs)
         if kind == wire.SHIPPED:
             args = (target, args, kwargs)
         if desk.on_start or desk.on_stop or desk.on_exception:
@@ -119,6 +125,9 @@ class Lease(Generic[W]):
             # What earlier calls of this lease left in the worker is gone: the caller must know.
             first = handle.calls_sent == handle.calls_before + 1
             safe = isinstance(error, WorkerDied) and (self._idempotent or not error.started)
+            session = handle.session
+            if session is not None and session.strict and session.affinity == "hit":
+                raise error  # nowhere else; who checks out next is told that it is lost
             if not first or not safe or (left is not None and left <= 0):
                 raise error
             handle = self._move(left)
@@ -135,15 +144,11 @@ class Lease(Generic[W]):
         except IndexError:
             raise self._gone("the call") from None
         session, dead.session = dead.session, None  # it stays ours
-        self._desk.give_back(dead)
-        try:
+        if session is None:
+            self._desk.give_back(dead)
             handle = self._desk.acquire(timeout)
-        except BaseException:
-            if session is not None:
-                session.sessions.give_back(session)
-            raise
-        if session is not None:
-            session.moved(handle)
+        else:
+            handle = session.sessions.exchange(session, dead, timeout)
         self._held.append(handle)
         handle.lease = _ref(self._whole(), self._desk.dropped)
         return handle
@@ -278,7 +283,7 @@ class Lease(Generic[W]):
         record = self._handle.session
         if record is None:
             raise SessionError("this lease has no session; check out with `checkout(session=...)`")
-        return State(record)
+        return State(record, self._held)
 
     def __repr__(self) -> str:
         held = self._held[:1]

@@ -136,7 +136,12 @@ class Pool(Generic[W]):
     def _start(self) -> Desk:
         _end_with_process()
         store = self._store()
-        self._launcher.open()
+        try:
+            self._launcher.open()
+        except BaseException:
+            if store is not None:
+                store.close()
+            raise
         manager = Manager(self._launcher, self.config, self.hooks)
         targets = wire.Targets(
             self._launcher.worker, self._launcher.method == "fork", self.config.codec is not None
@@ -299,8 +304,17 @@ class Pool(Generic[W]):
         `timeout` is how many seconds to wait for one (default: `checkout_timeout`; 0: not at all;
         None: for ever). Callers are served in the order they came.
 
+        With `session`, its state goes along, whatever worker it is; a session has one lease at a
+        time, and is begun by its first use (but see `strict_sessions`). `affinity` is which worker
+        it gets (default: the option of that name). `hint` is for those who only want a warm cache:
+        the worker that served the same hint last, if it is idle.
+
         Raises:
             CheckoutTimeout, TooManyWaiters, PoolClosed: nothing was taken.
+            SessionBusy: the session is in use, with `timeout=0`; or another process has it.
+            SessionNotFound: there is no such session, and `strict_sessions` is set.
+            SessionLost: with "strict" affinity, its worker is gone. Check out again.
+            SessionError: the store refused, or there are too many sessions, all in use.
             PoolStartError: this was the first use, and the pool could not be opened.
         """
         desk = self._desk
@@ -310,9 +324,11 @@ class Pool(Generic[W]):
         if timeout is not _CHECKOUT_TIMEOUT:
             limit = seconds(timeout, "timeout")
         if session is not None:
-            return Lease(desk, self._sessions.acquire(session, _checked_affinity(affinity), limit))
-        if hint is not None:
-            return Lease(desk, self._sessions.acquire_near(hint, limit))
+            _check_affinity(affinity, session, hint)
+            return Lease(desk, self._sessions.acquire(session, affinity, limit))
+        if hint is not None or affinity is not None:
+            _check_affinity(affinity, session, hint)
+            return Lease(desk, self._sessions.acquire_near(str(hint), limit))
         return Lease(desk, desk.acquire(limit))
 
     if TYPE_CHECKING:
@@ -337,15 +353,21 @@ class Pool(Generic[W]):
             lease.release()
 
     def options(
-        self, *, timeout: float | None | str = CALL_TIMEOUT, idempotent: bool = False
+        self,
+        *,
+        timeout: float | None | str = CALL_TIMEOUT,
+        idempotent: bool = False,
+        session: str | None = None,
+        affinity: str | None = None,
     ) -> PoolOptions[W]:
         """Return a caller with other options: `pool.options(timeout=0.5).call("predict", x)`.
 
         Args:
             timeout: seconds for checkout and call together; None waits for ever.
             idempotent: the call may run twice: if its worker dies it is made again on another.
+            session, affinity: as for `checkout`.
         """
-        return PoolOptions(self, timeout, idempotent)
+        return PoolOptions(self, timeout, idempotent, session, affinity)
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -399,7 +421,9 @@ class Pool(Generic[W]):
 
     def _opened(self) -> Desk:
         """Return the desk, opening the pool if this is its first use."""
-        return self._desk or self._open(wait_for=min(1, self.config.initial_size))
+        desk = self._desk or self._open(wait_for=min(1, self.config.initial_size))
+        desk.check_open()
+        return desk
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -434,7 +458,7 @@ class Pool(Generic[W]):
         """Return what the pool did so far and how it stands; also after it was closed."""
         from .status import pool_stats
 
-        return pool_stats(self.config, self._desk)
+        return pool_stats(self.config, self._desk, len(self._sessions) if self._desk else 0)
 
     def health_check(self, probe: bool = False) -> HealthReport:
         """Tell whether the pool is well: healthy, degraded or unhealthy, and why.
@@ -496,8 +520,17 @@ class Pool(Generic[W]):
 class PoolOptions(Generic[W]):
     """A pool seen through other call options; see `Pool.options`."""
 
-    def __init__(self, pool: Pool[W], timeout: float | None | str, idempotent: bool) -> None:
+    def __init__(
+        self,
+        pool: Pool[W],
+        timeout: float | None | str,
+        idempotent: bool,
+        session: str | None = None,
+        affinity: str | None = None,
+    ) -> None:
+        _check_affinity(affinity, session, None)
         self._pool, self._idempotent = pool, idempotent
+        self._session, self._affinity = session, affinity
         self._own_timeout = timeout != CALL_TIMEOUT
         self._timeout = pool.config.call_timeout
         if self._own_timeout:
@@ -520,7 +553,9 @@ class PoolOptions(Generic[W]):
         """As `Pool.call`, all within the one timeout that was given."""
         start = time.monotonic()
         lease = self._pool.checkout(
-            timeout=self._timeout if self._own_timeout else _CHECKOUT_TIMEOUT
+            timeout=self._timeout if self._own_timeout else _CHECKOUT_TIMEOUT,
+            session=self._session,
+            affinity=self._affinity,
         )
         left = self._timeout
         if left is not None and self._own_timeout:
@@ -533,10 +568,16 @@ class PoolOptions(Generic[W]):
             lease.release()
 
 
-def _checked_affinity(affinity: str | None) -> str | None:
+def _check_affinity(affinity: str | None, session: str | None, hint: str | None) -> None:
+    """Refuse options of a checkout that do not go together."""
     if affinity is not None and affinity not in AFFINITIES:
         raise ValueError(f"affinity={affinity!r}: give one of {AFFINITIES}")
-    return affinity
+    if affinity is not None and session is None:
+        raise ValueError(f"affinity={affinity!r}: it is for sessions; give session= as well")
+    if hint is not None and session is not None:
+        raise ValueError(f"hint={hint!r}: a session has its own worker; give session= or hint=")
+    if hint is not None and not isinstance(hint, str):
+        raise TypeError(f"hint={hint!r}: give a text")
 
 
 def _close_all() -> None:

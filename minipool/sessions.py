@@ -12,6 +12,8 @@ Its idle set is in the order of last use, which is the order in which sessions e
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pickle
 import time
 import weakref
@@ -20,11 +22,14 @@ from typing import Any, Mapping, NamedTuple, Optional
 
 from .engine.desk import Desk
 from .engine.handle import Handle
-from .engine.table import SESSION_HITS
+from .engine.states import WorkerState
+from .engine.table import LEASED_SINCE_NS, SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
 from .errors import (
     CallMismatch,
     CheckoutTimeout,
+    LeaseError,
+    LeaseReleased,
     SessionBusy,
     SessionError,
     SessionExists,
@@ -34,6 +39,7 @@ from .errors import (
 from .telemetry import logger
 
 Changes = Mapping[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
+_serials = itertools.count(1)  # tell sessions apart that have the same id, one after the other
 
 
 class SessionInfo(NamedTuple):
@@ -51,8 +57,9 @@ class Record:
     """One session in the parent. Changed only by who owns it in the turnstile."""
 
     __slots__ = (
-        "affinity", "at_generation", "at_slot", "at_version", "born", "fenced", "key", "lost_at",
-        "sessions", "state", "used", "version", "warm_head",
+        "affinity", "at_generation", "at_slot", "at_version", "born", "committing", "fenced",
+        "holder", "key", "lost_at", "opened", "serial", "sessions", "state", "strict", "used",
+        "version", "warm_head",
     )  # fmt: skip
 
     def __init__(self, sessions: Sessions, key: str) -> None:
@@ -64,7 +71,12 @@ class Record:
         self.born = self.used = time.monotonic()
         self.lost_at = 0.0  # when its worker was found dead, for those who waited for that one
         self.affinity = "new"
-        self.fenced = False
+        self.strict = False  # the present lease wants the session's own worker or none
+        self.serial = next(_serials)
+        self.opened = False  # False: not yet read from the store
+        self.holder: Handle | None = None  # the worker of the present lease
+        self.fenced = False  # True: it is another record's by now; nothing is committed any more
+        self.committing = False
         self.warm_head: bytes | None = None  # of the last call, while nothing changes
 
     def head(self, handle: Handle) -> bytes:
@@ -73,7 +85,7 @@ class Record:
         if here and self.at_version == self.version and self.warm_head is not None:
             return self.warm_head
         state = None if here and self.at_version == self.version else self.state or {}
-        data = pickle.dumps((self.key, self.version, state, not here), 5)
+        data = pickle.dumps((self.key, self.serial, self.version, state, not here), 5)
         if not here:
             self.sessions.bind(self, handle)
         self.at_version = self.version
@@ -81,20 +93,30 @@ class Record:
         self.warm_head = data if state is None else None
         return data
 
-    def moved(self, handle: Handle) -> None:
-        """Go on with another worker, because the one before has died."""
-        handle.session = self
-        self.affinity = "lost"
-
     def missing(self) -> None:
         """Hear that the worker does not have what it was thought to have."""
-        self.at_slot = self.at_generation = self.at_version = -1
+        self.at_version = -1
+        self.warm_head = None
 
-    def renewed(self) -> Record:
-        """Return a copy to go on with; this one accepts no commit any more."""
+    def unbind(self) -> None:
+        """Forget where it is warm."""
+        self.at_slot = self.at_generation = -1
+        self.missing()
+
+    def renewed(self) -> Record | None:
+        """Return a copy to go on with; this one accepts no commit any more.
+
+        None: a commit is under way, so it has an owner. He says that he commits, then looks
+        whether he is fenced off; here it is the other way round: one of the two sees the other.
+        """
+        self.fenced = True
+        if self.committing:
+            self.fenced = False
+            return None
         copy = Record(self.sessions, self.key)
         copy.state, copy.version, copy.born = self.state, self.version, self.born
-        self.fenced = True
+        copy.at_slot, copy.at_generation = self.at_slot, self.at_generation
+        copy.serial, copy.lost_at, copy.opened = self.serial, self.lost_at, True
         return copy
 
     def commit(self, changes: Changes, by_worker: bool = True) -> None:
@@ -103,24 +125,28 @@ class Record:
         Raises:
             SessionError: the store refused; the state is what it was.
         """
-        if self.fenced:
-            raise SessionLost(
-                f"session {self.key!r} has another owner by now; nothing was committed",
-                session_id=self.key,
-            )
-        self.at_version = -1  # until it is known that both sides agree
-        self.warm_head = None
-        self.sessions.store_commit(self, changes)
-        state = dict(self.state or {})
-        for key, data in changes.items():
-            if data is None:
-                state.pop(key, None)
-            else:
-                state[key] = data
-        self.state = state or None
-        self.version += 1
-        if by_worker:
-            self.at_version = self.version
+        self.committing = True
+        try:
+            if self.fenced:
+                raise SessionLost(
+                    f"session {self.key!r} was taken away from this lease, which had ended; "
+                    f"nothing was committed; check out again",
+                    session_id=self.key,
+                )
+            self.missing()  # until it is known that both sides agree
+            state = dict(self.state or {})
+            for key, data in changes.items():
+                if data is None:
+                    state.pop(key, None)
+                else:
+                    state[key] = data
+            self.sessions.store_commit(self, changes)
+            self.state = state or None
+            self.version += 1
+            if by_worker:
+                self.at_version = self.version
+        finally:
+            self.committing = False
 
     @property
     def size_bytes(self) -> int:
@@ -133,19 +159,35 @@ class State(MutableMapping[str, Any]):
     Reading gives copies; setting or deleting a key commits at once.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, held: list[Handle]) -> None:
         self._record = record
+        self._held = held  # the lease's worker, while it is a lease
+
+    def _commit(self, changes: Changes) -> None:
+        record = self._record
+        record.sessions.check_process()
+        handle = self._held[0] if self._held else None
+        if handle is None or handle.session is not record:
+            raise LeaseReleased(
+                f"the lease of session {record.key!r} is released; its state is another's to "
+                f"change: take a new lease"
+            )
+        if handle.in_call and handle.tainted is None:
+            raise LeaseError(
+                f"a call in session {record.key!r} is under way; change its state after that"
+            )
+        record.commit(changes, by_worker=False)
 
     def __getitem__(self, key: str) -> Any:
         return pickle.loads((self._record.state or {})[key])
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._record.commit(pack({key: value}), by_worker=False)
+        self._commit(pack({key: value}))
 
     def __delitem__(self, key: str) -> None:
         if key not in (self._record.state or {}):
             raise KeyError(key)
-        self._record.commit({key: None}, by_worker=False)
+        self._commit({key: None})
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._record.state or ()))
@@ -219,9 +261,11 @@ class Sessions:
         self._affinity = desk.config.affinity
         self._records: dict[str, Record] = {}
         self._line = Turnstile("fifo")
-        self._acquiring: dict[str, Record] = {}  # owned, but no worker yet
+        self._owned: dict[str, Record] = {}  # by a thread, but without a worker: not astray
         self._astray: set[str] = set()  # owned by nobody at the last sweep
+        self._renewing: dict[str, object] = {}  # who renews a record, by identity
         self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
+        self._last_expiry = 0.0
         # Weakly, because the manager must not keep the pool from being collected.
         self._manager.sweepers.append(weakref.WeakMethod(self._sweep))
         self._manager.lines.append(weakref.ref(self._line))
@@ -229,34 +273,43 @@ class Sessions:
         if store is not None:
             self._manager.closers.append(store.close)
 
+    def check_process(self) -> None:
+        """Raise PoolForked in a process that was forked from the owner."""
+        self._desk.check_process()
+
     # -- beginning and end -------------------------------------------------------------------
 
-    def create(self, key: str, state: Mapping[str, Any] | None = None) -> Record:
+    def create(self, key: str, state: Mapping[str, Any] | None = None) -> None:
         """Begin a session with a state.
 
         Raises:
-            SessionExists: there is one of that id. SessionError: there are too many, all in use.
+            SessionExists: there is one of that id. SessionError: there are too many, all in use,
+                or the store refused. CallMismatch: a value cannot be pickled. Nothing was begun.
         """
+        self._desk.check_open()
         packed = pack(state or {})
-        record = self._new(_checked_key(key))
-        if record is None or record.version:
-            if record is not None:
-                self._line.publish(key, record)
+        made = self._new(_checked_key(key))
+        if made is None or made[1]:
+            if made is not None:
+                self.give_back(made[0])
             raise SessionExists(
                 f"there is a session {key!r} already; end it first, or use `checkout(session=...)`",
                 session_id=key,
             )
+        record = made[0]
         try:
             if packed:
                 record.commit(packed, by_worker=False)
         except BaseException:
             self._forget(record)
+            if self._store is not None:
+                with contextlib.suppress(SessionError):  # as it was the store that refused
+                    self._store.delete(key)
             raise
-        self._line.publish(key, record)
-        return record
+        self.give_back(record)
 
-    def _new(self, key: str) -> Record | None:
-        """Make, or read from the store, the record of a session, owned by the caller.
+    def _new(self, key: str) -> tuple[Record, bool] | None:
+        """Make the record of a session, owned by the caller, and tell whether the store had it.
 
         None: another thread has it already.
         """
@@ -264,48 +317,59 @@ class Sessions:
         if self._records.setdefault(key, record) is not record:
             return None
         try:
+            self._owned[key] = record
+            self._line.admit(key, record)  # at once: others shall queue, and not look in vain
             self._make_room()
-            if self._store is not None:
-                loaded = self._store.open(key)
-                if loaded is not None:
-                    record.version, record.state = loaded
-            self._line.admit(key, record)
+            loaded = None if self._store is None else self._store.open(key)
+            if loaded is not None:
+                record.version, record.state = loaded
+            record.opened = True
         except BaseException:
-            self._records.pop(key, None)
-            self._line.dismiss(key)
+            self._forget(record)
             raise
-        return record
+        return record, loaded is not None
 
     def end(self, key: str, timeout: float | None) -> None:
         """End a session, after its present lease; nothing if there is none. See `Pool`."""
-        record = self._records.get(key)
-        if record is None:
-            if self._store is not None:
-                self._store.open(key)  # SessionBusy, if another process has it
-                self._store.delete(key)
+        self._desk.check_open()
+        if key not in self._records and (self._store is None or not self._store.has(key)):
             return
         try:
-            record = self._take(key, timeout)
+            record = self._take(key, timeout, create=False)
         except SessionNotFound:
             return
         self._over(record)
         handle = self._worker_of(record)
-        if handle is not None and handle.slot in self._manager.turnstile.idle:
-            self._manager.wait_for(
-                lambda: key not in handle.sessions_over, self._config.health_check_timeout
+        if handle is not None:
+            over, row = (key, record.serial), handle.row
+            self._manager.wait_for(  # a busy worker hears of it when its lease is over
+                lambda: (
+                    over not in handle.sessions_over
+                    or bool(handle.ended_ns)
+                    or row[LEASED_SINCE_NS] != 0
+                ),
+                self._config.health_check_timeout,
             )
 
     def _over(self, record: Record) -> None:
         """Forget a session that the caller owns, and have its worker told."""
-        self._forget(record)
         if self._store is not None:
-            self._store.delete(record.key)
+            self._owned[record.key] = record
+            try:
+                self._store.delete(record.key)  # first: who comes next must not find it there
+            except BaseException:
+                self.give_back(record)
+                raise
         handle = self._worker_of(record)
+        self._forget(record)
         if handle is not None:
-            handle.sessions_over.append(record.key)
+            handle.sessions.pop(record.key, None)
+            handle.sessions_over.append((record.key, record.serial))
             self._manager.order(lambda: self._manager.probe(handle))
 
     def _forget(self, record: Record) -> None:
+        record.fenced = True
+        self._owned.pop(record.key, None)
         self._line.fence(record.key)
         self._records.pop(record.key, None)
         self._line.dismiss(record.key)  # who waits for it looks again, and finds it gone
@@ -334,31 +398,30 @@ class Sessions:
         if affinity is None:
             affinity = self._affinity
         if affinity != "any":
-            handle = self._acquire_warm(key)
+            handle = self._acquire_warm(key, affinity == "strict")
             if handle is not None:
                 return handle
         self._desk.check_open()
         start = time.monotonic()
         record = self._take(_checked_key(key), timeout)
+        record.strict = affinity == "strict"
         try:
-            self._acquiring[key] = record
-            if affinity == "strict":
+            if record.strict:
                 self._tell_lost(record, start)
             left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
             handle = self._worker_for(record, affinity, left)
-            handle.session = record
+            record.holder, handle.session = handle, record
         except BaseException:
             self.give_back(record)
             raise
-        finally:
-            self._acquiring.pop(key, None)
+        self._owned.pop(key, None)
         if record.affinity == "hit":
             handle.row[SESSION_HITS] += 1
         else:
             self._desk.count(f"sessions_{record.affinity}")
         return handle
 
-    def _acquire_warm(self, key: str) -> Handle | None:
+    def _acquire_warm(self, key: str, strict: bool) -> Handle | None:
         """Take a session and the worker that has it, if both are free this moment."""
         token = self._line.try_take_this(key)
         if token is None:
@@ -368,32 +431,54 @@ class Sessions:
         if handle is None:
             self.give_back(record)
             return None
-        handle.session = record
-        record.affinity = "hit"
+        record.holder, handle.session = handle, record
+        record.affinity, record.strict = "hit", strict
         handle.row[SESSION_HITS] += 1
+        return handle
+
+    def exchange(self, record: Record, dead: Handle, timeout: float | None) -> Handle:
+        """Take another worker for a session that goes on: the first one died.
+
+        Raises:
+            CheckoutTimeout, TooManyWaiters, PoolClosed: the session was given back.
+        """
+        self._owned[record.key] = record
+        try:
+            self._desk.give_back(dead)
+            handle = self._desk.acquire(timeout)
+            record.holder, handle.session = handle, record
+        except BaseException:
+            self.give_back(record)
+            raise
+        self._owned.pop(record.key, None)
+        if record.affinity == "hit":
+            record.affinity = "lost"
+            self._desk.count("sessions_lost")
         return handle
 
     def acquire_near(self, hint: str, timeout: float | None) -> Handle:
         """Take the worker that served this hint last, if it is idle; else any."""
-        slot, generation = self._hints.pop(hint, (-1, -1))
-        near = self._manager.fleet.handles.get(slot)
-        handle: Handle | None = None
-        if near is not None and near.generation == generation:
-            handle = self._desk.acquire_this(near, timeout, 0.0)
+        slot, generation = self._hints.get(_checked_key(hint, "hint"), (-1, -1))
+        handle = self._desk.try_acquire_this(slot, generation)
         if handle is None:
             handle = self._desk.acquire(timeout)
+        self._hints.pop(hint, None)  # to its end: what was used last is forgotten last
         self._hints[hint] = (handle.slot, handle.generation)
-        if len(self._hints) > self._config.max_sessions:
-            self._hints.pop(next(iter(self._hints)), None)
+        while len(self._hints) > self._config.max_sessions:
+            with contextlib.suppress(StopIteration, RuntimeError):  # others change it as well
+                self._hints.pop(next(iter(self._hints)), None)
         return handle
 
-    def _take(self, key: str, timeout: float | None) -> Record:
+    def _take(self, key: str, timeout: float | None, create: bool = True) -> Record:
+        """Own a session, after those who came before; begin it if there is none."""
+        if self._manager.here:
+            timeout = 0.0  # a hook in the manager's thread waits for nobody
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if key not in self._records:
-                record = self._create_on_use(key)
-                if record is not None:
-                    return record
+                made = self._begin(key, create)
+                if made is not None:
+                    return made[0]
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 token = self._line.take(left, wants=key)
@@ -402,13 +487,14 @@ class Sessions:
                 continue  # it was ended while we waited
             if token is not None:
                 owned: Record = token[1]
+                self._owned[key] = owned
                 return owned
             if key in self._records:
                 raise self._busy(key, timeout)
 
-    def _create_on_use(self, key: str) -> Record | None:
-        stored = self._store is not None and self._store.has(key)
-        if self._config.strict_sessions and not stored:
+    def _begin(self, key: str, create: bool) -> tuple[Record, bool] | None:
+        create = create and not self._config.strict_sessions
+        if not create and (self._store is None or not self._store.has(key)):
             raise SessionNotFound(
                 f"there is no session {key!r}; begin it with create_session(), or set "
                 f"strict_sessions=False to have it begun by its first use",
@@ -429,14 +515,17 @@ class Sessions:
             held_by_this_thread=0,
         )  # fmt: skip
 
-    def _tell_lost(self, record: Record, start: float) -> None:
-        """With strict affinity, tell everyone who waited for a worker that is dead, once."""
-        if start == 0.0 or (record.at_slot >= 0 and self._worker_of(record) is None):
-            record.missing()
+    def _tell_lost(self, record: Record, start: float | None) -> None:
+        """With strict affinity, tell everyone who waited for a worker that is dead, once.
+
+        `start` is when the caller came; None: he has just found out.
+        """
+        if start is None or (record.at_slot >= 0 and self._worker_of(record) is None):
+            record.unbind()
             record.lost_at = time.monotonic()
             self._tell("session.lost", record, reason="its worker died")
             self._desk.count("sessions_lost")
-        elif not start <= record.lost_at:
+        elif start > record.lost_at:
             return
         raise SessionLost(
             f"the worker that had session {record.key!r} is gone, and with it what could not "
@@ -449,25 +538,29 @@ class Sessions:
         known = record.at_slot >= 0
         warm = self._worker_of(record)
         handle: Handle | None = None
+        start = time.monotonic()
         if warm is not None and affinity != "any":
             wait = None if affinity == "strict" else self._config.affinity_wait
             handle = self._desk.acquire_this(warm, timeout, wait)
             if handle is None and affinity == "strict":
-                self._tell_lost(record, 0.0)
+                self._tell_lost(record, start=None)
         if handle is None:
-            handle = self._desk.acquire(timeout)
+            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
+            handle = self._desk.acquire(left)
         if warm is handle:
             record.affinity = "hit"
         elif not known:
             record.affinity = "new"
         else:
-            record.affinity = "moved" if warm is not None else "lost"
+            record.affinity = "lost" if self._worker_of(record) is None else "moved"
         return handle
 
     def _worker_of(self, record: Record) -> Handle | None:
+        """Return the worker that has a session warm, if it is alive."""
         handle = self._manager.fleet.handles.get(record.at_slot)
-        fits = handle is not None and handle.generation == record.at_generation
-        return handle if fits and handle is not None and not handle.ended_ns else None
+        if handle is None or handle.generation != record.at_generation or handle.ended_ns:
+            return None
+        return None if handle.state in (WorkerState.STOPPING, WorkerState.LOST) else handle
 
     def bind(self, record: Record, handle: Handle) -> None:
         """Note that a worker has the session from now on."""
@@ -482,12 +575,42 @@ class Sessions:
     def give_back(self, record: Record) -> None:
         """Offer a session to the next in line."""
         record.used = time.monotonic()
+        record.holder = None
+        self._owned.pop(record.key, None)
         self._line.publish(record.key, record)
+
+    def take_away(self, record: Record) -> None:
+        """Free a session whose owner may still be at it, or was struck before he could.
+
+        It gets a new record, and the old one is fenced off: whatever he does with it is refused.
+        If a commit is under way, a sweep will do it.
+        """
+        me = object()
+        if self._renewing.setdefault(record.key, me) is not me:
+            return
+        try:
+            renewed = record.renewed() if self._records.get(record.key) is record else None
+            if renewed is not None:
+                self._records[record.key] = renewed
+                self._owned.pop(record.key, None)
+                self._line.admit(record.key, renewed)
+                self._line.publish(record.key, renewed)
+        finally:
+            self._renewing.pop(record.key, None)
 
     def store_commit(self, record: Record, changes: Changes) -> None:
         """Put changes into the store, if there is one."""
-        if self._store is not None:
+        if self._store is None:
+            return
+        try:
             self._store.commit(record.key, record.version + 1, changes)
+        except SessionError:
+            raise
+        except BaseException:  # interrupted: whether it was done, the store knows
+            loaded = self._store.open(record.key)
+            if loaded is not None:
+                record.version, record.state = loaded
+            raise
 
     # -- looking and sweeping ----------------------------------------------------------------
 
@@ -510,15 +633,18 @@ class Sessions:
     def infos(self) -> list[SessionInfo]:
         """Return what is known of each session, the longest unused first."""
         now = time.monotonic()
-        return [self._info(record, now) for record in tuple(self._records.values())]
+        infos = [self._info(record, now) for record in tuple(self._records.values())]
+        infos.sort(key=lambda info: info.idle, reverse=True)
+        return infos
 
     def _info(self, record: Record, now: float) -> SessionInfo:
-        leased = record.key not in self._line.idle
+        holder = record.holder
+        leased = holder is not None and holder.session is record
         worker = self._worker_of(record)
         return SessionInfo(
             session_id=record.key,
             age=now - record.born,
-            idle=0.0 if leased else now - record.used,
+            idle=0.0 if leased else max(0.0, now - record.used),
             size_bytes=record.size_bytes,
             worker_id=None if worker is None else worker.slot,
             leased=leased,
@@ -529,44 +655,72 @@ class Sessions:
 
     def _sweep(self) -> None:
         """End what has expired; find what nobody owns. By the manager, once a tick."""
-        expired = time.monotonic() - self._config.session_ttl
+        if self._manager.closing:
+            return
+        try:
+            self._expire()
+            if self._store is not None:
+                self._store.beat()
+        except SessionError as problem:  # a full disk, a lock; the next sweep tries again
+            logger().warning("%s: %s", self._config.name, problem)
+        self._sweep_astray()
+
+    def _expire(self) -> None:
+        ttl = self._config.session_ttl
+        expired = time.monotonic() - ttl
         oldest = self._line.oldest()
         while oldest is not None and oldest[1].used < expired:
             if self._line.claim(*oldest):
                 self._over(oldest[1])
                 self._tell("session.lost", oldest[1], reason="expired")
             oldest = self._line.oldest()
-        self._sweep_astray()
-        if self._store is not None:
-            self._store.beat()
+        now = time.monotonic()
+        if hasattr(self._store, "expire") and now - self._last_expiry > min(ttl / 4, 60.0):
+            self._last_expiry = now
+            self._store.expire(ttl)  # those that no living process has
 
     def _sweep_astray(self) -> None:
-        """Free a session whose owner was struck by an exception before he could.
-
-        It gets a new record, and the old one is fenced off: should its owner be alive after all,
-        whatever he does with it is refused.
-        """
-        if len(self._line.idle) == len(self._records):
+        """Free a session whose owner was struck by an exception before he could."""
+        handles = tuple(self._manager.fleet.handles.values())
+        leased = sum(handle.session is not None for handle in handles)
+        if len(self._line.idle) + len(self._owned) + leased == len(self._records):
             self._astray.clear()
             return
-        held = {handle.session.key for handle in self._manager.fleet.live() if handle.session}
-        held |= set(self._acquiring) | set(self._line.idle)
-        astray = set(self._records) - held
+        out = set(self._records) - set(self._line.idle) - set(self._owned)
+        astray = {key for key in out if not self._held(key)}
         for key in astray & self._astray:
             record = self._records.get(key)
-            if record is not None and key not in self._line.idle:
-                logger().info("session %r had lost its owner and is free again", key)
-                self._records[key] = renewed = record.renewed()
-                self._line.admit(key, renewed)
-                self._line.publish(key, renewed)
+            if record is None or key in self._line.idle or self._held(key):
+                continue
+            logger().info("session %r had lost its owner and is free again", key)
+            if record.opened:
+                self.take_away(record)
+            else:
+                self._forget(record)
         self._astray = astray
+
+    def _held(self, key: str) -> bool:
+        """Tell whether a session has a lease, or will have one in a moment."""
+        record = self._records.get(key)
+        holder = None if record is None else record.holder
+        if holder is None or holder.session is not record or holder.revoked is not None:
+            return False
+        return holder.live_lease is not None or holder in self._manager.fleet.live()
 
     def _tell(self, event: str, record: Record, **facts: Any) -> None:
         if self._desk.hooks[event]:
             self._desk.hooks.emit(event, {"version": record.version}, session=record.key, **facts)
 
 
-def _checked_key(key: Any) -> str:
-    if not isinstance(key, str) or not key:
-        raise TypeError(f"session={key!r}: a session's id is a text that is not empty")
+def _checked_key(key: Any, name: str = "session") -> str:
+    """Return an id as given, if it is one.
+
+    Raises:
+        TypeError: it is no text. ValueError: it is empty, or cannot be written down.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"{name}={key!r}: give a text")
+    if not key or "\0" in key or key.encode("utf-8", "replace").decode() != key:
+        raise ValueError(f"{name}={key!r}: give a text that is not empty, without NUL and half "
+                         f"characters")  # fmt: skip
     return key

@@ -58,6 +58,12 @@ class PoolStats(NamedTuple):
     workers_retired: int  #: ended because they were told to
     start_failures: int
     uptime: float
+    sessions: int  #: that are alive in this process
+    session_hits: int  #: checkouts of a session that got the worker that has it warm
+    sessions_new: int  #: that got the session's first worker
+    sessions_moved: int  #: that got another worker than before
+    sessions_lost: int  #: that found the worker before dead
+    session_hit_rate: Optional[float]  #: hits over all but the new; None without any
     utilization: float  #: leased time over workers' time, since the pool was opened
     call_p50: Optional[float]  #: of the calls that were answered; None without any
     call_p99: Optional[float]
@@ -93,11 +99,11 @@ def worker_info(handle: Handle) -> WorkerInfo:
     )
 
 
-def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
+def pool_stats(config: PoolConfig, desk: Desk | None, sessions: int = 0) -> PoolStats:
     """Return the snapshot of a pool; of one that was never opened, all zeros."""
     if desk is None:
         zeros = dict.fromkeys(PoolStats._fields, 0)
-        empty = dict.fromkeys(("call_p50", "call_p99", "wait_p50", "wait_p99"))
+        empty = dict.fromkeys(("call_p50", "call_p99", "wait_p50", "wait_p99", "session_hit_rate"))
         return PoolStats(**{**zeros, **empty, "name": config.name, "utilization": 0.0})  # type: ignore[arg-type]
     desk.check_process()
     manager, fleet = desk.manager, desk.manager.fleet
@@ -109,6 +115,8 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
     calls = _added(rows, t.CALL_TIMES)
     waits = _added(rows, t.WAIT_TIMES)
     waits[0] += max(0, totals[t.LEASES] - sum(waits))  # who did not wait is not in the histogram
+    hits = totals[t.SESSION_HITS]
+    returning = hits + desk.sessions_moved + desk.sessions_lost
     return PoolStats(
         name=config.name or "",
         size=manager.target,
@@ -128,6 +136,12 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
         workers_retired=fleet.retired,
         start_failures=fleet.start_failures,
         uptime=(now - manager.opened_ns) / 1e9,
+        sessions=sessions,
+        session_hits=hits,
+        sessions_new=desk.sessions_new,
+        sessions_moved=desk.sessions_moved,
+        sessions_lost=desk.sessions_lost,
+        session_hit_rate=hits / returning if returning else None,
         utilization=_utilization(desk, rows, now),
         call_p50=t.quantile(calls, 0.5),
         call_p99=t.quantile(calls, 0.99),
@@ -136,7 +150,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
     )
 
 
-_TOTALS = (t.LEASES, t.RAISED)
+_TOTALS = (t.LEASES, t.RAISED, t.SESSION_HITS)
 _GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
 
 

@@ -6,7 +6,8 @@ session belongs to one at a time, which says so in the file and renews that whil
 sessions of a dead owner are taken over.
 
 Any object with the same methods can be a store: `open`, `has`, `read`, `commit`, `delete`,
-`beat`, `close`.
+`beat`, `close` (and `expire`, if it wants to). Any thread may call them. When they cannot do
+what they are asked, they raise a SessionError, and nothing has changed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import os
 import socket
 import sqlite3
+import struct
 import threading
 import time
 import uuid
@@ -26,12 +28,14 @@ SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x6D706F6F  # "mpoo": so that no other program's file is taken for ours
 _LEASE_S = 30.0  # how long an owner on another host is believed without a sign of life
 _BEAT_S = 5.0
+_PATIENCE_S = 10.0  # how long to wait for another process that is writing
+_CHECKED_BYTES = 1 << 24  # a smaller file is checked for damage when it is opened
 
 Loaded = Tuple[int, Optional[Dict[str, bytes]]]  # version, state by key as bytes
 
 _SCHEMA = """
 CREATE TABLE owner (id TEXT PRIMARY KEY, host TEXT, pid INTEGER, started TEXT, beat REAL);
-CREATE TABLE session (id TEXT PRIMARY KEY, version INTEGER, owner TEXT) WITHOUT ROWID;
+CREATE TABLE session (id TEXT PRIMARY KEY, version INTEGER, owner TEXT, used REAL) WITHOUT ROWID;
 CREATE TABLE state (session TEXT, key TEXT, value BLOB, PRIMARY KEY (session, key)) WITHOUT ROWID;
 """
 
@@ -50,28 +54,63 @@ class SQLiteStore:
         self._lock = threading.RLock()
         self._beaten = 0.0
         self._pid = os.getpid()
+        self._check_file()
         try:
             self._db = sqlite3.connect(
-                self.path, timeout=10.0, isolation_level=None, check_same_thread=False
+                self.path, timeout=_PATIENCE_S, isolation_level=None, check_same_thread=False
             )
-            self._prepare()
         except sqlite3.Error as problem:
             raise self._unusable(problem) from problem
+        try:
+            self._prepare()
+        except BaseException as problem:
+            self._db.close()
+            if isinstance(problem, sqlite3.Error):
+                raise self._unusable(problem) from problem
+            raise
+
+    def _check_file(self) -> None:
+        """Look at the file before SQLite does, which may tidy up what is not ours."""
+        try:
+            with open(self.path, "rb") as file:
+                header = file.read(100)
+        except FileNotFoundError:
+            return
+        except OSError as problem:
+            raise self._unusable(problem) from problem
+        if not header:
+            return
+        if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
+            raise self._unusable("it is no SQLite database, or a corrupt one")
+        self._check_kind(*struct.unpack_from(">I4xI", header, 60)[::-1])
+
+    def _check_kind(self, kind: int, version: int) -> None:
+        if kind != _APPLICATION_ID:
+            raise self._unusable("it is another program's database")
+        if version != SCHEMA_VERSION:
+            newer = "; use a newer minipool for it" if version > SCHEMA_VERSION else ""
+            raise self._unusable(f"it has schema version {version}, not {SCHEMA_VERSION}{newer}")
 
     def _prepare(self) -> None:
         db = self._db
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (kind,) = db.execute("PRAGMA application_id").fetchone()
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if tables and kind != _APPLICATION_ID:
-            raise self._unusable("it is another program's database")
-        if tables and version != SCHEMA_VERSION:
-            raise self._unusable(f"it has schema version {version}, not {SCHEMA_VERSION}")
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
         if not tables:
             self._create()
+        (kind,) = db.execute("PRAGMA application_id").fetchone()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        self._check_kind(kind, version)
+        if os.path.getsize(self.path) < _CHECKED_BYTES:
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise self._unusable(f"it is corrupt: {found}")
+        # Only now: what was made above is in the file itself, where `_check_file` looks.
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
         self.beat(force=True)
+        with self._transaction("dead owners could not be forgotten"):
+            for owner, *facts in db.execute("SELECT id, host, pid, started, beat FROM owner"):
+                if not _alive(*facts):
+                    db.execute("DELETE FROM owner WHERE id=?", (owner,))
 
     def _create(self) -> None:
         with self._lock:
@@ -101,23 +140,27 @@ class SQLiteStore:
                 "SELECT version, owner FROM session WHERE id=?", (key,)
             ).fetchone()
             if row is None:
-                self._db.execute("INSERT INTO session VALUES (?, 0, ?)", (key, self._owner))
+                self._db.execute(
+                    "INSERT INTO session VALUES (?, 0, ?, ?)", (key, self._owner, time.time())
+                )
                 return None
             version, owner = row
             if owner is not None and owner != self._owner:
                 self._refuse_if_alive(key, owner)
-            self._db.execute("UPDATE session SET owner=? WHERE id=?", (self._owner, key))
+            self._db.execute(
+                "UPDATE session SET owner=?, used=? WHERE id=?", (self._owner, time.time(), key)
+            )
             return version, self._state_of(key)
 
     def has(self, key: str) -> bool:
         """Tell whether there is such a session, whoever has it."""
-        with self._lock:
+        with self._transaction(f"session {key!r} could not be looked up", "DEFERRED"):
             found = self._db.execute("SELECT 1 FROM session WHERE id=?", (key,)).fetchone()
         return found is not None
 
     def read(self, key: str) -> Loaded | None:
         """Return version and state of a session, whoever has it; None if there is none."""
-        with self._lock:
+        with self._transaction(f"session {key!r} could not be read", "DEFERRED"):
             row = self._db.execute("SELECT version FROM session WHERE id=?", (key,)).fetchone()
             return None if row is None else (row[0], self._state_of(key))
 
@@ -129,7 +172,8 @@ class SQLiteStore:
         """
         with self._transaction(f"session {key!r} could not be committed"):
             done = self._db.execute(
-                "UPDATE session SET version=? WHERE id=? AND owner=?", (version, key, self._owner)
+                "UPDATE session SET version=?, used=? WHERE id=? AND owner=?",
+                (version, time.time(), key, self._owner),
             )
             if done.rowcount != 1:
                 raise SessionBusy(
@@ -146,22 +190,37 @@ class SQLiteStore:
                                      (key, name, data))  # fmt: skip
 
     def delete(self, key: str) -> None:
-        """Forget a session of ours."""
+        """Forget a session, if it is ours."""
         with self._transaction(f"session {key!r} could not be deleted"):
-            self._db.execute("DELETE FROM state WHERE session=?", (key,))
-            self._db.execute("DELETE FROM session WHERE id=?", (key,))
+            done = self._db.execute(
+                "DELETE FROM session WHERE id=? AND owner=?", (key, self._owner)
+            )
+            if done.rowcount:
+                self._db.execute("DELETE FROM state WHERE session=?", (key,))
+
+    def expire(self, seconds: float) -> None:
+        """Forget sessions that no living process has, and nobody had for so long."""
+        with self._transaction("old sessions could not be deleted", patience=0.0):
+            old = self._db.execute(
+                "SELECT id, owner FROM session WHERE used < ? AND owner IS NOT ? LIMIT 1000",
+                (time.time() - seconds, self._owner),
+            ).fetchall()
+            dead = {owner: self._owner_alive(owner) is None for owner in {o for _, o in old}}
+            keys = [(key,) for key, owner in old if dead[owner]]
+            self._db.executemany("DELETE FROM session WHERE id=?", keys)
+            self._db.executemany("DELETE FROM state WHERE session=?", keys)
 
     def beat(self, force: bool = False) -> None:
         """Give a sign of life, now and then."""
         now = time.time()
-        if not force and now - self._beaten < _BEAT_S:
+        if not force and 0 <= now - self._beaten < _BEAT_S:
             return
-        self._beaten = now
-        with self._transaction("the sign of life could not be given"):
+        with self._transaction("the sign of life could not be given", patience=0.0):
             self._db.execute(
                 "INSERT OR REPLACE INTO owner VALUES (?,?,?,?,?)",
                 (self._owner, socket.gethostname(), os.getpid(), _started(os.getpid()), now),
             )
+        self._beaten = now
 
     def close(self) -> None:
         """Let go of our sessions and the file."""
@@ -180,16 +239,9 @@ class SQLiteStore:
         return dict(rows.fetchall()) or None
 
     def _refuse_if_alive(self, key: str, owner: str) -> None:
-        row = self._db.execute(
-            "SELECT host, pid, started, beat FROM owner WHERE id=?", (owner,)
-        ).fetchone()
-        if row is None:
-            return
-        host, pid, started, beat = row
-        alive = _started(pid) == started if host == socket.gethostname() else False
-        if host != socket.gethostname():
-            alive = time.time() - beat < _LEASE_S
-        if alive:
+        found = self._owner_alive(owner)
+        if found is not None:
+            host, pid = found
             raise SessionBusy(
                 f"session {key!r} belongs to process {pid} on {host}, which is alive; end it "
                 f"there, or wait for that process to close its pool",
@@ -197,8 +249,21 @@ class SQLiteStore:
                 owner_pid=pid,
             )
 
-    def _transaction(self, what: str) -> _Transaction:
-        return _Transaction(self._db, self._lock, f"{what} in {self.path!r}")
+    def _owner_alive(self, owner: str | None) -> tuple[str, int] | None:
+        """Return host and pid of a session's owner, if he is alive."""
+        row = self._db.execute(
+            "SELECT host, pid, started, beat FROM owner WHERE id=?", (owner,)
+        ).fetchone()
+        return None if row is None or not _alive(*row) else (row[0], row[1])
+
+    def _transaction(
+        self, what: str, mode: str = "IMMEDIATE", patience: float = _PATIENCE_S
+    ) -> _Transaction:
+        if self._pid != os.getpid():
+            raise SessionError(
+                f"{what}: the store was opened by process {self._pid}; open one of your own here"
+            )
+        return _Transaction(self._db, self._lock, f"{what} in {self.path!r}", mode, patience)
 
     def _unusable(self, problem: Any) -> SessionError:
         return SessionError(
@@ -210,16 +275,26 @@ class SQLiteStore:
 class _Transaction:
     """One transaction under the lock; what SQLite raises becomes a SessionError."""
 
-    def __init__(self, db: sqlite3.Connection, lock: Any, what: str) -> None:
-        self._db, self._lock, self._what = db, lock, what
+    def __init__(
+        self, db: sqlite3.Connection, lock: Any, what: str, mode: str, patience: float
+    ) -> None:
+        self._db, self._lock, self._what, self._mode = db, lock, what, mode
+        self._patience = patience
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        if not self._lock.acquire(timeout=self._patience):
+            raise SessionError(f"{self._what}: it is being written to; try again")
         try:
-            self._db.execute("BEGIN IMMEDIATE")
+            if self._patience != _PATIENCE_S:
+                self._db.execute(f"PRAGMA busy_timeout={int(self._patience * 1000)}")
+            try:
+                self._db.execute(f"BEGIN {self._mode}")
+            finally:
+                if self._patience != _PATIENCE_S:
+                    self._db.execute(f"PRAGMA busy_timeout={int(_PATIENCE_S * 1000)}")
         except sqlite3.Error as problem:
             self._lock.release()
-            raise SessionError(f"{self._what}: {problem}") from problem
+            raise SessionError(f"{self._what}: {problem}; nothing was changed") from problem
         except BaseException:
             self._lock.release()
             raise
@@ -230,7 +305,7 @@ class _Transaction:
         except sqlite3.Error as problem:
             if error is None:
                 self._roll_back()
-                raise SessionError(f"{self._what}: {problem}") from problem
+                raise SessionError(f"{self._what}: {problem}; nothing was changed") from problem
         finally:
             self._lock.release()
         if isinstance(error, sqlite3.Error):
@@ -239,6 +314,13 @@ class _Transaction:
     def _roll_back(self) -> None:
         with contextlib.suppress(sqlite3.Error):  # SQLite may have done it itself
             self._db.execute("ROLLBACK")
+
+
+def _alive(host: str, pid: int, started: str | None, beat: float) -> bool:
+    """Tell whether an owner lives: here by its process, elsewhere by its last sign of life."""
+    if host == socket.gethostname():
+        return started is not None and _started(pid) == started
+    return time.time() - beat < _LEASE_S
 
 
 def _started(pid: int) -> str | None:

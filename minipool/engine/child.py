@@ -176,7 +176,7 @@ class _Worker:
             call_id, kind, name, body = receive()
             if kind == wire.STOP:
                 if body:
-                    self._end_sessions(None)
+                    self._sessions.end(None)
                 return
             if kind == wire.PROBE:
                 self._answer_probe(call_id, body)
@@ -272,17 +272,10 @@ class _Worker:
         packed = pickle.dumps(changes, 5)
         return wire.COMMITTED, len(packed).to_bytes(4, "big") + packed + result
 
-    def _end_sessions(self, session_ids: list[str] | None) -> None:
-        """End these sessions, or all. What `session_ended` raises is printed and ends nothing."""
-        try:
-            self._sessions.end(session_ids)
-        except Exception:
-            sys.excepthook(*sys.exc_info())
-
     def _answer_probe(self, call_id: int, body: Any) -> None:
         """Run the object's own `health_check()`, if it has one; False or an exception is ill."""
         if body:
-            self._end_sessions(pickle.loads(body))
+            self._sessions.end(pickle.loads(body))
         check = getattr(self._object, "health_check", None)
         try:
             if check is not None and check() is False:

@@ -10,17 +10,21 @@ not touch costs nothing.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Dict, Optional, Tuple
 
 from ..errors import CallMismatch
 
 Changes = Dict[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
-#: What travels before the arguments of a call: id, version, the whole state or None if the worker
-#: has it, and whether the session was elsewhere since its last call here.
-Head = Tuple[str, int, Optional[Dict[str, bytes]], bool]
+#: What travels before the arguments of a call: id, serial (tells sessions apart that had the same
+#: id, one after the other), version, the whole state or None if the worker has it, and whether the
+#: session was elsewhere since its last call here.
+Head = Tuple[str, int, int, Optional[Dict[str, bytes]], bool]
+Over = Tuple[str, int]  # id and serial of a session that has ended
 
 MAX_WARM = 1000  # sessions a worker keeps at hand; for others it asks
+_ATOMS = frozenset((int, float, complex, bool, str, bytes, type(None)))  # nobody can change them
 
 
 class NotHere(Exception):
@@ -36,8 +40,9 @@ class Session(MutableMapping[str, Any]):
     `session_started(session)` to fill.
     """
 
-    def __init__(self, session_id: str) -> None:
+    def __init__(self, session_id: str, serial: int = 0) -> None:
         self.id = session_id
+        self.serial = serial
         self.local: dict[str, Any] = {}
         self.version = -1
         self.calls = 0  # that returned, here
@@ -111,7 +116,11 @@ class Session(MutableMapping[str, Any]):
         return found
 
     def commit(self, changes: Changes) -> None:
-        """Make the changes the committed state."""
+        """Make the changes the committed state.
+
+        Touched values are unpickled anew by the next call that wants them: worker code may have
+        kept them, and change them when no call of this session could notice.
+        """
         for key, data in changes.items():
             if data is None:
                 self._committed.pop(key, None)
@@ -119,6 +128,9 @@ class Session(MutableMapping[str, Any]):
                 self._committed[key] = data
         self.version += bool(changes)
         self.calls += 1
+        for key in self._touched:
+            if type(self._values[key]) not in _ATOMS:
+                del self._values[key]
         self._touched.clear()
         self._deleted.clear()
 
@@ -148,12 +160,16 @@ class WarmSessions:
         if data == self._last_data and self._last.version == self._last_version:
             return self._last  # the same session again, and nothing changed
         head: Head = pickle.loads(data)
-        session_id, version, state, was_elsewhere = head
+        session_id, serial, version, state, was_elsewhere = head
+        self._last_data = b""
         session = self._warm.pop(session_id, None)
+        if session is not None and session.serial != serial:
+            self._say_ended(session)
+            session = None
         if session is None or was_elsewhere:
             if state is None:
                 raise NotHere
-            session = Session(session_id)
+            session = Session(session_id, serial)
             session.take_over(version, state)
             started = getattr(self._owner, "session_started", None)
             if started is not None:
@@ -176,21 +192,23 @@ class WarmSessions:
             self._last_data = b""
             self._warm.pop(session.id, None)
 
-    def end(self, session_ids: list[str] | None) -> None:
-        """Forget sessions that are over, or all, after `session_ended` has seen them.
+    def end(self, over: list[Over] | None) -> None:
+        """Forget sessions that are over, or all, after `session_ended` has seen them."""
+        self._last_data = b""
+        if over is None:
+            over = [(session.id, session.serial) for session in self._warm.values()]
+        for session_id, serial in over:
+            session = self._warm.get(session_id)
+            if session is not None and session.serial == serial:
+                del self._warm[session_id]
+                self._say_ended(session)
 
-        Raises:
-            Exception: what the last `session_ended` that failed has raised.
-        """
+    def _say_ended(self, session: Session) -> None:
+        """Let the worker's object see the end. What it raises is printed and ends nothing."""
         ended = getattr(self._owner, "session_ended", None)
-        problem: Exception | None = None
-        for session_id in list(self._warm) if session_ids is None else session_ids:
-            session = self._warm.pop(session_id, None)
-            self._last_data = b""
-            if session is not None and ended is not None:
-                try:
-                    ended(session)
-                except Exception as error:
-                    problem = error
-        if problem is not None:
-            raise problem
+        if ended is None:
+            return
+        try:
+            ended(session)
+        except Exception:
+            sys.excepthook(*sys.exc_info())

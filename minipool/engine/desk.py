@@ -83,12 +83,12 @@ class Desk:
         if token is None:
             return self._acquire_slowly(timeout)
         handle: Handle = token[1]
+        if handle.sessions and self._turnstile.idle:
+            handle = self._colder(handle)
         now = _monotonic_ns()
         if now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed():
             self._refuse(handle)
             return self._acquire_slowly(timeout)
-        if handle.sessions and self._turnstile.idle:
-            handle = self._colder(handle)
         handle.thread = _get_ident()
         row = handle.row
         row[t.LEASED_SINCE_NS] = now
@@ -102,7 +102,7 @@ class Desk:
 
         For callers without a session: what is warm shall stay free for the sessions.
         """
-        idle = tuple(self._turnstile.idle.values())
+        idle = self._turnstile.idle.copy().values()
         other = min(idle, key=_warmth, default=handle)
         if _warmth(other) < _warmth(handle) and self._turnstile.claim(other.slot, other):
             self._turnstile.publish(handle.slot, handle)
@@ -137,10 +137,14 @@ class Desk:
 
         None: that worker is no more.
         """
-        if self._turnstile.try_take_this(wanted.slot) is not None:
-            if self._handles.get(wanted.slot) is wanted and not wanted.channel.disturbed():
+        token = self._turnstile.try_take_this(wanted.slot)
+        if token is not None:
+            if token[1] is not wanted:
+                self._publish(*token)
+            elif wanted.channel.disturbed():
+                self._refuse(wanted)
+            else:
                 return self._take_over(wanted, 0.0)
-            self._refuse(self._handles.get(wanted.slot, wanted))
             return None
         if widen_after is not None and widen_after <= 0:
             return self.acquire(timeout)
@@ -148,7 +152,7 @@ class Desk:
             handle = self._acquire_slowly(timeout, wanted.slot, widen_after)
         except Closed:
             return None
-        if widen_after is None and handle is not wanted:
+        if handle is not wanted and (widen_after is None or handle.slot == wanted.slot):
             self.give_back(handle)
             return None
         return handle
@@ -234,7 +238,10 @@ class Desk:
         session = handle.session
         if session is not None:
             handle.session, handle.session_ended_ns = None, now
-        self._publish(handle.slot, handle)
+        if handle.sessions_over:
+            self.manager.order(lambda: self.manager.ask(handle))  # busy workers hear of it, too
+        else:
+            self._publish(handle.slot, handle)
         if session is not None:
             session.sessions.give_back(session)
 
@@ -268,7 +275,9 @@ class Desk:
         self._unmark(handle, held)
         session, handle.session = handle.session, None
         self.manager.refused(handle.slot, handle)
-        if session is not None:
+        if session is not None and handle.in_call:
+            session.sessions.take_away(session)  # its call may be ending this moment
+        elif session is not None:
             session.sessions.give_back(session)
 
     def _unmark(self, handle: Handle, held: float) -> None:

@@ -73,7 +73,7 @@ class Handle:
         self.session: Any = None  # the record of the session that the present lease is for
         self.sessions: dict[str, None] = {}  # those this worker has warm
         self.session_ended_ns = 0  # when the last lease of a session ended
-        self.sessions_over: collections.deque[str] = collections.deque()  # to be told of
+        self.sessions_over: collections.deque[tuple[str, int]] = collections.deque()  # to tell
         self.thread = 0  # that took the present lease
         self.origin = ""  # the stack that took it, where that is asked for
         self.calls_before = 0  # the present lease
@@ -81,7 +81,7 @@ class Handle:
         self._dumps, self._loads = wire.functions_of(codec)
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
         self._pidfd: int | None = None
-        self._telling: list[str] = []  # what the probe under way tells
+        self._telling: list[tuple[str, int]] = []  # what the probe under way tells
         self.process: Any = None
         self.conn: Any = None
         self.channel: Any = None
@@ -248,9 +248,10 @@ class Handle:
                 body = self._dumps(args, 5)
         except Exception as problem:
             raise self._unpicklable(problem, kind, name, args, kwargs) from problem
-        if self.session is not None:
+        session = self.session  # ours until the call is over, whoever releases the lease meanwhile
+        if session is not None:
             kind |= wire.SESSION
-            body = self.session.head(self) + body
+            body = session.head(self) + body
         self.calls_sent = call_id = self.calls_sent + 1
         self.in_call = True
         start = _monotonic_ns()
@@ -262,22 +263,46 @@ class Handle:
             raise error from None
         self.in_call = False
         took = _monotonic_ns() - start
+        if status == wire.NOT_HERE:
+            return self._repeat(session, kind, name, args, kwargs, timeout, took)
         octave = took.bit_length()  # `table.bucket`, written out: it is on the way of every call
         if 9 <= octave <= 38:
             self.row[t.CALL_TIMES - 72 + (octave << 3) + ((took >> (octave - 4)) & 7)] += 1
         else:
             self.row[t.CALL_TIMES + t.bucket(took)] += 1
-        if status == wire.NOT_HERE:
-            self.session.missing()
-            return self.request(kind & ~(wire.SESSION | wire.KEYWORDS), name, args, kwargs, timeout)
         if status == wire.COMMITTED:
-            reply = self._commit(reply)
-        elif status:
+            end = 4 + int.from_bytes(reply[:4], "big")
+            result = self._result(reply[end:])  # first: what cannot be read is no success
+            session.commit(pickle.loads(reply[4:end]))
+            return result
+        if status:
             raise self._remote_error(status, reply)
         try:
             return self._loads(reply)
         except Exception as problem:
             raise wire.unreadable_result(problem) from problem
+
+    def _result(self, reply: bytes | memoryview) -> Any:
+        try:
+            return self._loads(reply)
+        except Exception as problem:
+            raise wire.unreadable_result(problem) from problem
+
+    def _repeat(
+        self,
+        session: Any,
+        kind: int,
+        name: bytes,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        timeout: float | None,
+        took_ns: int,
+    ) -> Any:
+        """Make a call again, with its session's state; without it, nothing has run."""
+        session.missing()
+        self.calls_before += 1  # that was no call: the next one is as much the lease's first
+        left = None if timeout is None else max(0.0, timeout - took_ns / 1e9)
+        return self.request(kind & ~(wire.SESSION | wire.KEYWORDS), name, args, kwargs, left)
 
     def _unpicklable(
         self, problem: Exception, kind: int, name: bytes, args: tuple[Any, ...], kwargs: Any
@@ -294,12 +319,6 @@ class Handle:
         if status == wire.RAISED_AND_TAINTED:
             self.tainted = f"the call ended in {type(error).__name__}"
         return error
-
-    def _commit(self, reply: bytes | memoryview) -> bytes | memoryview:
-        """Commit what a call changed in its session; return the rest, which is its result."""
-        end = 4 + int.from_bytes(reply[:4], "big")
-        self.session.commit(pickle.loads(reply[4:end]))
-        return reply[end:]
 
     def _note(self, words: bytes | memoryview) -> None:
         """Take over the worker's words, where it cannot write them itself."""
@@ -360,7 +379,7 @@ class Handle:
             PeerGone: it is dead.
         """
         self.in_call = True
-        self._telling = [self.sessions_over[i] for i in range(min(200, len(self.sessions_over)))]
+        self._telling = [self.sessions_over[i] for i in range(min(1000, len(self.sessions_over)))]
         body = pickle.dumps(self._telling) if self._telling else b""
         self.channel.send(PROBE_ID, wire.PROBE, body)
 

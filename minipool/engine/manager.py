@@ -383,6 +383,7 @@ class Manager:
             sweep = reference()
             if sweep is not None:
                 sweep()
+            del sweep  # it keeps the pool
         for handle in tuple(self.fleet.handles.values()):
             if handle.sessions_over:
                 self.probe(handle)
@@ -419,12 +420,18 @@ class Manager:
     def probe(self, handle: Handle) -> None:
         """Claim an idle worker and ask whether it is well."""
         if self.turnstile.claim(handle.slot, handle):
-            handle.move(E.CLAIMED)
-            handle.probed_ns = handle.since_ns
-            try:
-                handle.send_probe()
-            except PeerGone:
-                self._condemn(handle, "dead when it was probed")
+            self.ask(handle)
+
+    def ask(self, handle: Handle) -> None:
+        """Ask a worker that was not offered to anybody else whether it is well."""
+        if handle.state is not S.IDLE or handle.condemned or self.closing:
+            return self.refused(handle.slot, handle)
+        handle.move(E.CLAIMED)
+        handle.probed_ns = handle.since_ns
+        try:
+            handle.send_probe()
+        except PeerGone:
+            self._condemn(handle, "dead when it was probed")
 
     def _revoke(self, handle: Handle, reason: str) -> None:
         handle.revoked = reason
@@ -522,7 +529,10 @@ class Manager:
         self.closed_ns = time.monotonic_ns()
         self.fleet.close()
         for close in self.closers:
-            close()
+            try:
+                close()
+            except Exception:
+                logger().exception("%s: the session store did not close", self.config.name)
         if self._launcher.lifeline is not None:
             self._launcher.lifeline.close()
         self.bell.close()

@@ -173,8 +173,8 @@ class Turnstile:
 
     def _join(self, waiter: Waiter) -> None:
         self.waiters[waiter.ticket] = waiter
-        if self.closed:
-            self._settle_closed(waiter.ticket)
+        if self.closed or (waiter.wants is not None and waiter.wants not in self.current):
+            self._settle_closed(waiter.ticket)  # else who fences that slot dismisses this waiter
         elif self.idle:
             self.pump()
 
@@ -271,7 +271,7 @@ class Turnstile:
 
     def dismiss(self, wants: Any) -> None:
         """Wake who waits for a slot that is no more, with Closed."""
-        for ticket, waiter in list(self.waiters.items()):
+        for ticket, waiter in self.waiters.copy().items():
             if waiter.wants == wants:
                 self._settle_closed(ticket)
 
