@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
+import threading
 import time
 import weakref
 from collections.abc import Iterator, MutableMapping
@@ -58,8 +59,8 @@ class Record:
 
     __slots__ = (
         "affinity", "at_generation", "at_slot", "at_version", "born", "committing", "fenced",
-        "holder", "key", "lost_at", "opened", "serial", "sessions", "state", "strict", "used",
-        "version", "warm_head",
+        "holder", "key", "lost_at", "opened", "serial", "sessions", "state", "strict", "thread",
+        "used", "version", "warm_head",
     )  # fmt: skip
 
     def __init__(self, sessions: Sessions, key: str) -> None:
@@ -73,6 +74,7 @@ class Record:
         self.affinity = "new"
         self.strict = False  # the present lease wants the session's own worker or none
         self.serial = next(_serials)
+        self.thread = 0  # that owns it, before there is a lease
         self.opened = False  # False: not yet read from the store
         self.holder: Handle | None = None  # the worker of the present lease
         self.fenced = False  # True: it is another record's by now; nothing is committed any more
@@ -262,7 +264,7 @@ class Sessions:
         self._records: dict[str, Record] = {}
         self._line = Turnstile("fifo")
         self._owned: dict[str, Record] = {}  # by a thread, but without a worker: not astray
-        self._astray: set[str] = set()  # owned by nobody at the last sweep
+        self._astray: dict[str, float] = {}  # owned by nobody at the last sweep, and used when
         self._renewing: dict[str, object] = {}  # who renews a record, by identity
         self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
         self._last_expiry = 0.0
@@ -288,25 +290,26 @@ class Sessions:
         """
         self._desk.check_open()
         packed = pack(state or {})
-        made = self._new(_checked_key(key))
+        before = self._owned.get(_checked_key(key))
+        try:
+            made = self._new(key)
+            if made is not None and not made[1] and packed:
+                made[0].commit(packed, by_worker=False)
+        except BaseException:
+            record = self._mine(key, before)
+            if record is not None:
+                self._forget(record)
+                if self._store is not None:
+                    with contextlib.suppress(SessionError):  # as it was the store that refused
+                        self._store.delete(key)
+            raise
+        if made is not None:
+            self.give_back(made[0])
         if made is None or made[1]:
-            if made is not None:
-                self.give_back(made[0])
             raise SessionExists(
                 f"there is a session {key!r} already; end it first, or use `checkout(session=...)`",
                 session_id=key,
             )
-        record = made[0]
-        try:
-            if packed:
-                record.commit(packed, by_worker=False)
-        except BaseException:
-            self._forget(record)
-            if self._store is not None:
-                with contextlib.suppress(SessionError):  # as it was the store that refused
-                    self._store.delete(key)
-            raise
-        self.give_back(record)
 
     def _new(self, key: str) -> tuple[Record, bool] | None:
         """Make the record of a session, owned by the caller, and tell whether the store had it.
@@ -317,7 +320,7 @@ class Sessions:
         if self._records.setdefault(key, record) is not record:
             return None
         try:
-            self._owned[key] = record
+            self._own(record)
             self._line.admit(key, record)  # at once: others shall queue, and not look in vain
             self._make_room()
             loaded = None if self._store is None else self._store.open(key)
@@ -334,11 +337,15 @@ class Sessions:
         self._desk.check_open()
         if key not in self._records and (self._store is None or not self._store.has(key)):
             return
+        before = self._owned.get(key)
         try:
             record = self._take(key, timeout, create=False)
+            self._over(record)
         except SessionNotFound:
             return
-        self._over(record)
+        except BaseException:
+            self._let_go(key, before)
+            raise
         handle = self._worker_of(record)
         if handle is not None:
             over, row = (key, record.serial), handle.row
@@ -354,7 +361,7 @@ class Sessions:
     def _over(self, record: Record) -> None:
         """Forget a session that the caller owns, and have its worker told."""
         if self._store is not None:
-            self._owned[record.key] = record
+            self._own(record)
             try:
                 self._store.delete(record.key)  # first: who comes next must not find it there
             except BaseException:
@@ -403,17 +410,21 @@ class Sessions:
                 return handle
         self._desk.check_open()
         start = time.monotonic()
-        record = self._take(_checked_key(key), timeout)
-        record.strict = affinity == "strict"
+        before = self._owned.get(_checked_key(key))
         try:
+            record = self._take(key, timeout)
+            record.strict = affinity == "strict"
             if record.strict:
                 self._tell_lost(record, start)
             left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
             handle = self._worker_for(record, affinity, left)
-            record.holder, handle.session = handle, record
+            leased = self._lease(record, handle)
         except BaseException:
-            self.give_back(record)
+            self._let_go(key, before)
             raise
+        if not leased:
+            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
+            return self.acquire(key, affinity, left)
         self._owned.pop(key, None)
         if record.affinity == "hit":
             handle.row[SESSION_HITS] += 1
@@ -431,10 +442,41 @@ class Sessions:
         if handle is None:
             self.give_back(record)
             return None
-        record.holder, handle.session = handle, record
         record.affinity, record.strict = "hit", strict
+        if not self._lease(record, handle):
+            return None
         handle.row[SESSION_HITS] += 1
         return handle
+
+    def _lease(self, record: Record, handle: Handle) -> bool:
+        """Give a session the worker that it goes with; False if a sweep took it for astray.
+
+        Here the holder is written, then `fenced` is read; in `take_away` it is the other way
+        round. So one of the two sees the other, and a false alarm costs the caller nothing.
+        """
+        record.holder, handle.session = handle, record
+        if not record.fenced:
+            return True
+        handle.session = None
+        self._desk.give_back(handle)
+        self.give_back(record)
+        return False
+
+    def _own(self, record: Record) -> None:
+        record.thread = threading.get_ident()
+        self._owned[record.key] = record
+
+    def _mine(self, key: str, before: Record | None) -> Record | None:
+        """Return what this thread owns of late, after an exception that came between two steps."""
+        record = self._owned.get(key)
+        if record is None or record is before or record.thread != threading.get_ident():
+            return None
+        return record
+
+    def _let_go(self, key: str, before: Record | None) -> None:
+        record = self._mine(key, before)
+        if record is not None:
+            self.give_back(record)
 
     def exchange(self, record: Record, dead: Handle, timeout: float | None) -> Handle:
         """Take another worker for a session that goes on: the first one died.
@@ -442,8 +484,8 @@ class Sessions:
         Raises:
             CheckoutTimeout, TooManyWaiters, PoolClosed: the session was given back.
         """
-        self._owned[record.key] = record
         try:
+            self._own(record)
             self._desk.give_back(dead)
             handle = self._desk.acquire(timeout)
             record.holder, handle.session = handle, record
@@ -487,7 +529,7 @@ class Sessions:
                 continue  # it was ended while we waited
             if token is not None:
                 owned: Record = token[1]
-                self._owned[key] = owned
+                self._own(owned)
                 return owned
             if key in self._records:
                 raise self._busy(key, timeout)
@@ -590,7 +632,9 @@ class Sessions:
             return
         try:
             renewed = record.renewed() if self._records.get(record.key) is record else None
-            if renewed is not None:
+            if renewed is not None and self._held(record.key):
+                record.fenced = False
+            elif renewed is not None:
                 self._records[record.key] = renewed
                 self._owned.pop(record.key, None)
                 self._line.admit(record.key, renewed)
@@ -686,18 +730,19 @@ class Sessions:
         if len(self._line.idle) + len(self._owned) + leased == len(self._records):
             self._astray.clear()
             return
-        out = set(self._records) - set(self._line.idle) - set(self._owned)
-        astray = {key for key in out if not self._held(key)}
-        for key in astray & self._astray:
+        before, self._astray = self._astray, {}
+        for key in set(self._records) - set(self._line.idle) - set(self._owned):
             record = self._records.get(key)
-            if record is None or key in self._line.idle or self._held(key):
+            if record is None or self._held(key):
+                continue
+            self._astray[key] = record.used
+            if before.get(key) != record.used or key in self._line.idle:
                 continue
             logger().info("session %r had lost its owner and is free again", key)
             if record.opened:
                 self.take_away(record)
             else:
                 self._forget(record)
-        self._astray = astray
 
     def _held(self, key: str) -> bool:
         """Tell whether a session has a lease, or will have one in a moment."""
