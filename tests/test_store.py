@@ -1,0 +1,489 @@
+"""The session store: what is committed survives the application's own death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any, Mapping
+
+import chatters
+import pytest
+import scripts
+from chatters import add, append, get, put
+from ears import Ear, handle_of, wait_until
+
+from minipool import (
+    Pool,
+    PoolStartError,
+    SessionBusy,
+    SessionError,
+    SessionExists,
+    SessionLost,
+    SessionNotFound,
+)
+from minipool.store import SQLiteStore
+
+APPLICATION = """
+    import os, signal, sys
+    from minipool import Pool
+    from chatters import add, append, put
+
+    def tell(*words):
+        print(*words, flush=True)
+
+    if __name__ == "__main__":
+        with Pool(size=1, session_store=sys.argv[1]) as pool:
+            {body}
+"""
+
+
+def application(tmp_path: Path, body: str, store: Path, **more: Any) -> Any:
+    """Start an application with a pool on a store; it ends on its own or when it is killed."""
+    folder = tmp_path / f"application {len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    return scripts.start(folder, APPLICATION.replace("{body}", body), str(store), **more)
+
+
+def call(pool: Pool[Any], session: str, target: Any, *args: Any) -> Any:
+    return pool.options(session=session, timeout=20).call(target, *args)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "sessions.db"
+
+
+def test_sessions_survive_closing_and_opening(store: Path) -> None:
+    with Pool(size=1, session_store=store) as pool:
+        pool.create_session("empty")
+        call(pool, "a", append, "log", "one")
+        call(pool, "a", put, "gone", 1)
+        call(pool, "a", chatters.drop, "gone")
+    with Pool(size=1, session_store=str(store)) as pool:
+        assert pool.session_state("a") == {"log": ["one"]}
+        assert pool.session_state("empty") == {}
+        assert call(pool, "a", append, "log", "two") == 2
+        with pytest.raises(SessionExists):
+            pool.create_session("empty")
+        assert call(pool, "empty", chatters.keys) == []
+
+
+def test_stored_session_needs_no_beginning(store: Path) -> None:
+    with Pool(size=1, session_store=store, strict_sessions=True) as pool:
+        pool.create_session("a", {"n": 1})
+    with Pool(size=1, session_store=store, strict_sessions=True) as pool:
+        assert call(pool, "a", add) == 2
+        with pytest.raises(SessionNotFound):
+            pool.checkout(session="b")
+
+
+def test_ended_sessions_leave_the_store(store: Path) -> None:
+    with Pool(size=1, session_store=store) as pool:
+        for key in "ab":
+            call(pool, key, add)
+        pool.end_session("a")
+    with Pool(size=1, session_store=store) as pool:
+        pool.end_session("b")  # not used in this process
+        pool.end_session("b")
+        for key in "ab":
+            with pytest.raises(SessionNotFound):
+                pool.session_state(key)
+    assert rows(store, "session") == rows(store, "state") == []
+
+
+def test_expired_and_evicted_sessions_leave_the_store(store: Path) -> None:
+    with Pool(size=1, session_store=store, session_ttl=0.2, max_sessions=2) as pool:
+        ear = Ear(pool, "session.lost")
+        for key in "abc":
+            call(pool, key, add)
+        ear.wait("session.lost", 3)
+        wait_until(pool, lambda: not pool.sessions())
+    assert rows(store, "session") == rows(store, "state") == []
+
+
+def test_forgotten_sessions_of_dead_owners_expire(store: Path) -> None:
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "old", add)
+    with Pool(size=1, session_store=store, session_ttl=0.2) as pool:
+        wait_until(pool, lambda: rows(store, "session") == [])
+        with pytest.raises(SessionNotFound):
+            pool.session_state("old")
+
+
+def rows(path: Path, table: str) -> list[Any]:
+    db = sqlite3.connect(path)
+    try:
+        return db.execute(f"SELECT * FROM {table}").fetchall()
+    finally:
+        db.close()
+
+
+def test_sessions_survive_the_death_of_the_application(tmp_path: Path, store: Path) -> None:
+    """kill -9 of the whole process group, in the middle of its work; then go on."""
+    body = "[tell(pool.options(session='a').call(add)) for _ in iter(int, 1)]"
+    process = application(tmp_path, body, store)
+    told = 0
+    while told < 20:
+        told = int(process.stdout.readline())
+    os.killpg(process.pid, signal.SIGKILL)
+    told = max([told, *map(int, process.stdout.read().split("\n")[:-1])])
+    killed_if_alive(process)
+    with Pool(size=1, session_store=store) as pool:
+        n = pool.session_state("a")["n"]
+        assert told <= n <= told + 1
+        assert call(pool, "a", add) == n + 1
+
+
+def test_commit_is_in_the_store_before_the_caller_sees_the_reply(
+    tmp_path: Path, store: Path
+) -> None:
+    """An application that kills itself right after a reply has committed what it was told."""
+    body = "pool.options(session='a').call(add); os.kill(os.getpid(), signal.SIGKILL)"
+    for turn in range(1, 4):
+        process = application(tmp_path, body, store)
+        assert scripts.finish(process)[0] == -signal.SIGKILL
+        with Pool(size=1, session_store=store) as pool:
+            assert pool.session_state("a") == {"n": turn}
+
+
+def test_session_belongs_to_one_process_at_a_time(tmp_path: Path, store: Path) -> None:
+    body = "pool.options(session='a').call(add); tell(os.getpid()); sys.stdin.read()"
+    process = application(tmp_path, body, store, stdin=-1)
+    try:
+        pid = int(process.stdout.readline())
+        with Pool(size=1, session_store=store) as pool:
+            for use in (
+                lambda: pool.checkout(session="a"),
+                lambda: pool.create_session("a"),
+                lambda: pool.end_session("a"),
+            ):
+                with pytest.raises(SessionBusy, match=f"process {pid}") as caught:
+                    use()
+                assert caught.value.owner_pid == pid
+            assert pool.session_state("a") == {"n": 1}  # looking is free
+            assert call(pool, "b", add) == 1
+            process.stdin.close()  # it closes its pool and ends
+            process.wait(20)
+            assert call(pool, "a", add) == 2
+    finally:
+        killed_if_alive(process)
+
+
+def killed_if_alive(process: Any) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait(20)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None and not stream.closed:
+            stream.close()
+
+
+def test_sessions_of_a_dead_owner_are_taken_over_at_once(tmp_path: Path, store: Path) -> None:
+    body = "pool.options(session='a').call(add); tell('there'); sys.stdin.read()"
+    process = application(tmp_path, body, store, stdin=-1)
+    try:
+        assert process.stdout.readline() == "there\n"
+        with Pool(size=1, session_store=store) as pool:
+            with pytest.raises(SessionBusy):
+                pool.checkout(session="a")
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
+            with pool.checkout(session="a") as w:
+                assert w.call(add) == 2
+    finally:
+        killed_if_alive(process)
+    with Pool(size=1, session_store=store):
+        assert len(rows(store, "owner")) == 1
+
+
+def test_owner_that_was_taken_for_dead_commits_nothing(store: Path) -> None:
+    """One on another host, silent for too long, loses its sessions; it hears that at a commit."""
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "a", add)
+        db = sqlite3.connect(store)
+        db.execute("UPDATE session SET owner='another'")
+        db.commit()
+        db.close()
+        with pool.checkout(session="a") as w:
+            with pytest.raises(SessionBusy, match="nothing was committed"):
+                w.call(add)
+            assert dict(w.state) == {"n": 1}
+        assert pool.stats().workers_lost == 0
+    assert rows(store, "session")[0][1:3] == (1, "another")
+
+
+def test_owner_on_another_host_is_believed_while_it_gives_signs(store: Path) -> None:
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "a", add)
+        db = sqlite3.connect(store)
+        db.execute("UPDATE owner SET host='elsewhere'")
+        db.commit()
+        with pytest.raises(SessionBusy, match="on elsewhere"):
+            SQLiteStore(str(store)).open("a")
+        db.execute("UPDATE owner SET beat=beat-1000")
+        db.commit()
+        db.close()
+        other = SQLiteStore(str(store))
+        assert other.open("a") is not None
+        other.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.write_bytes(b"not a database at all" * 100), "no SQLite database"),
+        (lambda path: path.write_bytes(b"SQLite"), "no SQLite database"),
+        (lambda path: other_program(path), "another program's"),
+        (lambda path: of_version(path, 2), "schema version 2, not 1; use a newer minipool"),
+        (lambda path: truncated(path), "malformed|corrupt"),
+        (lambda path: scribbled(path), "malformed|corrupt"),
+    ],
+    ids=["text", "stub", "other program", "newer", "truncated", "scribbled"],
+)
+def test_unusable_file_is_refused_and_left_alone(make: Any, says: str, store: Path) -> None:
+    make(store)
+    before = store.read_bytes()
+    pool = Pool(size=1, session_store=store)
+    with pytest.raises(SessionError, match=says) as caught:
+        pool.open()
+    assert str(store) in str(caught.value)
+    assert "left as it is" in str(caught.value)
+    assert store.read_bytes() == before
+    assert [path.name for path in store.parent.iterdir()] == [store.name]
+    pool.close()
+
+
+def other_program(path: Path) -> None:
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE session (id TEXT)")
+    db.commit()
+    db.close()
+
+
+def of_version(path: Path, version: int) -> None:
+    made(path)
+    db = sqlite3.connect(path)
+    db.execute(f"PRAGMA user_version={version}")
+    db.close()
+
+
+def made(path: Path) -> None:
+    store = SQLiteStore(str(path))
+    for number in range(20):
+        store.open(f"s{number}")
+        store.commit(f"s{number}", 1, {"blob": b"x" * 5000})
+    store.close()
+
+
+def truncated(path: Path) -> None:
+    made(path)
+    os.truncate(path, 40_000)
+
+
+def scribbled(path: Path) -> None:
+    made(path)
+    data = bytearray(path.read_bytes())
+    data[8192 : len(data) - 4096] = b"\xff" * (len(data) - 12288)
+    path.write_bytes(bytes(data))
+
+
+def test_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SessionError, match="where a new file can be made"):
+        Pool(size=1, session_store=tmp_path / "nowhere" / "sessions.db").open()
+
+
+def test_pool_that_cannot_start_leaves_no_store_open(store: Path) -> None:
+    with pytest.raises(PoolStartError):
+        Pool("troublemakers:NoSuchClass", size=1, session_store=store).open()
+    with Pool(size=1, session_store=store) as pool:
+        assert call(pool, "a", add) == 1
+
+
+def test_full_disk_fails_the_call_and_not_the_pool(store: Path) -> None:
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "a", put, "n", 1)
+        db = sessions_store(pool)._db
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        db.execute(f"PRAGMA max_page_count={pages}")
+        pid = pool.workers()[0].pid
+        with pool.checkout(session="a") as w:
+            with pytest.raises(SessionError, match="full.*nothing was changed"):
+                w.call(put, "blob", b"x" * 1_000_000)
+            with pytest.raises(SessionError, match="full"):
+                w.state["blob"] = b"x" * 1_000_000
+            assert dict(w.state) == {"n": 1}
+            assert w.call(chatters.keys) == ["n"]
+            assert w.call(get, "n") == 1
+        with pytest.raises(SessionError, match="full"):
+            pool.create_session("b", {"blob": b"x" * 1_000_000})
+        db.execute("PRAGMA max_page_count=1000000")
+        pool.create_session("b", {"blob": b"x"})
+        assert call(pool, "a", add) == 2
+        assert pool.workers()[0].pid == pid
+    with Pool(size=1, session_store=store) as pool:
+        assert pool.session_state("a") == {"n": 2}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of that kind")
+def test_file_size_limit_fails_the_call_and_not_the_pool(tmp_path: Path, store: Path) -> None:
+    body = """
+            import resource
+            from minipool import SessionError
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            chat = pool.options(session="a")
+            chat.call(add)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+            try:
+                chat.call(put, "blob", b"x" * 1_000_000)
+            except SessionError as error:
+                tell("refused", sorted(pool.session_state("a")))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+            tell(chat.call(add))
+    """.strip()
+    code, out, err = scripts.finish(application(tmp_path, body, store))
+    assert (code, out.splitlines()) == (0, ["refused ['n']", "2"]), err
+
+
+def test_read_only_store_fails_the_call_and_not_the_pool(store: Path, caplog: Any) -> None:
+    with Pool(size=1, session_store=store, session_ttl=0.3) as pool:
+        call(pool, "a", put, "n", 1)
+        db = sessions_store(pool)._db
+        db.execute("PRAGMA query_only=ON")
+        with pool.checkout(session="a") as w:
+            with pytest.raises(SessionError, match=r"readonly|read-only"):
+                w.call(add)
+            assert dict(w.state) == {"n": 1}
+        with pytest.raises(SessionError):
+            pool.checkout(session="b")
+        # What expires cannot be deleted now: it stays, and the manager goes on.
+        handle = handle_of(pool)
+        wait_until(pool, lambda: any("attempt to write" in m for m in caplog.messages))
+        os.kill(handle.pid, signal.SIGKILL)
+        wait_until(pool, lambda: pool.stats().workers_lost == 1 and pool.stats().idle == 1)
+        db.execute("PRAGMA query_only=OFF")
+        assert call(pool, "b", add) == 1
+
+
+def test_locked_store_does_not_hold_up_the_manager(store: Path) -> None:
+    """While another process writes for long, dead workers are replaced all the same."""
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "a", add)
+        sessions_store(pool)._beaten = 0.0  # a sign of life is due with the next sweep
+        other = sqlite3.connect(store, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        try:
+            os.kill(handle_of(pool).pid, signal.SIGKILL)
+            wait_until(pool, lambda: pool.stats().workers_lost == 1 and pool.stats().idle == 1, 9.0)
+            assert pool.call(os.getpid)
+        finally:
+            other.execute("ROLLBACK")
+            other.close()
+        assert call(pool, "a", add) == 2
+
+
+def sessions_store(pool: Pool[Any]) -> Any:
+    return pool._sessions._store
+
+
+class DictStore:
+    """A store with the interface and nothing else; fails when told to."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[int, dict[str, bytes]]] = {}
+        self.broken = self.closed = False
+        self.asked: list[str] = []
+
+    def open(self, key: str) -> tuple[int, dict[str, bytes]] | None:
+        self.asked.append(f"open {key}")
+        found = self.kept.get(key)
+        self.kept.setdefault(key, (0, {}))
+        return found
+
+    def has(self, key: str) -> bool:
+        return key in self.kept
+
+    def read(self, key: str) -> tuple[int, dict[str, bytes]] | None:
+        return self.kept.get(key)
+
+    def commit(self, key: str, version: int, changes: Mapping[str, bytes | None]) -> None:
+        if self.broken:
+            raise SessionError("the dict is full")
+        state = dict(self.kept[key][1])
+        for name, data in changes.items():
+            if data is None:
+                state.pop(name, None)
+            else:
+                state[name] = data
+        self.kept[key] = (version, state)
+
+    def delete(self, key: str) -> None:
+        self.kept.pop(key, None)
+
+    def beat(self) -> None:
+        self.asked.append("beat")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_any_object_with_the_methods_is_a_store() -> None:
+    store = DictStore()
+    with Pool(size=1, session_store=store) as pool:
+        assert call(pool, "a", add) == 1
+        assert store.kept["a"][0] == 1
+        store.broken = True
+        with pytest.raises(SessionError, match="the dict is full"):
+            call(pool, "a", add)
+        store.broken = False
+        assert call(pool, "a", add) == 2
+        wait_until(pool, lambda: "beat" in store.asked)
+    assert store.closed
+    assert store.kept["a"][0] == 2
+    with Pool(size=1, session_store=store) as pool:
+        assert call(pool, "a", add) == 3
+
+
+def test_store_is_closed_with_the_pool(store: Path) -> None:
+    """No descriptor is left, and the sessions belong to nobody."""
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "a", add)
+    assert [row[2] for row in rows(store, "session")] == [None]
+    assert rows(store, "owner") == []
+    assert [path.name for path in store.parent.iterdir()] == [store.name]
+
+
+def test_interrupted_commit_is_looked_up(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C in a commit, memory and store agree about whether it was made."""
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "a", add)
+        kept = sessions_store(pool)
+        commit = kept.commit
+
+        def struck(*args: Any) -> None:
+            commit(*args)
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(kept, "commit", struck)
+        with pytest.raises(KeyboardInterrupt):
+            call(pool, "a", add)
+        stored = kept.read("a")
+        record = pool._sessions._records["a"]
+        assert stored == (record.version, record.state)
+        assert call(pool, "a", add) == pool.session_state("a")["n"] == 3
+
+
+def test_strict_loss_does_not_concern_the_store(store: Path) -> None:
+    with Pool(size=1, session_store=store, affinity="strict") as pool:
+        call(pool, "a", add)
+        handle = handle_of(pool)
+        os.kill(handle.pid, signal.SIGKILL)
+        wait_until(pool, lambda: bool(handle.ended_ns))
+        with pytest.raises(SessionLost):
+            pool.checkout(session="a")
+        assert call(pool, "a", add) == 2
