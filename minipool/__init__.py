@@ -29,12 +29,14 @@ _HOME = {
     "current_session": "engine.child",
     "Session": "engine.conversation",
     "SessionInfo": "sessions",
+    **dict.fromkeys(("Programs", "ProgramInfo", "Signature", "Field"), "programs"),
     **dict.fromkeys(
         (
             "MinipoolError", "ConfigError", "CallMismatch", "PoolError", "CheckoutTimeout",
             "TooManyWaiters", "PoolClosed", "PoolForked", "PoolStartError", "LeaseError",
             "LeaseReleased", "LeaseRevoked", "SessionError", "SessionNotFound", "SessionExists",
-            "SessionLost", "SessionBusy", "WorkerError", "WorkerDied", "WorkerStartError",
+            "SessionLost", "SessionBusy", "ProgramError", "ProgramExists",
+            "ProgramNotFound", "ProgramMismatch", "WorkerError", "WorkerDied", "WorkerStartError",
             "CallTimeout", "ProtocolError", "RemoteError",
         ),
         "errors",
@@ -60,6 +62,10 @@ if TYPE_CHECKING:
     from .errors import PoolError as PoolError
     from .errors import PoolForked as PoolForked
     from .errors import PoolStartError as PoolStartError
+    from .errors import ProgramError as ProgramError
+    from .errors import ProgramExists as ProgramExists
+    from .errors import ProgramMismatch as ProgramMismatch
+    from .errors import ProgramNotFound as ProgramNotFound
     from .errors import ProtocolError as ProtocolError
     from .errors import RemoteError as RemoteError
     from .errors import SessionBusy as SessionBusy
@@ -73,6 +79,10 @@ if TYPE_CHECKING:
     from .errors import WorkerStartError as WorkerStartError
     from .lease import Lease as Lease
     from .pool import Pool as Pool
+    from .programs import Field as Field
+    from .programs import ProgramInfo as ProgramInfo
+    from .programs import Programs as Programs
+    from .programs import Signature as Signature
     from .sessions import SessionInfo as SessionInfo
     from .status import HealthReport as HealthReport
     from .status import PoolStats as PoolStats

@@ -6,7 +6,8 @@ happened, the value seen and what to do. All of them survive pickling, so they c
 
 from __future__ import annotations
 
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Mapping, Sequence
 
 
 class MinipoolError(Exception):
@@ -33,7 +34,17 @@ class ConfigError(MinipoolError, ValueError):
 
 
 class CallMismatch(MinipoolError, TypeError):
-    """The call does not fit what the worker offers. Nothing of it has run; the worker is well."""
+    """The call does not fit what the worker offers. Nothing of it has run; the worker is well.
+
+    `target` and `signature` tell what did not fit, where that is known. For the inputs of a
+    program `missing` and `unknown` name them, and `wrong` tells of each what it is and should be.
+    """
+
+    target: str = ""
+    signature: str = ""
+    missing: Sequence[str] = ()
+    unknown: Sequence[str] = ()
+    wrong: Mapping[str, str] = MappingProxyType({})
 
 
 class PoolError(MinipoolError):
@@ -108,6 +119,32 @@ class SessionBusy(SessionError):
     """Another lease, or another process (`owner_pid`), has the session."""
 
     owner_pid: int | None
+
+
+class ProgramError(MinipoolError):
+    """Something is wrong with a program of a session."""
+
+    program_id: str
+    session_id: str
+
+
+class ProgramExists(ProgramError):
+    """There is a program of that id in the session already; it is as it was."""
+
+
+class ProgramNotFound(ProgramError):
+    """There is no program of that id in the session."""
+
+
+class ProgramMismatch(ProgramError):
+    """A program's outputs are not what its signature says. What it did was not committed.
+
+    `missing` and `unknown` name outputs, `wrong` tells of each what it is and should be.
+    """
+
+    missing: Sequence[str]
+    unknown: Sequence[str]
+    wrong: Mapping[str, str]
 
 
 class WorkerError(MinipoolError):

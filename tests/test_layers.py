@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
     "errors", "telemetry", "config",
-    "engine.states", "engine.table", "engine.wire", "engine.channel", "engine.child",
-    "engine.health", "engine.handle", "engine.launch", "engine.turnstile", "engine.fleet",
-    "engine.manager", "engine.desk",
-    "status", "lease", "pool",
+    "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel",
+    "engine.conversation", "engine.child", "engine.health", "engine.handle", "engine.launch",
+    "engine.turnstile", "engine.fleet", "engine.manager", "engine.desk",
+    "store", "sessions", "status", "lease", "pool", "programs",
     "tools.floors", "tools.figures", "tools.procfs", "tools.peers", "tools.rounds",
     "tools.speed", "tools.costs", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip

@@ -17,9 +17,12 @@ import pickle
 import struct
 import sys
 from types import FunctionType, ModuleType
-from typing import Any, Callable, Dict, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
 
 from ..errors import CallMismatch, RemoteError
+
+if TYPE_CHECKING:
+    from .shape import Shape  # imported where it is used, which is never in a worker
 
 MAX_FRAME = 4 << 30  # a longer declared length is garbage
 MAX_NAME = 0xFFFF  # bytes; what the header can tell
@@ -175,8 +178,8 @@ def main_unguarded() -> bool:
     return bool(getattr(process.current_process(), "_inheriting", False))
 
 
-class Targets(Dict[Any, Tuple[int, bytes]]):
-    """How each thing to call is named on the wire; `targets[f]` finds it out once.
+class Targets(Dict[Any, "Target"]):
+    """How each thing to call is named on the wire, and what it takes; `targets[f]` finds it once.
 
     A method goes by its name, a function by module and qualified name. What has no such name
     (a partial, a bound method, with a fitting codec a lambda) is `SHIPPED` among the arguments.
@@ -189,20 +192,42 @@ class Targets(Dict[Any, Tuple[int, bytes]]):
         self._starts_by_fork = starts_by_fork
         self._own_codec = own_codec  # it may be able to ship what pickle cannot
 
-    def __missing__(self, target: Any) -> tuple[int, bytes]:
-        kind, name = self.resolve(target)
-        if kind != SHIPPED:
+    def __missing__(self, target: Any) -> Target:
+        found = self.resolve(target)
+        if found[0] != SHIPPED:
             if len(self) >= 4096:
                 self.clear()
-            self[target] = kind, name
-        return kind, name
+            self[target] = found
+        return found
 
-    def resolve(self, target: Any) -> tuple[int, bytes]:
-        """Return kind and name of a target.
+    def resolve(self, target: Any) -> Target:
+        """Return kind and name of a target, and which arguments it takes.
 
         Raises:
             CallMismatch: no worker could find it, or it cannot be called at all.
         """
+        kind, name = self._named(target)
+        shape = self._shape(target, kind, name.decode(errors="replace"))
+        return kind, name, shape.counts, shape
+
+    def _shape(self, target: Any, kind: int, name: str) -> Shape:
+        from . import shape
+
+        if kind == METHOD:
+            return shape.ANYTHING if self._class is None else shape.of_method(self._class, name)
+        if not isinstance(target, FunctionType):
+            return shape.ANYTHING if kind == SHIPPED else shape.of_function(target)
+        holder, _, method = name.rpartition(".")
+        if kind == FUNCTION and ":" in holder and self._has_object:
+            owner = find(holder)  # see `find_for`, which may bind it to the worker's object
+            if isinstance(owner, type):
+                if self._class is None or not shape.makes_its_own(self._class):
+                    return shape.ANYTHING
+                if issubclass(self._class, owner):
+                    return shape.of_method(self._class, method)
+        return shape.of_function(target)
+
+    def _named(self, target: Any) -> tuple[int, bytes]:
         if isinstance(target, str):
             if not self._has_object:
                 raise CallMismatch(
@@ -222,6 +247,10 @@ class Targets(Dict[Any, Tuple[int, bytes]]):
         if path is None or why is not None:
             return SHIPPED, str(getattr(target, "__qualname__", target)).encode()[:200]
         return FUNCTION, _encoded(path)
+
+
+# Kind, name, how many arguments fit where there are no keywords, and what else is known of them.
+Target = Tuple[int, bytes, range, "Shape"]
 
 
 def _encoded(name: str) -> bytes:

@@ -1,0 +1,538 @@
+"""Programs: objects with a name, made in the workers from recipes that a session keeps.
+
+A program is made by a factory, in a worker, and stays there, warm. Its recipe (the factory and
+its arguments) is part of the session's state, so any worker can make it again: after a move, after
+a death, and with a session store after the end of the whole application. That is a *rebuild*,
+and it is counted. What a program shall remember beyond that belongs into `current_session()`.
+
+    programs = Programs(pool)
+    programs.create("qa", "myapp.answers:Answerer", "gpt", signature=Signature(
+        inputs=[Field("question", "string")], outputs=[Field("answer", "string")]))
+    programs.execute("qa", {"question": "Why?"})["answer"]
+
+The first half of this module runs in the caller, the second, as plain functions, in a worker. A
+session's state has two keys for each program: its *card* (small: what the caller wants to know)
+and its *recipe*. The made objects are in the session's `local`, each with the mark of the
+card it was made for, so that one of an earlier program with the same id is never taken for it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib
+import operator
+import pickle
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+
+from .errors import (
+    CallMismatch,
+    ConfigError,
+    ProgramExists,
+    ProgramMismatch,
+    ProgramNotFound,
+    SessionExists,
+    SessionNotFound,
+    WorkerDied,
+)
+
+if TYPE_CHECKING:
+    from .lease import Lease
+    from .pool import Pool
+
+_CARD, _RECIPE = "program:", "program-recipe:"  # what a session's keys begin with
+_LOCAL = "minipool.programs"
+_DEFAULT = "call_timeout"  # the option's name stands for its value
+
+#: What a field may be -> the types of its values. True and False are no numbers.
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "list": (list, tuple),
+    "object": (Mapping,),  # a dict, or what else is a mapping
+    "any": (object,),
+}
+
+
+class Field(NamedTuple):
+    """One input or output of a program. What is not required may be left out, or be None."""
+
+    name: str
+    type: str = "any"  #: one of FIELD_TYPES
+    required: bool = True
+
+
+class Misfit(NamedTuple):
+    """All that is wrong with some values: names of fields, and what is wrong with their values."""
+
+    missing: List[str]
+    unknown: List[str]
+    wrong: Dict[str, str]
+
+    def __str__(self) -> str:
+        parts = []
+        if self.missing:
+            parts.append(f"missing {', '.join(map(repr, self.missing))}")
+        if self.unknown:
+            parts.append(f"unknown {', '.join(map(repr, self.unknown))}")
+        parts += [f"wrong {name!r} ({what})" for name, what in self.wrong.items()]
+        return "; ".join(parts)
+
+
+class Signature:
+    """What a program takes and returns. Without outputs, what it returns is not looked at.
+
+    Raises:
+        ConfigError: a field is of no known type, or is there twice.
+    """
+
+    def __init__(self, inputs: Iterable[Field] = (), outputs: Iterable[Field] = ()) -> None:
+        self.inputs = _checked_fields("inputs", inputs)
+        self.outputs = _checked_fields("outputs", outputs)
+
+    def as_lists(self) -> List[List[Tuple[Any, ...]]]:
+        """Return it as plain data, which a store may keep: inputs, outputs."""
+        return [[tuple(field) for field in fields] for fields in (self.inputs, self.outputs)]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Signature):
+            return NotImplemented
+        return (self.inputs, self.outputs) == (other.inputs, other.outputs)
+
+    def __hash__(self) -> int:
+        return hash((self.inputs, self.outputs))
+
+    def __repr__(self) -> str:
+        return f"Signature(inputs={list(self.inputs)}, outputs={list(self.outputs)})"
+
+    def __str__(self) -> str:
+        text = f"({_listed(self.inputs)})"
+        return f"{text} -> {_listed(self.outputs)}" if self.outputs else text
+
+
+class ProgramInfo(NamedTuple):
+    """One program, as its session knows it."""
+
+    program_id: str
+    session_id: str
+    factory: str
+    signature: Optional[Signature]
+    created: float  #: seconds since the epoch
+    rebuilds: int  #: how often it was made again: its session had moved, or its worker was lost
+    recipe_bytes: int
+
+
+class Programs:
+    """The programs of a pool's sessions. Any thread may use it; it holds nothing itself.
+
+    Programs live in sessions and end with them (`session_ttl`, `end_session()`). Without a
+    `session` they live in one that is for nothing else, the same for every `Programs` of a pool,
+    also after a restart with a session store. A session's programs run one at a time, because
+    sessions are serial: for programs that shall run at once give each a session.
+    """
+
+    def __init__(self, pool: Pool[Any], session: str = "minipool.programs") -> None:
+        self.session = session  #: where programs live that are given no other
+        self._pool = pool
+
+    def __repr__(self) -> str:
+        return f"<Programs of {self._pool.config.name}, session {self.session!r}>"
+
+    def create(
+        self,
+        program_id: str,
+        factory: Any,
+        *args: Any,
+        signature: Signature | None = None,
+        session: str | None = None,
+        timeout: float | None | str = _DEFAULT,
+    ) -> None:
+        """Make a program in a worker, and keep its recipe in the session.
+
+        Args:
+            factory: makes the program as `factory(*args)`: a class or function at the top of a
+                module, its name ("package.module:Class"), or anything that can be pickled
+                (`functools.partial(Class, key=word)`). What it makes must have a method
+                `execute(**inputs)`, which is taken if there is one, or be callable itself.
+            signature: what `execute` checks; without one it checks nothing.
+            timeout: seconds for checkout and call together; None waits for ever.
+
+        Raises:
+            ProgramExists: the session has one of that id. It is as it was.
+            CallMismatch: factory or arguments cannot be sent, or what was made is no program.
+            Exception: whatever the factory raised. Nothing was created.
+        """
+        where = self._checked(program_id, session)
+        card = {
+            "mark": uuid.uuid4().hex,
+            "factory": factory if isinstance(factory, str) else _name_of(factory),
+            "signature": None if signature is None else signature.as_lists(),
+            "created": time.time(),
+            "rebuilds": 0,
+        }
+        # Under a codec of the user's own, bytes may be what cannot travel, and text is what can.
+        recipe: Any = _packed(program_id, factory, args)
+        packed: Any = pickle.dumps(card)
+        if self._pool.config.codec is not None:
+            recipe, packed = base64.b64encode(recipe).decode(), base64.b64encode(packed).decode()
+        call = _Calls(self._pool, where, timeout, begin=where == self.session)
+        with call.lease() as lease:
+            if _CARD + program_id in lease.state:
+                raise ProgramExists(
+                    f"session {where!r} has a program {program_id!r} already; delete it first, or "
+                    f"take another id",
+                    program_id=program_id,
+                    session_id=where,
+                )
+            call.make(lease, _create, program_id, packed, recipe)
+
+    def execute(
+        self,
+        program_id: str,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        session: str | None = None,
+        timeout: float | None | str = _DEFAULT,
+    ) -> Any:
+        """Run a program with its inputs as keywords, and return what it returns.
+
+        A worker that does not have it makes it first. `timeout` is in seconds, for checkout and
+        calls together (None: for ever; by default each has the pool's own).
+
+        Raises:
+            ProgramNotFound: the session has none of that id.
+            CallMismatch: the inputs do not fit the signature: all that is missing, unknown and
+                wrong. Nothing was sent.
+            ProgramMismatch: the outputs do not. Nothing was committed.
+            Exception: whatever the program, or its factory in a rebuild, raised.
+        """
+        where = self._checked(program_id, session)
+        calls = _Calls(self._pool, where, timeout)
+        while True:
+            with calls.lease(missing=program_id) as lease:
+                card = lease.state.get(_CARD + program_id)
+                if card is None:
+                    raise _not_found(program_id, where)
+                given = _checked_inputs(program_id, card, inputs)
+                first = True
+                try:
+                    made, result = calls.make(lease, _execute, program_id, card["mark"], given)
+                    if not made:
+                        first = False
+                        calls.make(lease, _rebuild, program_id)
+                        _, result = calls.make(lease, _execute, program_id, card["mark"], given)
+                    return result
+                except WorkerDied as death:
+                    # If the last call had not begun, those before left nothing that counts.
+                    if death.started or first:
+                        raise
+
+    def list(self, session: str | None = None) -> List[str]:
+        """Return the ids of a session's programs, in alphabetical order."""
+        start = len(_CARD)
+        return sorted(key[start:] for key in self._state(session) if key.startswith(_CARD))
+
+    def info(self, program_id: str, session: str | None = None) -> ProgramInfo:
+        """Return what is known of a program.
+
+        Raises:
+            ProgramNotFound: the session has none of that id.
+        """
+        where = self._checked(program_id, session)
+        state = self._state(session)
+        card = state.get(_CARD + program_id)
+        if card is None:
+            raise _not_found(program_id, where)
+        return ProgramInfo(
+            program_id=program_id,
+            session_id=where,
+            factory=card["factory"],
+            signature=_signature_of(card),
+            created=card["created"],
+            rebuilds=card["rebuilds"],
+            recipe_bytes=len(state[_RECIPE + program_id]),
+        )
+
+    def delete(
+        self,
+        program_id: str,
+        session: str | None = None,
+        timeout: float | None | str = _DEFAULT,
+    ) -> bool:
+        """Forget a program. Return whether there was one; doing it twice is no error."""
+        where = self._checked(program_id, session)
+        if _CARD + program_id not in self._state(session):
+            return False  # and no session is begun by asking
+        calls = _Calls(self._pool, where, timeout)
+        with calls.lease() as lease:
+            return bool(calls.make(lease, _delete, program_id))
+
+    def _state(self, session: str | None) -> dict[str, Any]:
+        try:
+            return self._pool.session_state(self.session if session is None else session)
+        except SessionNotFound:
+            return {}
+
+    def _checked(self, program_id: Any, session: str | None) -> str:
+        if not isinstance(program_id, str) or not program_id:
+            raise TypeError(
+                f"program_id={program_id!r}: a program's id is a text that is not empty"
+            )
+        return self.session if session is None else session
+
+
+class _Calls:
+    """The calls of one operation, in one session and within one timeout."""
+
+    def __init__(
+        self, pool: Pool[Any], session: str, timeout: float | None | str, begin: bool = False
+    ) -> None:
+        self._pool, self._session, self._timeout, self._begin = pool, session, timeout, begin
+        self._deadline: float | None = None
+
+    def lease(self, missing: str | None = None) -> Lease[Any]:
+        """Take the session and a worker. `missing` is the program that must be there."""
+        try:
+            return self._checkout()
+        except SessionNotFound as problem:  # the pool is strict about sessions
+            if missing is not None:
+                raise _not_found(missing, self._session) from problem
+            if not self._begin:
+                raise
+        with contextlib.suppress(SessionExists):  # another thread was faster
+            self._pool.create_session(self._session)
+        return self._checkout()
+
+    def _checkout(self) -> Lease[Any]:
+        if self._timeout == _DEFAULT:
+            return self._pool.checkout(session=self._session)
+        if self._deadline is not None:
+            return self._pool.checkout(session=self._session, timeout=self._left())
+        if isinstance(self._timeout, (int, float)):
+            self._deadline = time.monotonic() + self._timeout
+        return self._pool.checkout(session=self._session, timeout=self._timeout)  # checks it
+
+    def make(self, lease: Lease[Any], function: Any, *args: Any) -> Any:
+        """Make one call, in what is left of the time."""
+        if self._timeout == _DEFAULT:
+            return lease.call(function, *args)
+        return lease.options(timeout=self._left()).call(function, *args)
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+
+def _checked_fields(which: str, fields: Iterable[Field]) -> Tuple[Field, ...]:
+    checked = tuple(fields)
+    seen = set()
+    for field in checked:
+        if not isinstance(field, Field):
+            wrong, why = field, "is no Field; give Field(name, type)"
+        elif not isinstance(field.name, str) or not field.name or field.name in seen:
+            wrong, why = field.name, "is no name, or is there twice; give each a name of its own"
+        elif field.type not in FIELD_TYPES:
+            wrong = field.type
+            why = f"is the type of {field.name!r}; give one of {', '.join(FIELD_TYPES)}"
+        else:
+            seen.add(field.name)
+            continue
+        raise ConfigError(f"{which}: {wrong!r} {why}", option=which, value=wrong)
+    return checked
+
+
+def _listed(fields: Tuple[Field, ...]) -> str:
+    return ", ".join(f"{f.name}: {f.type}{'' if f.required else '?'}" for f in fields)
+
+
+def _misfit(fields: Tuple[Field, ...], values: Mapping[Any, Any]) -> Misfit | None:
+    """Return all that is wrong with some values, or None."""
+    by_name = {field.name: field for field in fields}
+    found = Misfit(
+        missing=[f.name for f in fields if f.required and f.name not in values],
+        unknown=[name if isinstance(name, str) else repr(name)
+                 for name in values if name not in by_name],
+        wrong={},
+    )  # fmt: skip
+    for name, value in values.items():
+        field = by_name.get(name)
+        if field is not None and not _fits(field, value):
+            found.wrong[name] = f"{type(value).__name__}, not {field.type}"
+    return found if any(found) else None
+
+
+def _fits(field: Field, value: Any) -> bool:
+    if value is None and not field.required:
+        return True
+    if isinstance(value, bool) and field.type in ("integer", "number"):
+        return False
+    return isinstance(value, FIELD_TYPES[field.type])
+
+
+def _signature_of(card: Mapping[str, Any]) -> Signature | None:
+    if card["signature"] is None:
+        return None
+    inputs, outputs = ([Field(*words) for words in fields] for fields in card["signature"])
+    return Signature(inputs, outputs)
+
+
+def _checked_inputs(program_id: str, card: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
+    """Return the inputs as a dict.
+
+    Raises:
+        CallMismatch: they do not fit.
+    """
+    if inputs is None:
+        inputs = {}
+    if not isinstance(inputs, Mapping):
+        raise CallMismatch(
+            f"program {program_id!r}: inputs are a mapping of names to values, not a "
+            f"{type(inputs).__name__}; nothing was sent"
+        )
+    signature = _signature_of(card)
+    if signature is None:
+        odd = [repr(name) for name in inputs if not isinstance(name, str)]
+        misfit = Misfit([], odd, {}) if odd else None
+    else:
+        misfit = _misfit(signature.inputs, inputs)
+    if misfit is not None:
+        takes = "keywords" if signature is None else str(signature)
+        raise CallMismatch(
+            f"program {program_id!r} takes {takes}: {misfit}; nothing was sent; correct the inputs",
+            target=program_id,
+            signature=takes,
+            **misfit._asdict(),
+        )
+    return dict(inputs)
+
+
+def _not_found(program_id: str, session: str) -> ProgramNotFound:
+    return ProgramNotFound(
+        f"session {session!r} has no program {program_id!r}; create it, or name the session it is "
+        f"in; programs end with their session",
+        program_id=program_id,
+        session_id=session,
+    )
+
+
+def _name_of(factory: Any) -> str:
+    name = getattr(factory, "__qualname__", None)
+    return repr(factory)[:200] if name is None else f"{factory.__module__}:{name}"
+
+
+def _packed(program_id: str, factory: Any, args: Tuple[Any, ...]) -> bytes:
+    """Pickle a recipe.
+
+    Raises:
+        CallMismatch: no worker could do anything with it.
+    """
+    if isinstance(factory, str):
+        module, _, name = factory.partition(":")
+        if not module or not name:
+            raise CallMismatch(f"factory={factory!r}: name it as 'package.module:Class'")
+    elif not callable(factory):
+        raise CallMismatch(f"factory={factory!r}: give a class, a function, or the name of one")
+    try:
+        return pickle.dumps((factory, args), 5)
+    except Exception as problem:
+        raise CallMismatch(
+            f"the recipe of program {program_id!r} cannot be kept: {problem}; nothing was created; "
+            f"give a class or function at the top of a module, or its name, and plain arguments"
+        ) from problem
+
+
+# -- in a worker ---------------------------------------------------------------------------------
+
+
+class _Made(NamedTuple):
+    mark: str
+    run: Any
+    outputs: Tuple[Field, ...]
+
+
+def _programs_here() -> Tuple[Any, Dict[str, _Made]]:
+    from . import current_session
+
+    session = current_session()
+    return session, session.local.setdefault(_LOCAL, {})
+
+
+def _make(program_id: str, card: Mapping[str, Any], recipe: bytes) -> _Made:
+    """Follow a recipe.
+
+    Raises:
+        CallMismatch: what it makes is no program. Exception: what the factory raises.
+    """
+    factory, args = pickle.loads(recipe)
+    if isinstance(factory, str):
+        module, _, name = factory.partition(":")
+        factory = operator.attrgetter(name)(importlib.import_module(module))
+    made = factory(*args)
+    run = getattr(made, "execute", made)
+    if not callable(run):
+        raise CallMismatch(
+            f"the factory of program {program_id!r} made a {type(made).__name__}, which can "
+            f"neither be called nor has a method execute(); give it one"
+        )
+    signature = _signature_of(card)
+    return _Made(card["mark"], run, () if signature is None else signature.outputs)
+
+
+def _create(program_id: str, packed: Any, recipe: Any) -> None:
+    if isinstance(recipe, str):
+        packed, recipe = base64.b64decode(packed), base64.b64decode(recipe)
+    session, here = _programs_here()
+    card = pickle.loads(packed)
+    made = _make(program_id, card, recipe)
+    session[_CARD + program_id], session[_RECIPE + program_id] = card, recipe
+    here[program_id] = made
+
+
+def _rebuild(program_id: str) -> None:
+    session, here = _programs_here()
+    card = session[_CARD + program_id]
+    here[program_id] = _make(program_id, card, session[_RECIPE + program_id])
+    card["rebuilds"] += 1
+
+
+def _execute(program_id: str, mark: str, inputs: Dict[str, Any]) -> Tuple[bool, Any]:
+    """Run a program; return whether it is here, and what it returned."""
+    session, here = _programs_here()
+    made = here.get(program_id)
+    if made is None or made.mark != mark:
+        return False, None
+    result = made.run(**inputs)
+    if made.outputs:
+        _check_outputs(program_id, session.id, made.outputs, result)
+    return True, result
+
+
+def _check_outputs(
+    program_id: str, session_id: str, outputs: Tuple[Field, ...], result: Any
+) -> None:
+    misfit: Misfit | None
+    if isinstance(result, Mapping):
+        misfit = _misfit(outputs, result)
+        if misfit is None:
+            return
+        what = str(misfit)
+    else:
+        misfit = Misfit([field.name for field in outputs if field.required], [], {})
+        what = f"a {type(result).__name__}, which is no mapping of names to values"
+    raise ProgramMismatch(
+        f"program {program_id!r} shall return {_listed(outputs)}, but returned {what}; nothing of "
+        f"this call was committed; correct the program or its signature",
+        program_id=program_id,
+        session_id=session_id,
+        **misfit._asdict(),
+    )
+
+
+def _delete(program_id: str) -> bool:
+    session, here = _programs_here()
+    here.pop(program_id, None)
+    session.pop(_RECIPE + program_id, None)
+    return session.pop(_CARD + program_id, None) is not None
