@@ -4,9 +4,10 @@
     python3 examples/quickstart.py --chaos    the same, while a worker is killed every second
 
 Every .py file is parsed by some worker. A worker learns once which modules there are, and keeps
-that, and what it has done, in its memory. The rows go into an SQLite index in this process. At
-the end the same work is done without a pool: exit code 0 means that both answers are equal, 1
-that they are not, 130 that Ctrl-C came in between.
+that, and what it has done, in its memory. Each package has a session, whose state is the
+package's running totals: they survive any worker, and count each file once. The rows go into an
+SQLite index in this process. At the end the same work is done without a pool: exit code 0 means
+that both answers are equal, 1 that they are not, 130 that Ctrl-C came in between.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Generator, Iterator, List, Tuple
+from typing import Any, Dict, Generator, Iterator, List, MutableMapping, Tuple
 
 try:
     import minipool
@@ -39,6 +40,7 @@ except ImportError:  # a fresh clone; workers take over sys.path, so they find i
     import minipool
 
 Rows = Dict[str, List[Tuple[Any, ...]]]  # table -> rows
+Totals = Dict[str, Dict[str, int]]  # package -> what it holds -> how many
 TABLES = {
     "functions": "file TEXT, line INT, length INT, name TEXT",
     "imports": "file TEXT, module TEXT",
@@ -87,6 +89,12 @@ class Indexer:
         rows["imports"] += [(file, module) for module in imports]
         return rows
 
+    def index_in_session(self, file: str) -> Rows:
+        """Return the rows of one file, and add it to the totals of the session: its package's."""
+        rows = self.index(file)
+        add_totals(minipool.current_session(), rows)
+        return rows
+
     def modules_of(
         self, node: ast.Import | ast.ImportFrom, package: tuple[str, ...]
     ) -> Iterator[str]:
@@ -105,6 +113,17 @@ class Indexer:
         me = minipool.current_worker()
         assert me is not None
         return me.worker_id, me.generation, self.files, self.lines
+
+
+def add_totals(totals: MutableMapping[str, Any], rows: Rows) -> None:
+    """Add one file to the totals of its package."""
+    totals["files"] = totals.get("files", 0) + 1
+    for table in ("functions", "imports"):
+        totals[table] = totals.get(table, 0) + len(rows[table])
+
+
+def package_of(file: str) -> str:
+    return os.path.dirname(file).replace(os.sep, ".") or "(top level)"
 
 
 def known_modules(root: str) -> frozenset[str]:
@@ -126,6 +145,19 @@ def files_below(root: str, suffixes: tuple[str, ...]) -> Iterator[str]:
         for name in names:
             if name.endswith(suffixes):
                 yield os.path.relpath(os.path.join(directory, name), root)
+
+
+def interleaved(files: list[str]) -> list[str]:
+    """Return the files such that those of each package, whose session is serial, lie far apart."""
+    packages: dict[str, list[str]] = {}
+    for file in files:
+        packages.setdefault(package_of(file), []).append(file)
+    places = [
+        ((place + 0.5) / len(members), file)
+        for members in packages.values()
+        for place, file in enumerate(members)
+    ]
+    return [file for _, file in sorted(places)]
 
 
 # -- in this process -------------------------------------------------------------------------------
@@ -256,20 +288,29 @@ def rows_from(pool: minipool.Pool[Indexer], files: list[str]) -> Generator[Rows,
     """Yield the rows of each file, in order, asked for by as many threads as there are workers.
 
     Each thread talks to a worker itself. A call whose worker dies is made again on another one:
-    `idempotent` says that this is safe.
+    `idempotent` says that this is safe, and it is for the totals as well, because a call that
+    dies commits nothing.
     """
-    caller = pool.options(idempotent=True)
+
+    def ask(file: str) -> Rows:
+        caller = pool.options(idempotent=True, session=package_of(file), timeout=60.0)
+        rows: Rows = caller.call("index_in_session", file)
+        return rows
+
     threads = ThreadPoolExecutor(pool.config.size)
     try:
-        yield from threads.map(lambda file: caller.call(Indexer.index, file), files)
+        yield from threads.map(ask, files)
     finally:
         threads.shutdown(cancel_futures=True)
 
 
 def index_with_pool(
     worker: type[Indexer], root: str, files: list[str], index: Index, options: argparse.Namespace
-) -> float:
-    """Fill the index from a pool and tell what the pool did; return how long it took."""
+) -> tuple[float, Totals]:
+    """Fill the index from a pool and tell what the pool did; return how long it took.
+
+    And what the sessions know in the end.
+    """
     start = time.perf_counter()
     pool = minipool.Pool(
         worker,
@@ -290,9 +331,12 @@ def index_with_pool(
                     progress.step()
         took = time.perf_counter() - start
         stats, totals = pool.stats(), totals_of(pool)
+        packages = {
+            info.session_id: pool.session_state(info.session_id) for info in pool.sessions()
+        }
     index.report()
     report_pool(stats, totals, chaos)
-    return took
+    return took, packages
 
 
 def totals_of(pool: minipool.Pool[Indexer]) -> list[tuple[int, int, int, int]]:
@@ -318,28 +362,36 @@ def report_pool(
         print(f"  worker {worker_id}     generation {generation}: {files} files, {lines} lines")
 
 
-def index_serially(root: str, files: list[str], index: Index) -> float:
-    """Fill the index in this process, without a pool; return how long it took."""
+def index_serially(root: str, files: list[str], index: Index) -> tuple[float, Totals]:
+    """Fill the index in this process, without a pool; return how long it took, and the totals."""
     start = time.perf_counter()
     indexer = Indexer(root)
+    packages: Totals = {}
     for file in files:
-        index.add(indexer.index(file))
-    return time.perf_counter() - start
+        rows = indexer.index(file)
+        index.add(rows)
+        add_totals(packages.setdefault(package_of(file), {}), rows)
+    return time.perf_counter() - start, packages
 
 
-def check(found: Index, pool_time: float, root: str, files: list[str]) -> bool:
-    """Compare the index with the one that is made without a pool."""
+def check(found: Index, packages: Totals, pool_time: float, root: str, files: list[str]) -> bool:
+    """Compare index and totals with those that are made without a pool."""
     print("\nThe same without a pool", flush=True)
     expected = Index(":memory:")
-    serial_time = index_serially(root, files, expected)
+    serial_time, right_packages = index_serially(root, files, expected)
     print(f"  time         {pool_time:.2f} s with the pool, {serial_time:.2f} s without")
     answer, right = found.fingerprint(), expected.fingerprint()
     expected.close()
+    if packages == right_packages:
+        print(f"  sessions     equal: the totals of {len(packages)} packages")
+    else:
+        wrong = [name for name in right_packages if packages.get(name) != right_packages[name]]
+        print(f"  sessions     DIFFERENT: the totals of {', '.join(wrong[:5])}")
     if answer == right:
         print(f"  answer       equal: {answer[:16]}")
     else:
         print(f"  answer       DIFFERENT: {answer[:16]} with the pool, {right[:16]} without")
-    return answer == right
+    return answer == right and packages == right_packages
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -361,7 +413,7 @@ def main(argv: list[str] | None = None, worker: type[Indexer] = Indexer) -> int:
         print(f"{options.database} is there already; name a new file", file=sys.stderr)
         return 2
     root = sysconfig.get_path("stdlib")
-    files = sorted(files_below(root, (".py",)))[: options.limit]
+    files = interleaved(sorted(files_below(root, (".py",))))[: options.limit]
     if not files:
         print(f"there are no .py files below {root}", file=sys.stderr)
         return 2
@@ -369,8 +421,9 @@ def main(argv: list[str] | None = None, worker: type[Indexer] = Indexer) -> int:
         with tempfile.TemporaryDirectory(prefix="quickstart-") as directory:
             index = Index(options.database or os.path.join(directory, "index.sqlite"))
             with contextlib.closing(index):
-                took = index_with_pool(worker, root, files, index, options)
-                return 0 if options.no_check or check(index, took, root, files) else 1
+                took, packages = index_with_pool(worker, root, files, index, options)
+                equal = options.no_check or check(index, packages, took, root, files)
+                return 0 if equal else 1
     except minipool.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
