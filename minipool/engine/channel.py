@@ -425,6 +425,7 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
         return ends
     ours, theirs = socket.socketpair()
     ours = _QuietSocket(ours.family, ours.type, 0, ours.detach())
+    theirs.setblocking(True)  # which `socket.setdefaulttimeout` would have changed
     return ours, connection.Connection(theirs.detach())
 
 
