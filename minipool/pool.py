@@ -241,7 +241,7 @@ class Pool(Generic[W]):
     def drain(self) -> None:
         """Replace every worker: idle ones at once, leased ones when they are given back."""
         manager = self._open(0).manager
-        manager.order(manager.drain)
+        manager.command(manager.drain)
 
     def resize(self, size: int) -> None:
         """Keep `size` workers from now on.
@@ -269,7 +269,7 @@ class Pool(Generic[W]):
                 value=size,
             )
         previous = manager.target
-        manager.order(lambda: manager.resize(size))
+        manager.command(lambda: manager.resize(size))
         self.hooks.emit("pool.resized", {"size": size, "previous": previous})
 
     # -- using -------------------------------------------------------------------------------

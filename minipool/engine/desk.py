@@ -114,7 +114,7 @@ class Desk:
                 self.check_open()
                 raise AssertionError("a closed turnstile has a reason") from None
             if token is None:
-                self.manager.bell.ring()  # with timeout 0 nobody queued, but somebody wanted one
+                self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
                 self.check_open()
                 raise self._timed_out(timeout, time.monotonic() - start)
             handle: Handle = token[1]

@@ -19,7 +19,7 @@ from .health import SECOND_NS
 from .launch import Launcher
 from .states import WorkerState as S
 
-MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without one call done, never really started
+MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never really started
 BACKOFF_BASE, BACKOFF_CAP, BACKOFF_JITTER = 0.1, 30.0, 0.25
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
 
@@ -48,6 +48,7 @@ class Fleet:
         self._hooks = hooks
         self._jitter = jitter
         self._generation = 0
+        self._failed_ns = 0
         self._served_ns = 0
 
     # -- looking -----------------------------------------------------------------------------
@@ -97,8 +98,8 @@ class Fleet:
 
     def forgive(self, now: int) -> None:
         """End the back-off once a worker has shown that starting works again."""
-        for handle in self.live():
-            if handle.ready_ns and self._proved(handle, now):
+        for handle in self.live():  # one that is older than the last failure proves nothing
+            if handle.ready_ns > self._failed_ns and self._proved(handle, now):
                 self.failures_in_a_row, self.last_failure = 0, None
                 return
 
@@ -115,7 +116,8 @@ class Fleet:
             self.retired += 1
         else:
             self.lost += 1
-            if booting or not self._proved(handle, now):
+            used = handle.row[t.CALL_ID] > 0 or handle.revoked is not None
+            if booting or not (used or self._proved(handle, now)):
                 self._start_failed(handle.slot, exitcode, cause, handle)
         self._served_ns += now - handle.ready_ns if handle.ready_ns else 0
         lifetime = (now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0
@@ -139,9 +141,14 @@ class Fleet:
         cause: BaseException | None,
         handle: Handle | None = None,
     ) -> None:
-        """Count a failed start and put off the next: 0.1 s, doubling to 30 s, with jitter."""
+        """Count a failed start and put off the next: 0.1 s, doubling to 30 s, with jitter.
+
+        Workers that were started together and fail together are one failure in a row.
+        """
         self.start_failures += 1
-        self.failures_in_a_row += 1
+        if handle is None or handle.spawned_ns > self._failed_ns:
+            self.failures_in_a_row += 1
+        self._failed_ns = time.monotonic_ns()
         delay = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(self.failures_in_a_row - 1, 20))
         delay *= 1 + BACKOFF_JITTER * (2 * self._jitter() - 1)
         self.not_before = time.monotonic() + delay
@@ -160,10 +167,10 @@ def _start_error(
 ) -> WorkerStartError:
     if cause is not None:
         what = f"did not start: {type(cause).__name__}: {cause}"
-    elif handle is not None and handle.tainted:
-        what = f"did not start: {handle.tainted}"
     elif handle is not None and handle.ready_ns:
         what = f"ended {describe_exit(exitcode)} as soon as it was ready"
+    elif handle is not None and handle.tainted:
+        what = f"did not start: {handle.tainted}"
     else:
         what = (
             f"ended {describe_exit(exitcode)} before it could say anything; its standard error "

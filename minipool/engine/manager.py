@@ -31,6 +31,7 @@ from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
 
+_COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
 _EXITCODE_PATIENCE_NS = health.SECOND_NS  # a fork server may tell it late, or never
 
@@ -71,6 +72,7 @@ class Manager:
         self.target = config.initial_size
         self.floor, self.ceiling = config.min_size or 0, config.max_size or 0
         self.may_grow = True
+        self._wished = False
         self.done = False  # everything has ended
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
@@ -110,6 +112,11 @@ class Manager:
         if self.may_grow:
             self.bell.ring()
 
+    def wish(self) -> None:
+        """Hear of somebody who wanted a worker and did not wait: a lazy pool starts one."""
+        self._wished = True
+        self.bell.ring()
+
     def refused(self, slot: int, handle: Handle) -> None:
         """Take a slot that must not be offered again: closed, fenced, tainted or worn out."""
         if handle.state is S.VACANT:
@@ -122,6 +129,20 @@ class Manager:
         """Have `action` done in the manager's thread, soon."""
         self._orders.append(action)
         self.bell.ring()
+
+    def command(self, action: Callable[[], None]) -> None:
+        """Have `action` done in the manager's thread; return when it is, or in a second."""
+        done: list[bool] = []
+
+        def act() -> None:
+            try:
+                action()
+            finally:
+                done.append(True)
+
+        self.order(act)
+        if not self.here:  # else it is done when the hook that asks for it has returned
+            self.wait_for(lambda: bool(done), _COMMAND_TIMEOUT)
 
     def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """Wait until something that the manager changes is so; False if time ran out first."""
@@ -274,6 +295,8 @@ class Manager:
             failures = handle.probe_failures
             return self._condemn(handle, f"failed {failures} health checks in a row")
         handle.move(E.ANSWERED)
+        if handle.tainted is not None:  # dismissed meanwhile
+            return self._retire(handle)
         self.turnstile.publish(handle.slot, handle)
 
     def _tell_probed(self, handle: Handle, seconds: float, healthy: bool) -> None:
@@ -430,14 +453,18 @@ class Manager:
 
     def _reconcile(self) -> None:
         """Start what is missing, and what the queue asks for."""
+        for handle in self.fleet.live():  # dismissed in the moment it was given back?
+            if handle.tainted is not None and self.turnstile.claim(handle.slot, handle):
+                self._retire(handle)
         live = self.fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
         dying = self.fleet.dying()  # each is replaced in its own slot, a moment from now
         self.may_grow = len(live) < self.ceiling + self.config.max_overflow
         waiting = len(self.turnstile.waiters)  # after that: who queues sees it, or is seen
         wanted = self.target
-        if waiting > starting and self.target < (self.config.size or 0):
-            wanted = self.target = min(self.config.size or 0, self.target + waiting - starting)
+        wished, self._wished = max(waiting, self._wished), False
+        if wished > starting and self.target < (self.config.size or 0):
+            wanted = self.target = min(self.config.size or 0, self.target + wished - starting)
         elif waiting > starting and starting == 0 and dying == 0:
             wanted = self._grown(len(live))
         if time.monotonic() < self.fleet.not_before:
@@ -463,8 +490,9 @@ class Manager:
             self.floor = self.ceiling = size
         self.target = size
         live = self.fleet.live()
-        order = {S.STARTING: 0, S.IDLE: 2, S.PROBING: 3}
-        live.sort(key=lambda h: 1 if h.slot in self.turnstile.idle else order[h.state])
+        order = {S.STARTING: 1, S.IDLE: 3, S.PROBING: 4}
+        idle = self.turnstile.idle
+        live.sort(key=lambda h: 0 if h.condemned else 2 if h.slot in idle else order[h.state])
         for handle in live[: max(0, len(live) - size)]:
             self.dismiss(handle, "the pool was made smaller")
 
