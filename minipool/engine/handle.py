@@ -27,7 +27,7 @@ from ..errors import (
 from . import table as t
 from . import wire
 from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, pair
-from .child import Descriptor, Setup, main
+from .child import Setup, main
 from .states import WorkerEvent, WorkerState, advance
 
 if TYPE_CHECKING:
@@ -376,8 +376,8 @@ def setup_for(spec: Any, fd: int | None, lifeline: int | None, **words: Any) -> 
     """Wrap what a worker is told, its descriptors in a form that every start method can pass."""
     return Setup(
         spec=spec,
-        table=None if fd is None else Descriptor(fd),
-        lifeline=None if lifeline is None else Descriptor(lifeline),
+        table=None if fd is None else wire.Descriptor(fd),
+        lifeline=None if lifeline is None else wire.Descriptor(lifeline),
         **words,
     )
 

@@ -19,7 +19,6 @@ import errno
 import mmap
 import os
 import sys
-import tempfile
 from typing import Callable, Iterable, Sequence
 
 MAGIC = 0x6D696E69706F6F6C  # "minipool"
@@ -197,5 +196,7 @@ def _memfd(pool_name: str) -> int:
 
 
 def _unlinked_file(pool_name: str) -> int:
+    import tempfile  # which imports much; no worker needs it, nor a parent with a memfd
+
     with tempfile.TemporaryFile(prefix="minipool-") as file:
         return os.dup(file.fileno())
