@@ -59,6 +59,7 @@ class Handle:
         self.probe_failures = 0
         self.probed_ns = 0
         self.sweeps_lost = 0
+        self.lost_since_ns = 0  # `idle_since_ns` when it was found lost
         self.leak_warned = False
         self.terminated = False  # has been sent SIGTERM
         self.condemned = False  # its end is wanted, however it comes

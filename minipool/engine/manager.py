@@ -367,23 +367,28 @@ class Manager:
 
     # -- looking and acting ------------------------------------------------------------------
 
-    def _rows(self) -> list[health.Row]:
+    def _rows(self, sweep: bool = False) -> list[health.Row]:
         idle = self.turnstile.idle
         handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
-        return [_row(handle, handle.slot in idle) for handle in handles]
+        return [_row(handle, handle.slot in idle, sweep) for handle in handles]
 
     def _look(self) -> None:
-        """Make the plan and carry it out. Losses are counted only by looks a tick apart."""
+        """Make the plan and carry it out.
+
+        Losses are counted, and acted on, by sweeps only: looks that are a tick apart. One look
+        may well find a busy worker on its way from one lease to the next, and a later one on
+        another such way; lost is who has not even been given back in between.
+        """
         now, now_ns = time.monotonic(), time.monotonic_ns()
         sweep = now - self._last_look >= self.config.tick
         actions = health.plan(
-            self._rows(), now_ns, self._limits, self.target, self.floor, self._last_shrink_ns
+            self._rows(sweep), now_ns, self._limits, self.target, self.floor, self._last_shrink_ns
         )
         for action in actions:
             handle = self.fleet.handles[action.slot]
             if isinstance(action, health.Lost):
                 if sweep:
-                    handle.sweeps_lost += 1
+                    handle.sweeps_lost, handle.lost_since_ns = 1, handle.idle_since_ns
             else:
                 self._act(action, handle)
         if sweep:
@@ -551,8 +556,9 @@ class Manager:
         return error
 
 
-def _row(handle: Handle, idle: bool) -> health.Row:
+def _row(handle: Handle, idle: bool, sweep: bool) -> health.Row:
     lease = handle.live_lease
+    same_loss = sweep and handle.lost_since_ns == handle.idle_since_ns
     since_ns = handle.row[t.LEASED_SINCE_NS] or time.monotonic_ns()  # 0: this moment begun or over
     return health.Row(
         slot=handle.slot,
@@ -563,7 +569,7 @@ def _row(handle: Handle, idle: bool) -> health.Row:
         leased_since_ns=None if lease is None else since_ns,
         probed_ns=handle.probed_ns,
         probe_failures=handle.probe_failures,
-        sweeps_lost=handle.sweeps_lost,
+        sweeps_lost=handle.sweeps_lost if same_loss else 0,
         leak_warned=handle.leak_warned,
         terminated=handle.terminated,
     )
