@@ -68,9 +68,6 @@ LARGE: dict[str, Scenario] = {
     "three take and give back, fifo": Scenario([[take(), release]] * 3, strategy="fifo"),
     "two may time out": Scenario([[release], [take(0.5), release], [take(0.5), release]], [A], ()),
     "replaced while idle": Scenario([[take(), release], [take(0.5), release], [replace(0, 2)]]),
-    "one gives back, then three take and give back": Scenario(
-        [[release, take(), release], [take(), release], [take(), release]], [A], ()
-    ),
     "struck while two take": Scenario(
         [[release], [take(), release], [take(0.5), release]],
         [A], (), strikes=[0], sweeps=2, fair=False,
