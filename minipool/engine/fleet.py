@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 from typing import Any, Callable
 
 from ..config import PoolConfig
@@ -36,6 +37,8 @@ class Fleet:
     ) -> None:
         self.handles: dict[int, Handle] = {}
         self.table = t.Table(config.name or "", portable=launcher.portable)
+        if self.table.fd is None:
+            launcher.portable = True  # the end that takes the worker's words out of its replies
         self.started = 0  # workers that became ready
         self.lost = 0  # workers that ended without being told to
         self.retired = 0  # workers that ended because they were told to
@@ -50,6 +53,9 @@ class Fleet:
         self._generation = 0
         self._failed_ns = 0
         self._served_ns = 0
+        # Whoever held a worker when it ended may be about to count its last reply.
+        self._parting: list[tuple[weakref.ref[Handle], memoryview]] = []
+        self._past = memoryview(bytearray(t.ROW_BYTES)).cast("q")
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -71,6 +77,10 @@ class Fleet:
         """Return how long all workers together, past and present, have been in service."""
         handles = tuple(self.handles.values())
         return self._served_ns + sum(now - handle.ready_ns for handle in handles if handle.ready_ns)
+
+    def counted_rows(self) -> list[memoryview]:
+        """Return every row in which something has been counted since the pool was opened."""
+        return [*self.table.used_rows(), self._past, *(row for _, row in tuple(self._parting))]
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -124,6 +134,7 @@ class Fleet:
         calls = t.calls_done(handle.row)
         handle.reap()
         del self.handles[handle.slot]
+        self._part(handle)
         self._hooks.emit(
             "worker.terminate",
             {"calls": calls, "lifetime": lifetime},
@@ -133,6 +144,14 @@ class Fleet:
             exitcode=exitcode,
             reason=handle.tainted or describe_exit(exitcode),
         )
+
+    def _part(self, handle: Handle) -> None:
+        """Keep the row of a worker that ended until nobody has the worker any more."""
+        for old, row in tuple(self._parting):
+            if old() is None:
+                t.add_counts(self._past, row)
+                self._parting.remove((old, row))
+        self._parting.append((weakref.ref(handle), handle.row))
 
     def _start_failed(
         self,

@@ -73,6 +73,8 @@ class Launcher:
             PoolStartError: no worker could be started here, and why; nothing was started.
         """
         _check_process()
+        if self.method != "fork":
+            _check_main()
         if self.config.start_method is None and self.method == "forkserver" and not _tempdir():
             self.method = "spawn"  # the fork server listens on a socket in a temporary directory
         if isinstance(self.worker, str):
@@ -175,6 +177,19 @@ def _check_process() -> None:
         raise PoolStartError(
             "this is a daemonic process, which may not have processes of its own; start it with "
             "daemon=False (concurrent.futures.ProcessPoolExecutor does), or open the pool outside"
+        )
+
+
+def _check_main() -> None:
+    """Refuse where each worker would look in vain for the file of the main module."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or getattr(main, "__spec__", None) is not None:
+        return
+    if not os.path.exists(os.path.join(getattr(process, "ORIGINAL_DIR", None) or "", path)):
+        raise PoolStartError(
+            f"the main module's file {path!r} does not exist, and every worker would import it; "
+            f'save the program as a file, run it with `python -c`, or use start_method="fork"'
         )
 
 
