@@ -103,7 +103,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None) -> PoolStats:
     manager, fleet = desk.manager, desk.manager.fleet
     infos = [worker_info(handle) for handle in tuple(fleet.handles.values())]
     states = [info.state for info in infos]
-    rows = fleet.table.used_rows()
+    rows = fleet.counted_rows()
     totals = {word: sum(row[word] for row in rows) for word in _TOTALS}
     now = manager.closed_ns or time.monotonic_ns()
     calls = _added(rows, t.CALL_TIMES)

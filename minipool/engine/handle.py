@@ -182,7 +182,7 @@ class Handle:
         self.move(WorkerEvent.REAPED)
         self.last_begun_id = self.row[t.CALL_ID]
         self.end_lease(time.monotonic_ns())
-        self.row = memoryview(bytearray(self.row)).cast("q")
+        self.row = t.parting_copy(self.row)
         with self._reaping:
             with contextlib.suppress(ValueError, AssertionError):
                 self.process.join(0)

@@ -48,6 +48,7 @@ WAIT_TIMES, CALL_TIMES = 32, 32 + BUCKETS
 ROW_WORDS = 32 + 2 * BUCKETS  # 512 words: one page
 ROW_BYTES = ROW_WORDS * 8
 MAX_ROWS = 4096
+_COUNTED = (*range(LEASED_NS, RAISED + 1), *range(WAIT_TIMES, ROW_WORDS))  # in the parent
 
 
 def bucket(ns: int) -> int:
@@ -144,6 +145,20 @@ def running(row: memoryview) -> bool:
 def calls_done(row: memoryview) -> int:
     """Return how many calls the present worker of a row has ended."""
     return row[CALL_ID] - running(row)
+
+
+def parting_copy(row: memoryview) -> memoryview:
+    """Return a private copy of a row, for who holds its worker still; it counts from 0 again."""
+    copy = memoryview(bytearray(row)).cast("q")
+    for word in _COUNTED:
+        copy[word] = 0
+    return copy
+
+
+def add_counts(total: memoryview, row: memoryview) -> None:
+    """Add what was counted in one row to another."""
+    for word in _COUNTED:
+        total[word] += row[word]
 
 
 def row_of(words: memoryview, slot: int) -> memoryview:
