@@ -151,7 +151,7 @@ class Desk:
     def _refuse(self, handle: Handle) -> None:
         """Hand a worker that cannot be used to the manager, who replaces it."""
         handle.tainted = handle.tainted or "dead, or talking, when it was idle"
-        handle.in_call = True  # so that it is killed and not asked to stop
+        handle.in_call = handle.failed = True  # so that it is killed and not asked to stop
         self.manager.refused(handle.slot, handle)
 
     # -- giving back -------------------------------------------------------------------------

@@ -55,6 +55,7 @@ class Handle:
         self.idle_since_ns = 0
         self.tainted: str | None = None  # why it must not be used again
         self.in_call = False  # between a request and its reply: nobody else may use the pipe
+        self.failed = False  # while `in_call`: nobody waits for the reply (any more)
         self.lease: weakref.ref[Any] | None = None
         self.probe_failures = 0
         self.probed_ns = 0
@@ -190,7 +191,20 @@ class Handle:
             if self._pidfd is not None:
                 os.close(self._pidfd)
                 self._pidfd = None
-        if self.live_lease is None:  # else a thread may be using the descriptor this moment
+        self.hang_up_for_good()
+
+    def hang_up_for_good(self) -> None:
+        """Close the pipe of a buried worker, once no thread can be waiting at it any more.
+
+        1. A caller waits in `poll`. 2. The worker dies, which wakes him. 3. The manager closes the
+        pipe, and the next worker's gets its number. 4. The caller runs, and the kernel looks that
+        number up once more: he would wait on, for the wrong worker.
+
+        So the caller's failure must come first; if it never does (an interrupt took him away), the
+        pipe is closed when it is collected.
+        """
+        busy = self.in_call and not self.failed
+        if self.state is WorkerState.VACANT and self.live_lease is None and not busy:
             self.channel.close()
 
     def end_lease(self, now: int) -> float:
@@ -297,6 +311,8 @@ class Handle:
         if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
             begun_id = self.last_begun_id
         started = begun_id >= self.calls_sent
+        self.failed = True
+        self.hang_up_for_good()
         self.tainted = self.tainted or f"{type(problem).__name__} during {target!r}"
         if isinstance(problem, PeerGone):  # dying by itself: do not spoil its exit code
             self.exitcode(_DYING)
@@ -339,7 +355,7 @@ class Handle:
         Raises:
             PeerGone: it is dead.
         """
-        self.in_call = True
+        self.in_call = self.failed = True  # no caller waits
         self.channel.send(PROBE_ID, wire.PROBE)
 
     def send_stop(self) -> None:

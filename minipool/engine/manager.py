@@ -120,7 +120,7 @@ class Manager:
     def refused(self, slot: int, handle: Handle) -> None:
         """Take a slot that must not be offered again: closed, fenced, tainted or worn out."""
         if handle.state is S.VACANT:
-            handle.channel.close()  # buried while it was leased, and its lease is over now
+            handle.hang_up_for_good()  # buried while it was leased, and its lease is over now
             return
         self._refused.append(handle)
         self.bell.ring()
@@ -288,7 +288,7 @@ class Manager:
     def _probed(self, handle: Handle, healthy: bool) -> None:
         now = time.monotonic_ns()
         handle.probe_failures = 0 if healthy else handle.probe_failures + 1
-        handle.in_call = False
+        handle.in_call = handle.failed = False
         seconds, handle.probed_ns = (now - handle.probed_ns) / 1e9, now
         self._tell_probed(handle, seconds, healthy)
         if handle.probe_failures >= self.config.max_health_failures:
