@@ -12,7 +12,6 @@ from multiprocessing import (
 )
 from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 
-from .config import MAX_WORKERS, PoolConfig
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
@@ -26,6 +25,7 @@ from .telemetry import Hooks
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
 
+    from .config import PoolConfig
     from .status import HealthReport, PoolStats, WorkerInfo
 
     P = ParamSpec("P")
@@ -94,7 +94,11 @@ class Pool(Generic[W]):
                 option="config",
                 value=config,
             )
-        self.config = config or PoolConfig.from_options(options)
+        if config is None:  # imported by who makes a pool: dataclasses cost as much as the rest
+            from .config import PoolConfig
+
+            config = PoolConfig.from_options(options)
+        self.config = config
         self.hooks = Hooks(self.config.name or "")
         self._launcher = Launcher(worker, args, kwargs, self.config)
         self._opening = threading.RLock()
@@ -258,6 +262,8 @@ class Pool(Generic[W]):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"size={size!r}: give a whole number, 1 or more", option="size",
                               value=size)  # fmt: skip
+        from .config import MAX_WORKERS
+
         if size + self.config.max_overflow > MAX_WORKERS:
             raise ConfigError(f"size={size!r}: with max_overflow it may be {MAX_WORKERS} at most",
                               option="size", value=size)  # fmt: skip

@@ -9,9 +9,8 @@ from __future__ import annotations
 import random
 import time
 import weakref
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import PoolConfig
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
 from . import table as t
@@ -19,6 +18,9 @@ from .handle import Handle, describe_exit, signal_name
 from .health import SECOND_NS
 from .launch import Launcher
 from .states import WorkerState as S
+
+if TYPE_CHECKING:
+    from ..config import PoolConfig
 
 MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never really started
 BACKOFF_BASE, BACKOFF_CAP, BACKOFF_JITTER = 0.1, 30.0, 0.25

@@ -13,13 +13,15 @@ import pickle
 import sys
 import tempfile
 from multiprocessing import process
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import PoolConfig
 from ..errors import ConfigError, PoolStartError
 from . import wire
 from .child import Setup
 from .handle import setup_for
+
+if TYPE_CHECKING:
+    from ..config import PoolConfig
 
 
 class Lifeline:

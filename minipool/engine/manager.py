@@ -16,9 +16,8 @@ import threading
 import time
 import weakref
 from multiprocessing import connection
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import PoolConfig
 from ..errors import PoolStartError
 from ..telemetry import Hooks, logger
 from . import health, wire
@@ -30,6 +29,9 @@ from .launch import Launcher
 from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
+
+if TYPE_CHECKING:
+    from ..config import PoolConfig
 
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
