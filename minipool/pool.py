@@ -12,7 +12,6 @@ from multiprocessing import (
 )
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
-from .config import AFFINITIES, MAX_WORKERS, PoolConfig
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
@@ -27,6 +26,7 @@ from .telemetry import Hooks
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
 
+    from .config import PoolConfig
     from .status import HealthReport, PoolStats, WorkerInfo
 
     P = ParamSpec("P")
@@ -95,7 +95,11 @@ class Pool(Generic[W]):
                 option="config",
                 value=config,
             )
-        self.config = config or PoolConfig.from_options(options)
+        if config is None:  # imported by who makes a pool: dataclasses cost as much as the rest
+            from .config import PoolConfig
+
+            config = PoolConfig.from_options(options)
+        self.config = config
         self.hooks = Hooks(self.config.name or "")
         self._launcher = Launcher(worker, args, kwargs, self.config)
         self._opening = threading.RLock()
@@ -258,7 +262,7 @@ class Pool(Generic[W]):
     def drain(self) -> None:
         """Replace every worker: idle ones at once, leased ones when they are given back."""
         manager = self._open(0).manager
-        manager.order(manager.drain)
+        manager.command(manager.drain)
 
     def resize(self, size: int) -> None:
         """Keep `size` workers from now on.
@@ -275,6 +279,8 @@ class Pool(Generic[W]):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"size={size!r}: give a whole number, 1 or more", option="size",
                               value=size)  # fmt: skip
+        from .config import MAX_WORKERS
+
         if size + self.config.max_overflow > MAX_WORKERS:
             raise ConfigError(f"size={size!r}: with max_overflow it may be {MAX_WORKERS} at most",
                               option="size", value=size)  # fmt: skip
@@ -286,7 +292,7 @@ class Pool(Generic[W]):
                 value=size,
             )
         previous = manager.target
-        manager.order(lambda: manager.resize(size))
+        manager.command(lambda: manager.resize(size))
         self.hooks.emit("pool.resized", {"size": size, "previous": previous})
 
     # -- using -------------------------------------------------------------------------------
@@ -570,6 +576,8 @@ class PoolOptions(Generic[W]):
 
 def _check_affinity(affinity: str | None, session: str | None, hint: str | None) -> None:
     """Refuse options of a checkout that do not go together."""
+    from .config import AFFINITIES
+
     if affinity is not None and affinity not in AFFINITIES:
         raise ValueError(f"affinity={affinity!r}: give one of {AFFINITIES}")
     if affinity is not None and session is None:

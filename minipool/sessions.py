@@ -404,15 +404,30 @@ class Sessions:
         """
         if affinity is None:
             affinity = self._affinity
-        if affinity != "any":
-            handle = self._acquire_warm(key, affinity == "strict")
+        token = self._line.try_take_this(key)
+        record: Record | None = None if token is None else token[1]
+        if record is not None and affinity != "any":
+            handle = self._desk.try_acquire_this(record.at_slot, record.at_generation)
             if handle is not None:
-                return handle
-        self._desk.check_open()
+                record.affinity, record.strict = "hit", affinity == "strict"
+                if self._lease(record, handle):
+                    handle.row[SESSION_HITS] += 1
+                    return handle
+                record = None
+        return self._acquire_slowly(key, record, affinity, timeout)
+
+    def _acquire_slowly(
+        self, key: str, record: Record | None, affinity: str, timeout: float | None
+    ) -> Handle:
+        """Take a session, if the caller does not own it already, and whatever worker suits it."""
         start = time.monotonic()
-        before = self._owned.get(_checked_key(key))
+        before = None if record is not None else self._owned.get(_checked_key(key))
         try:
-            record = self._take(key, timeout)
+            if record is not None:
+                self._own(record)
+            self._desk.check_open()
+            if record is None:
+                record = self._take(key, timeout)
             record.strict = affinity == "strict"
             if record.strict:
                 self._tell_lost(record, start)
@@ -430,22 +445,6 @@ class Sessions:
             handle.row[SESSION_HITS] += 1
         else:
             self._desk.count(f"sessions_{record.affinity}")
-        return handle
-
-    def _acquire_warm(self, key: str, strict: bool) -> Handle | None:
-        """Take a session and the worker that has it, if both are free this moment."""
-        token = self._line.try_take_this(key)
-        if token is None:
-            return None
-        record: Record = token[1]
-        handle = self._desk.try_acquire_this(record.at_slot, record.at_generation)
-        if handle is None:
-            self.give_back(record)
-            return None
-        record.affinity, record.strict = "hit", strict
-        if not self._lease(record, handle):
-            return None
-        handle.row[SESSION_HITS] += 1
         return handle
 
     def _lease(self, record: Record, handle: Handle) -> bool:

@@ -185,6 +185,18 @@ def write_to_pipe_later(gate: str) -> None:
     threading.Thread(target=later, daemon=True).start()
 
 
+def make_set() -> set[int]:
+    return {1}
+
+
+def where() -> Any:
+    """Tell who runs this."""
+    import minipool
+
+    here = minipool.current_worker()
+    return here and (here.pool, here.worker_id, here.generation, here.pid)
+
+
 def make_local() -> Any:
     def local() -> None:
         pass
@@ -203,6 +215,13 @@ class NotAFunction:
 
     def plus(self, value: int) -> int:
         return self.base + value
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, value: Any) -> Any:
+        return value
 
 
 half = functools.partial(double, 0.5)

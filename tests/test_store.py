@@ -312,7 +312,7 @@ def test_full_disk_fails_the_call_and_not_the_pool(store: Path) -> None:
         db.execute(f"PRAGMA max_page_count={pages}")
         pid = pool.workers()[0].pid
         with pool.checkout(session="a") as w:
-            with pytest.raises(SessionError, match="full.*nothing was changed"):
+            with pytest.raises(SessionError, match=r"full.*nothing was changed"):
                 w.call(put, "blob", b"x" * 1_000_000)
             with pytest.raises(SessionError, match="full"):
                 w.state["blob"] = b"x" * 1_000_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,19 @@ class LeavesOnceReady:
 
         def leave() -> None:
             # The main thread sends the ready frame, then waits for requests: that is when.
-            while "receive" not in _function_of(main):
+            while "receive" not in _stack_of(main):
                 pass
             os._exit(3)
 
         threading.Thread(target=leave, daemon=True).start()
 
 
-def _function_of(thread: threading.Thread) -> str:
-    import sys
-
-    frame = sys._current_frames().get(thread.ident or 0)
-    return frame.f_code.co_name if frame is not None else ""
+def _stack_of(thread: threading.Thread) -> list[str]:
+    frame, names = sys._current_frames().get(thread.ident or 0), []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
 
 
 class NotesItsEnd:
@@ -197,8 +199,6 @@ def environment(name: str) -> str | None:
 
 
 def imported(name: str) -> bool:
-    import sys
-
     return name in sys.modules
 
 

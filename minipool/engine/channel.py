@@ -18,7 +18,6 @@ import socket
 import struct
 import threading
 import time
-from multiprocessing import connection
 from typing import Any, Callable
 
 from . import wire
@@ -254,7 +253,7 @@ class PortableEnd:
 
     def disturbed(self) -> bool:
         try:
-            return bool(connection.wait([self._conn, self._sentinel], 0))
+            return bool(_ready([self._conn, self._sentinel], 0))
         except (OSError, ValueError):
             return True  # closed
 
@@ -291,7 +290,7 @@ class PortableEnd:
 
     def _receive(self, deadline: float | None) -> memoryview:
         try:
-            ready = connection.wait([self._conn, self._sentinel], _left(deadline))
+            ready = _ready([self._conn, self._sentinel], _left(deadline))
             if not ready:
                 raise TimedOut
             if self._conn not in ready and not self._conn.poll(0):
@@ -300,7 +299,8 @@ class PortableEnd:
         except (EOFError, ValueError, TypeError):
             raise PeerGone from None
         except OSError as error:
-            if error.errno is None:  # Connection's way to say "bad message length"
+            # Connection has no errno for this, nor for an end in mid-message or a closed handle.
+            if error.args == ("bad message length",):
                 raise Garbled(str(error)) from None
             raise PeerGone from None
 
@@ -419,6 +419,12 @@ def _left(deadline: float | None) -> float | None:
     return None if deadline is None else min(max(0.0, deadline - time.monotonic()), _FOREVER)
 
 
+def _ready(sources: list[Any], timeout: float | None) -> list[Any]:
+    from multiprocessing import connection  # imports much that most workers can do without
+
+    return connection.wait(sources, timeout)
+
+
 def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     """Make a pipe; return what becomes the parent's end and what travels to the worker."""
     if portable:
@@ -426,7 +432,8 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
         return ends
     ours, theirs = socket.socketpair()
     ours = _QuietSocket(ours.family, ours.type, 0, ours.detach())
-    return ours, connection.Connection(theirs.detach())
+    theirs.setblocking(True)  # which `socket.setdefaulttimeout` would have changed
+    return ours, wire.Descriptor(theirs.detach())
 
 
 def _left_ms(deadline: float | None) -> float | None:

@@ -71,22 +71,6 @@ def current_session() -> Session:
     return _session
 
 
-class Descriptor:
-    """A descriptor that reaches the worker under every start method."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from multiprocessing import reduction
-
-        return _received, (reduction.DupFd(self.fd),)
-
-
-def _received(dup: Any) -> Descriptor:
-    return Descriptor(dup.detach())
-
-
 class Setup:
     """Everything a worker is told at its start; travels with the process object."""
 
@@ -100,8 +84,8 @@ class Setup:
     codec: bytes | None  # packed; None: pickle
     env: dict[str, str]
     niceness: int
-    table: Descriptor | None
-    lifeline: Descriptor | None
+    table: wire.Descriptor | None
+    lifeline: wire.Descriptor | None
     portable: bool
 
 
@@ -331,7 +315,7 @@ def _rss_bytes() -> int:
         return 0
 
 
-def _die_with_parent(lifeline: Descriptor | None) -> None:
+def _die_with_parent(lifeline: wire.Descriptor | None) -> None:
     """See to it that this process does not outlive its parent by more than a moment."""
     if lifeline is None or not _killed_on_hangup(lifeline.fd):
         import threading

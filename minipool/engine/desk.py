@@ -179,7 +179,7 @@ class Desk:
                 self.check_open()
                 raise  # that one worker is no more
             if token is None:
-                self.manager.bell.ring()  # with timeout 0 nobody queued, but somebody wanted one
+                self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
                 self.check_open()
                 raise self._timed_out(timeout, time.monotonic() - start)
             handle: Handle = token[1]
@@ -216,7 +216,7 @@ class Desk:
     def _refuse(self, handle: Handle) -> None:
         """Hand a worker that cannot be used to the manager, who replaces it."""
         handle.tainted = handle.tainted or "dead, or talking, when it was idle"
-        handle.in_call = True  # so that it is killed and not asked to stop
+        handle.in_call = handle.failed = True  # so that it is killed and not asked to stop
         self.manager.refused(handle.slot, handle)
 
     # -- giving back -------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Any, Callable
+import weakref
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import PoolConfig
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
 from . import table as t
@@ -19,7 +19,10 @@ from .health import SECOND_NS
 from .launch import Launcher
 from .states import WorkerState as S
 
-MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without one call done, never really started
+if TYPE_CHECKING:
+    from ..config import PoolConfig
+
+MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never really started
 BACKOFF_BASE, BACKOFF_CAP, BACKOFF_JITTER = 0.1, 30.0, 0.25
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
 
@@ -36,6 +39,8 @@ class Fleet:
     ) -> None:
         self.handles: dict[int, Handle] = {}
         self.table = t.Table(config.name or "", portable=launcher.portable)
+        if self.table.fd is None:
+            launcher.portable = True  # the end that takes the worker's words out of its replies
         self.started = 0  # workers that became ready
         self.lost = 0  # workers that ended without being told to
         self.retired = 0  # workers that ended because they were told to
@@ -48,7 +53,11 @@ class Fleet:
         self._hooks = hooks
         self._jitter = jitter
         self._generation = 0
+        self._failed_ns = 0
         self._served_ns = 0
+        # Whoever held a worker when it ended may be about to count its last reply.
+        self._parting: list[tuple[weakref.ref[Handle], memoryview]] = []
+        self._past = memoryview(bytearray(t.ROW_BYTES)).cast("q")
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -70,6 +79,10 @@ class Fleet:
         """Return how long all workers together, past and present, have been in service."""
         handles = tuple(self.handles.values())
         return self._served_ns + sum(now - handle.ready_ns for handle in handles if handle.ready_ns)
+
+    def counted_rows(self) -> list[memoryview]:
+        """Return every row in which something has been counted since the pool was opened."""
+        return [*self.table.used_rows(), self._past, *(row for _, row in tuple(self._parting))]
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -97,8 +110,8 @@ class Fleet:
 
     def forgive(self, now: int) -> None:
         """End the back-off once a worker has shown that starting works again."""
-        for handle in self.live():
-            if handle.ready_ns and self._proved(handle, now):
+        for handle in self.live():  # one that is older than the last failure proves nothing
+            if handle.ready_ns > self._failed_ns and self._proved(handle, now):
                 self.failures_in_a_row, self.last_failure = 0, None
                 return
 
@@ -115,13 +128,15 @@ class Fleet:
             self.retired += 1
         else:
             self.lost += 1
-            if booting or not self._proved(handle, now):
+            used = handle.row[t.CALL_ID] > 0 or handle.revoked is not None
+            if booting or not (used or self._proved(handle, now)):
                 self._start_failed(handle.slot, exitcode, cause, handle)
         self._served_ns += now - handle.ready_ns if handle.ready_ns else 0
         lifetime = (now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0
         calls = t.calls_done(handle.row)
         handle.reap()
         del self.handles[handle.slot]
+        self._part(handle)
         self._hooks.emit(
             "worker.terminate",
             {"calls": calls, "lifetime": lifetime},
@@ -132,6 +147,14 @@ class Fleet:
             reason=handle.tainted or describe_exit(exitcode),
         )
 
+    def _part(self, handle: Handle) -> None:
+        """Keep the row of a worker that ended until nobody has the worker any more."""
+        for old, row in tuple(self._parting):
+            if old() is None:
+                t.add_counts(self._past, row)
+                self._parting.remove((old, row))
+        self._parting.append((weakref.ref(handle), handle.row))
+
     def _start_failed(
         self,
         slot: int,
@@ -139,9 +162,14 @@ class Fleet:
         cause: BaseException | None,
         handle: Handle | None = None,
     ) -> None:
-        """Count a failed start and put off the next: 0.1 s, doubling to 30 s, with jitter."""
+        """Count a failed start and put off the next: 0.1 s, doubling to 30 s, with jitter.
+
+        Workers that were started together and fail together are one failure in a row.
+        """
         self.start_failures += 1
-        self.failures_in_a_row += 1
+        if handle is None or handle.spawned_ns > self._failed_ns:
+            self.failures_in_a_row += 1
+        self._failed_ns = time.monotonic_ns()
         delay = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(self.failures_in_a_row - 1, 20))
         delay *= 1 + BACKOFF_JITTER * (2 * self._jitter() - 1)
         self.not_before = time.monotonic() + delay
@@ -160,10 +188,10 @@ def _start_error(
 ) -> WorkerStartError:
     if cause is not None:
         what = f"did not start: {type(cause).__name__}: {cause}"
-    elif handle is not None and handle.tainted:
-        what = f"did not start: {handle.tainted}"
     elif handle is not None and handle.ready_ns:
         what = f"ended {describe_exit(exitcode)} as soon as it was ready"
+    elif handle is not None and handle.tainted:
+        what = f"did not start: {handle.tainted}"
     else:
         what = (
             f"ended {describe_exit(exitcode)} before it could say anything; its standard error "

@@ -29,7 +29,7 @@ from ..errors import (
 from . import table as t
 from . import wire
 from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, pair
-from .child import Descriptor, Setup, main
+from .child import Setup, main
 from .states import WorkerEvent, WorkerState, advance
 
 if TYPE_CHECKING:
@@ -57,10 +57,12 @@ class Handle:
         self.idle_since_ns = 0
         self.tainted: str | None = None  # why it must not be used again
         self.in_call = False  # between a request and its reply: nobody else may use the pipe
+        self.failed = False  # while `in_call`: nobody waits for the reply (any more)
         self.lease: weakref.ref[Any] | None = None
         self.probe_failures = 0
         self.probed_ns = 0
         self.sweeps_lost = 0
+        self.lost_since_ns = 0  # `idle_since_ns` when it was found lost
         self.leak_warned = False
         self.terminated = False  # has been sent SIGTERM
         self.condemned = False  # its end is wanted, however it comes
@@ -188,7 +190,7 @@ class Handle:
         self.move(WorkerEvent.REAPED)
         self.last_begun_id = self.row[t.CALL_ID]
         self.end_lease(time.monotonic_ns())
-        self.row = memoryview(bytearray(self.row)).cast("q")
+        self.row = t.parting_copy(self.row)
         with self._reaping:
             with contextlib.suppress(ValueError, AssertionError):
                 self.process.join(0)
@@ -196,7 +198,20 @@ class Handle:
             if self._pidfd is not None:
                 os.close(self._pidfd)
                 self._pidfd = None
-        if self.live_lease is None:  # else a thread may be using the descriptor this moment
+        self.hang_up_for_good()
+
+    def hang_up_for_good(self) -> None:
+        """Close the pipe of a buried worker, once no thread can be waiting at it any more.
+
+        1. A caller waits in `poll`. 2. The worker dies, which wakes him. 3. The manager closes the
+        pipe, and the next worker's gets its number. 4. The caller runs, and the kernel looks that
+        number up once more: he would wait on, for the wrong worker.
+
+        So the caller's failure must come first; if it never does (an interrupt took him away), the
+        pipe is closed when it is collected.
+        """
+        busy = self.in_call and not self.failed
+        if self.state is WorkerState.VACANT and self.live_lease is None and not busy:
             self.channel.close()
 
     def end_lease(self, now: int) -> float:
@@ -336,6 +351,8 @@ class Handle:
         if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
             begun_id = self.last_begun_id
         started = begun_id >= self.calls_sent
+        self.failed = True
+        self.hang_up_for_good()
         self.tainted = self.tainted or f"{type(problem).__name__} during {target!r}"
         if isinstance(problem, PeerGone):  # dying by itself: do not spoil its exit code
             self.exitcode(_DYING)
@@ -378,14 +395,14 @@ class Handle:
         Raises:
             PeerGone: it is dead.
         """
-        self.in_call = True
+        self.in_call = self.failed = True  # no caller waits
         self._telling = [self.sessions_over[i] for i in range(min(1000, len(self.sessions_over)))]
         body = pickle.dumps(self._telling) if self._telling else b""
         self.channel.send(PROBE_ID, wire.PROBE, body)
 
     def probed(self) -> None:
         """Hear that the probe was answered, and with it what it told."""
-        self.in_call = False
+        self.in_call = self.failed = False
         for _ in self._telling:
             self.sessions_over.popleft()
         self._telling = []
@@ -425,8 +442,8 @@ def setup_for(spec: Any, fd: int | None, lifeline: int | None, **words: Any) -> 
     """Wrap what a worker is told, its descriptors in a form that every start method can pass."""
     return Setup(
         spec=spec,
-        table=None if fd is None else Descriptor(fd),
-        lifeline=None if lifeline is None else Descriptor(lifeline),
+        table=None if fd is None else wire.Descriptor(fd),
+        lifeline=None if lifeline is None else wire.Descriptor(lifeline),
         **words,
     )
 

@@ -13,13 +13,15 @@ import pickle
 import sys
 import tempfile
 from multiprocessing import process
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import PoolConfig
 from ..errors import ConfigError, PoolStartError
 from . import wire
 from .child import Setup
 from .handle import setup_for
+
+if TYPE_CHECKING:
+    from ..config import PoolConfig
 
 
 class Lifeline:
@@ -73,6 +75,8 @@ class Launcher:
             PoolStartError: no worker could be started here, and why; nothing was started.
         """
         _check_process()
+        if self.method != "fork":
+            _check_main()
         if self.config.start_method is None and self.method == "forkserver" and not _tempdir():
             self.method = "spawn"  # the fork server listens on a socket in a temporary directory
         if isinstance(self.worker, str):
@@ -175,6 +179,19 @@ def _check_process() -> None:
         raise PoolStartError(
             "this is a daemonic process, which may not have processes of its own; start it with "
             "daemon=False (concurrent.futures.ProcessPoolExecutor does), or open the pool outside"
+        )
+
+
+def _check_main() -> None:
+    """Refuse where each worker would look in vain for the file of the main module."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or getattr(main, "__spec__", None) is not None:
+        return
+    if not os.path.exists(os.path.join(getattr(process, "ORIGINAL_DIR", None) or "", path)):
+        raise PoolStartError(
+            f"the main module's file {path!r} does not exist, and every worker would import it; "
+            f'save the program as a file, run it with `python -c`, or use start_method="fork"'
         )
 
 

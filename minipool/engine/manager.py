@@ -16,9 +16,8 @@ import threading
 import time
 import weakref
 from multiprocessing import connection
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
-from ..config import PoolConfig
 from ..errors import PoolStartError
 from ..telemetry import Hooks, logger
 from . import health, wire
@@ -31,6 +30,10 @@ from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
 
+if TYPE_CHECKING:
+    from ..config import PoolConfig
+
+_COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
 _EXITCODE_PATIENCE_NS = health.SECOND_NS  # a fork server may tell it late, or never
 
@@ -76,6 +79,7 @@ class Manager:
         self.lines: list[weakref.ref[Turnstile]] = []
         self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
         self.sessions_end = True  # with the pool; False where a store keeps them
+        self._wished = False
         self.done = False  # everything has ended
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
@@ -115,10 +119,15 @@ class Manager:
         if self.may_grow:
             self.bell.ring()
 
+    def wish(self) -> None:
+        """Hear of somebody who wanted a worker and did not wait: a lazy pool starts one."""
+        self._wished = True
+        self.bell.ring()
+
     def refused(self, slot: int, handle: Handle) -> None:
         """Take a slot that must not be offered again: closed, fenced, tainted or worn out."""
         if handle.state is S.VACANT:
-            handle.channel.close()  # buried while it was leased, and its lease is over now
+            handle.hang_up_for_good()  # buried while it was leased, and its lease is over now
             return
         self._refused.append(handle)
         self.bell.ring()
@@ -127,6 +136,20 @@ class Manager:
         """Have `action` done in the manager's thread, soon."""
         self._orders.append(action)
         self.bell.ring()
+
+    def command(self, action: Callable[[], None]) -> None:
+        """Have `action` done in the manager's thread; return when it is, or in a second."""
+        done: list[bool] = []
+
+        def act() -> None:
+            try:
+                action()
+            finally:
+                done.append(True)
+
+        self.order(act)
+        if not self.here:  # else it is done when the hook that asks for it has returned
+            self.wait_for(lambda: bool(done), _COMMAND_TIMEOUT)
 
     def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """Wait until something that the manager changes is so; False if time ran out first."""
@@ -279,6 +302,8 @@ class Manager:
             failures = handle.probe_failures
             return self._condemn(handle, f"failed {failures} health checks in a row")
         handle.move(E.ANSWERED)
+        if handle.tainted is not None:  # dismissed meanwhile
+            return self._retire(handle)
         self.turnstile.publish(handle.slot, handle)
 
     def _tell_probed(self, handle: Handle, seconds: float, healthy: bool) -> None:
@@ -350,23 +375,28 @@ class Manager:
 
     # -- looking and acting ------------------------------------------------------------------
 
-    def _rows(self) -> list[health.Row]:
+    def _rows(self, sweep: bool = False) -> list[health.Row]:
         idle = self.turnstile.idle
         handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
-        return [_row(handle, handle.slot in idle) for handle in handles]
+        return [_row(handle, handle.slot in idle, sweep) for handle in handles]
 
     def _look(self) -> None:
-        """Make the plan and carry it out. Losses are counted only by looks a tick apart."""
+        """Make the plan and carry it out.
+
+        Losses are counted, and acted on, by sweeps only: looks that are a tick apart. One look
+        may well find a busy worker on its way from one lease to the next, and a later one on
+        another such way; lost is who has not even been given back in between.
+        """
         now, now_ns = time.monotonic(), time.monotonic_ns()
         sweep = now - self._last_look >= self.config.tick
         actions = health.plan(
-            self._rows(), now_ns, self._limits, self.target, self.floor, self._last_shrink_ns
+            self._rows(sweep), now_ns, self._limits, self.target, self.floor, self._last_shrink_ns
         )
         for action in actions:
             handle = self.fleet.handles[action.slot]
             if isinstance(action, health.Lost):
                 if sweep:
-                    handle.sweeps_lost += 1
+                    handle.sweeps_lost, handle.lost_since_ns = 1, handle.idle_since_ns
             else:
                 self._act(action, handle)
         if sweep:
@@ -450,14 +480,18 @@ class Manager:
 
     def _reconcile(self) -> None:
         """Start what is missing, and what the queue asks for."""
+        for handle in self.fleet.live():  # dismissed in the moment it was given back?
+            if handle.tainted is not None and self.turnstile.claim(handle.slot, handle):
+                self._retire(handle)
         live = self.fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
         dying = self.fleet.dying()  # each is replaced in its own slot, a moment from now
         self.may_grow = len(live) < self.ceiling + self.config.max_overflow
         waiting = len(self.turnstile.waiters)  # after that: who queues sees it, or is seen
         wanted = self.target
-        if waiting > starting and self.target < (self.config.size or 0):
-            wanted = self.target = min(self.config.size or 0, self.target + waiting - starting)
+        wished, self._wished = max(waiting, self._wished), False
+        if wished > starting and self.target < (self.config.size or 0):
+            wanted = self.target = min(self.config.size or 0, self.target + wished - starting)
         elif waiting > starting and starting == 0 and dying == 0:
             wanted = self._grown(len(live))
         if time.monotonic() < self.fleet.not_before:
@@ -483,8 +517,9 @@ class Manager:
             self.floor = self.ceiling = size
         self.target = size
         live = self.fleet.live()
-        order = {S.STARTING: 0, S.IDLE: 2, S.PROBING: 3}
-        live.sort(key=lambda h: 1 if h.slot in self.turnstile.idle else order[h.state])
+        order = {S.STARTING: 1, S.IDLE: 3, S.PROBING: 4}
+        idle = self.turnstile.idle
+        live.sort(key=lambda h: 0 if h.condemned else 2 if h.slot in idle else order[h.state])
         for handle in live[: max(0, len(live) - size)]:
             self.dismiss(handle, "the pool was made smaller")
 
@@ -552,8 +587,9 @@ class Manager:
         return error
 
 
-def _row(handle: Handle, idle: bool) -> health.Row:
+def _row(handle: Handle, idle: bool, sweep: bool) -> health.Row:
     lease = handle.live_lease
+    same_loss = sweep and handle.lost_since_ns == handle.idle_since_ns
     since_ns = handle.row[t.LEASED_SINCE_NS] or time.monotonic_ns()  # 0: this moment begun or over
     return health.Row(
         slot=handle.slot,
@@ -564,7 +600,7 @@ def _row(handle: Handle, idle: bool) -> health.Row:
         leased_since_ns=None if lease is None else since_ns,
         probed_ns=handle.probed_ns,
         probe_failures=handle.probe_failures,
-        sweeps_lost=handle.sweeps_lost,
+        sweeps_lost=handle.sweeps_lost if same_loss else 0,
         leak_warned=handle.leak_warned,
         terminated=handle.terminated,
     )

@@ -19,7 +19,6 @@ import errno
 import mmap
 import os
 import sys
-import tempfile
 from typing import Callable, Iterable, Sequence
 
 MAGIC = 0x6D696E69706F6F6C  # "minipool"
@@ -49,6 +48,7 @@ WAIT_TIMES, CALL_TIMES = 32, 32 + BUCKETS
 ROW_WORDS = 32 + 2 * BUCKETS  # 512 words: one page
 ROW_BYTES = ROW_WORDS * 8
 MAX_ROWS = 4096
+_COUNTED = (*range(LEASED_NS, RAISED + 1), *range(WAIT_TIMES, ROW_WORDS))  # in the parent
 
 
 def bucket(ns: int) -> int:
@@ -147,6 +147,20 @@ def calls_done(row: memoryview) -> int:
     return row[CALL_ID] - running(row)
 
 
+def parting_copy(row: memoryview) -> memoryview:
+    """Return a private copy of a row, for who holds its worker still; it counts from 0 again."""
+    copy = memoryview(bytearray(row)).cast("q")
+    for word in _COUNTED:
+        copy[word] = 0
+    return copy
+
+
+def add_counts(total: memoryview, row: memoryview) -> None:
+    """Add what was counted in one row to another."""
+    for word in _COUNTED:
+        total[word] += row[word]
+
+
 def row_of(words: memoryview, slot: int) -> memoryview:
     """Return the words of one slot out of those of a whole table."""
     start = (slot + 1) * ROW_WORDS  # the first page is the header
@@ -197,5 +211,7 @@ def _memfd(pool_name: str) -> int:
 
 
 def _unlinked_file(pool_name: str) -> int:
+    import tempfile  # which imports much; no worker needs it, nor a parent with a memfd
+
     with tempfile.TemporaryFile(prefix="minipool-") as file:
         return os.dup(file.fileno())

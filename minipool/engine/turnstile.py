@@ -312,12 +312,17 @@ class Turnstile:
                     self._seat.pop("taken", None)  # `unseat` may have been faster
 
     def _match(self) -> None:
+        wanted: List[int] = []  # by those whom we found nothing for
         for ticket, waiter in self.waiters.copy().items():
             token = self._pop_valid(waiter.wants)
             if token is None:
                 if waiter.wants is None:
                     return
+                wanted.append(waiter.wants)
                 continue
+            if token[0] in wanted:  # it came since we looked: `publish` makes us begin again
+                self.publish(*token)
+                return
             if self.waiters.pop(ticket, None) is None:
                 self.publish(*token)  # he timed out or was interrupted meanwhile
                 continue

@@ -13,6 +13,7 @@ pickled costs an error and not a worker.
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import sys
@@ -78,6 +79,28 @@ def unpack_codec(data: bytes) -> Any:
         __import__(codec[1])
         return sys.modules[codec[1]]
     return codec
+
+
+class Descriptor:
+    """A descriptor that reaches the worker under every start method."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing import reduction
+
+        return _received, (reduction.DupFd(self.fd),)
+
+
+def _received(dup: Any) -> Descriptor:
+    return Descriptor(dup.detach())
 
 
 class RemoteTraceback(Exception):
@@ -156,8 +179,6 @@ def why_unreachable(target: Any, starts_by_fork: bool) -> str | None:
 
 def why_main_unreachable() -> str | None:
     """Say why worker processes cannot import this program's main module, or None if they can."""
-    import os
-
     main = sys.modules["__main__"]
     remedy = "put it into a module of its own and import it from there"
     spec_name = getattr(getattr(main, "__spec__", None), "name", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -64,6 +65,7 @@ def _seconds(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 0 whatever comes out, as a target missed is a figure and no failure."""
+    logging.getLogger("minipool").addHandler(logging.NullHandler())  # deaths are our own doing
     context = multiprocessing.get_context(arguments.start_method)
     if arguments.start_method == "forkserver":
         _start_server(context)
@@ -135,6 +137,11 @@ def _headline(facts: dict[str, Any]) -> str:
     )
     if load:
         text += f"\nload average {load[0]:.2f}: the quieter the machine, the better the figures"
+    if sys.dont_write_bytecode:
+        text += (
+            "\ncompiled files are not written (PYTHONDONTWRITEBYTECODE): where there are none, "
+            "each spawned process compiles what it imports, which takes time and memory"
+        )
     return text
 
 

@@ -143,9 +143,10 @@ _TIMED = "import time; t = time.perf_counter_ns(); {}; print(time.perf_counter_n
 
 def imports(plan: Plan) -> list[Group]:
     """Time the import in fresh interpreters, over that of what any such pool must import."""
-    found: Rounds = {"minipool": [], "floor": []}
+    found: Rounds = {"floor": [], "package": [], "minipool": []}
     statements = {
         "floor": "import multiprocessing.connection",
+        "package": f"import {_PACKAGE}",
         "minipool": f"import {_PACKAGE}; from {_PACKAGE} import Pool",
     }
     with tempfile.TemporaryDirectory() as cache:
@@ -154,11 +155,14 @@ def imports(plan: Plan) -> list[Group]:
                 took = _import_time(statement, cache)
                 if turn:  # the first has compiled everything
                     found[name].append(took)
-    floor = Series("floor", statements["floor"], "s", tuple(found["floor"]))
-    ours = Series("minipool", statements["minipool"], "s", tuple(found["minipool"]))
-    about = "import of minipool - multiprocessing.connection"
-    result = above("import", about, ours, floor, 0.01)
-    return [Group("import", "in fresh interpreters, from compiled files", (floor, ours), (result,))]
+    floor, package, ours = series = tuple(
+        Series(name, statement, "s", tuple(found[name])) for name, statement in statements.items()
+    )
+    results = (
+        above("import", "import of Pool - multiprocessing.connection", ours, floor, 0.01),
+        above("import_package", "import of the package alone - the same", package, floor),
+    )
+    return [Group("import", "in fresh interpreters, from compiled files", series, results)]
 
 
 def _import_time(statement: str, cache: str) -> float:
