@@ -45,6 +45,12 @@ WRONG: dict[str, list[Any]] = {
     "close_timeout": [None, *NO_SECONDS],
     "lease_timeout": [0, *NO_SECONDS],
     "leak_warn_after": [0, *NO_SECONDS],
+    "affinity": [None, "sticky", "", 1, []],
+    "affinity_wait": [None, *NO_SECONDS],
+    "session_ttl": [None, *NO_SECONDS],
+    "max_sessions": [None, 0, *NO_COUNT],
+    "strict_sessions": [None, 0, 1, "yes"],
+    "session_store": [5, [], object()],
     "name": ["", 5, b"pool", "a\0b", "\udc00"],
 }  # fmt: skip
 
@@ -59,6 +65,9 @@ def test_defaults_are_as_documented() -> None:
         "max_overflow": 0, "overflow_idle": 30.0, "max_idle": None,
         "lazy": False, "strategy": "lifo",
         "init_timeout": 30.0, "checkout_timeout": 5.0, "call_timeout": 60.0,
+        "affinity": "prefer", "affinity_wait": 0.0,
+        "session_ttl": 3600.0, "max_sessions": 10_000,
+        "strict_sessions": False, "session_store": None,
         "max_waiting": None,
         "health_check_interval": 30.0, "health_check_timeout": 5.0, "max_health_failures": 3,
         "start_method": None, "preload": (), "startup_batch": 8,
