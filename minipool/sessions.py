@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Mapping, NamedTuple, Optional
 
+from .engine.conversation import MAX_WARM
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.states import WorkerState
@@ -90,6 +91,8 @@ class Record:
         data = pickle.dumps((self.key, self.serial, self.version, state, not here), 5)
         if not here:
             self.sessions.bind(self, handle)
+        if state is not None:
+            self.sessions.warmed(self, handle)
         self.at_version = self.version
         data = len(data).to_bytes(4, "big") + data
         self.warm_head = data if state is None else None
@@ -317,11 +320,11 @@ class Sessions:
         None: another thread has it already.
         """
         record = Record(self, key)
-        if self._records.setdefault(key, record) is not record:
-            return None
+        if self._line.current.setdefault(key, record) is not record:
+            return None  # others can queue for it from here on
         try:
             self._own(record)
-            self._line.admit(key, record)  # at once: others shall queue, and not look in vain
+            self._records[key] = record
             self._make_room()
             loaded = None if self._store is None else self._store.open(key)
             if loaded is not None:
@@ -377,8 +380,8 @@ class Sessions:
     def _forget(self, record: Record) -> None:
         record.fenced = True
         self._owned.pop(record.key, None)
-        self._line.fence(record.key)
         self._records.pop(record.key, None)
+        self._line.current.pop(record.key, None)  # last: then another may begin it anew
         self._line.dismiss(record.key)  # who waits for it looks again, and finds it gone
 
     def _make_room(self) -> None:
@@ -610,8 +613,19 @@ class Sessions:
         if old is not None:
             old.sessions.pop(record.key, None)
         record.at_slot, record.at_generation = handle.slot, handle.generation
-        handle.sessions[record.key] = None
         self._tell(event, record, worker_id=handle.slot)
+
+    def warmed(self, record: Record, handle: Handle) -> None:
+        """Note that a worker is sent a session's state, and which one it forgets for that."""
+        warm = handle.sessions
+        warm.pop(record.key, None)
+        warm[record.key] = None
+        while len(warm) > MAX_WARM:
+            oldest = next(iter(warm))
+            del warm[oldest]
+            forgotten = self._records.get(oldest)
+            if forgotten is not None and forgotten.at_slot == handle.slot:
+                forgotten.missing()  # or it would answer that it has not got it
 
     def give_back(self, record: Record) -> None:
         """Offer a session to the next in line."""
@@ -631,7 +645,7 @@ class Sessions:
             return
         try:
             renewed = record.renewed() if self._records.get(record.key) is record else None
-            if renewed is not None and self._held(record.key):
+            if renewed is not None and self._held(record):
                 record.fenced = False
             elif renewed is not None:
                 self._records[record.key] = renewed
@@ -726,13 +740,13 @@ class Sessions:
         """Free a session whose owner was struck by an exception before he could."""
         handles = tuple(self._manager.fleet.handles.values())
         leased = sum(handle.session is not None for handle in handles)
-        if len(self._line.idle) + len(self._owned) + leased == len(self._records):
+        if len(self._line.idle) + len(self._owned) + leased == len(self._line.current):
             self._astray.clear()
             return
         before, self._astray = self._astray, {}
-        for key in set(self._records) - set(self._line.idle) - set(self._owned):
-            record = self._records.get(key)
-            if record is None or self._held(key):
+        for key in set(self._line.current) - set(self._line.idle) - set(self._owned):
+            record: Record | None = self._line.current.get(key)
+            if record is None or self._held(record):
                 continue
             self._astray[key] = record.used
             if before.get(key) != record.used or key in self._line.idle:
@@ -743,10 +757,9 @@ class Sessions:
             else:
                 self._forget(record)
 
-    def _held(self, key: str) -> bool:
+    def _held(self, record: Record) -> bool:
         """Tell whether a session has a lease, or will have one in a moment."""
-        record = self._records.get(key)
-        holder = None if record is None else record.holder
+        holder = record.holder
         if holder is None or holder.session is not record or holder.revoked is not None:
             return False
         return holder.live_lease is not None or holder in self._manager.fleet.live()

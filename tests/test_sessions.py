@@ -61,7 +61,7 @@ def kill_and_wait(pool: Pool[Any], worker_id: int = 0) -> None:
     """Kill a worker, and wait until the pool knows."""
     handle = handle_of(pool, worker_id)
     os.kill(handle.pid, signal.SIGKILL)
-    wait_until(pool, lambda: bool(handle.ended_ns))
+    wait_until(pool, lambda: handle not in pool._handles().values())
 
 
 class InThread(threading.Thread):
