@@ -8,7 +8,6 @@ import threading
 from typing import Any
 
 from gates import pass_gate
-
 from minipool import current_session
 
 

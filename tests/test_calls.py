@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-import rogues
-from ears import Ear
-from rogues import NotAFunction, Stateful
 
 import minipool
+import rogues
+from ears import Ear
 from minipool import CallMismatch, Lease, Pool, RemoteError, WorkerDied
+from rogues import NotAFunction, Stateful
 
 HUGE = 50_000_000
 

@@ -9,11 +9,11 @@ import os
 from typing import Any
 
 import pytest
-from workers import Counter
 
 from minipool import ConfigError, Pool, PoolConfig
 from minipool import config as config_module
 from minipool.config import MAX_WORKERS, usable_cpus
+from workers import Counter
 
 NAN, INF = float("nan"), float("inf")
 NO_COUNT = [-1, 1.5, NAN, "4", True, [1]]

@@ -8,9 +8,8 @@ import signal
 import threading
 from typing import Any
 
-from workers import Counter
-
 from minipool import Lease, Pool
+from workers import Counter
 
 
 def call_counted_late(pool: Pool[Counter], lease: Lease[Counter]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from scripts import environment, finish, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
 from ears import Ear, handle_of, wait_until
 from gates import Gate, pass_gate
+from minipool import CheckoutTimeout, ConfigError, Pool
 from troublemakers import StopsAtGateInHealthCheck, StopsAtGateInInit
 from workers import Counter, getpid
-
-from minipool import CheckoutTimeout, ConfigError, Pool
 
 
 def _pids(pool: Pool[Any]) -> set[int]:

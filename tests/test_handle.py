@@ -10,9 +10,9 @@ from multiprocessing import connection
 from typing import Any, Iterator
 
 import pytest
-from workers import getpid, identity
 
 from minipool import Pool, WorkerDied
+from workers import getpid, identity
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ import time
 from typing import Any, Callable, Iterator
 
 import pytest
+
 import rogues
 from ears import Ear, wait_until
 from gates import Gate
-from rogues import Stateful
-
 from minipool import (
     CheckoutTimeout,
     Lease,
@@ -26,6 +25,7 @@ from minipool import (
     LeaseRevoked,
     Pool,
 )
+from rogues import Stateful
 
 LAST = 20.0
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import scripts
 from ears import Ear, handle_of, wait_until
 from gates import Gate, pass_gate
+from minipool import Pool, WorkerDied
 from troublemakers import (
     HangsInHealthCheck,
     RaisesInHealthCheck,
@@ -22,8 +24,6 @@ from troublemakers import (
     StopsAtGateInInit,
 )
 from workers import Counter, getpid, identity
-
-from minipool import Pool, WorkerDied
 
 CHECKED = "worker.health_check"
 

@@ -12,10 +12,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from scripts import environment, run
 
 from minipool import EVENTS, MinipoolError, PoolConfig, PoolStats, errors
 from minipool.engine.states import TRANSITIONS, WorkerState
+from scripts import environment, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -208,7 +208,11 @@ class Watched(dict):  # type: ignore[type-arg]
 
     def copy(self) -> dict[Any, Any]:
         self._step()
-        return super().copy()
+        return self.now()
+
+    def now(self) -> dict[Any, Any]:
+        """Return what is in it, without a step; `dict.copy` would ask for each key."""
+        return dict(list(self.items()))
 
 
 class SteppedWaiter(Waiter):
@@ -278,7 +282,7 @@ class Stage:
         """Return the manager, to whom each idle session has expired."""
 
         def body() -> None:
-            for info in dict.copy(self.sessions._records).values():
+            for info in self.sessions._records.now().values():
                 info.used = float("-inf")
             self.sessions._expire()
 
@@ -305,11 +309,11 @@ class Stage:
         """Check that at the end everything is where it belongs."""
         Watched.schedule = None
         line = self.sessions._line
-        records = dict.copy(self.sessions._records)
-        if dict.copy(line.idle) != records or dict.copy(line.current) != records:
-            raise Violation(f"idle {dict.copy(line.idle)}, records {records}")
+        records = self.sessions._records.now()
+        if line.idle.now() != records or line.current.now() != records:
+            raise Violation(f"idle {line.idle.now()}, records {records}")
         if line.waiters or self.sessions._owned:
-            raise Violation(f"left: {dict.copy(line.waiters)}, {self.sessions._owned}")
+            raise Violation(f"left: {line.waiters.now()}, {self.sessions._owned}")
 
 
 Make = Callable[[Stage], "list[Callable[[], None]]"]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import scripts
 from chatters import add_alone
 from ears import wait_until
-
 from minipool import Pool, SessionError, WorkerDied
 from minipool.store import SQLiteStore
 

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
-import chatters
 import pytest
+
+import chatters
 from chatters import CountsPickling, Diary, Keeper, add, append, get, put
 from ears import Ear, handle_of, wait_until
 from gates import Gate, pass_gate
-
 from minipool import (
     CallMismatch,
     CallTimeout,

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping
 
-import chatters
 import pytest
+
+import chatters
 import scripts
 from chatters import add, append, get, put
 from ears import Ear, handle_of, wait_until
-
 from minipool import (
     Pool,
     PoolStartError,

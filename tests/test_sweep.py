@@ -6,9 +6,9 @@ import threading
 from typing import Any, Callable, Iterator
 
 import pytest
-from workers import Counter
 
 from minipool import Pool
+from workers import Counter
 
 
 class Sweeper:

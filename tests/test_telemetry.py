@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
+
 from ears import Ear, Event, wait_until
+from minipool import EVENTS, Hooks, Pool, SessionLost
+from minipool.errors import CheckoutTimeout, PoolClosed, PoolError, PoolStartError
 from rogues import Stateful, raise_it
 from workers import RaisesAtStart, identity
-
-from minipool import EVENTS, Hooks, Pool
-from minipool.errors import CheckoutTimeout, PoolClosed, PoolError, PoolStartError
 
 LAST = 20.0
 
@@ -92,6 +92,29 @@ def leak(pool: Pool[Stateful], ear: Ear) -> None:
         ear.wait("lease.leaked")
 
 
+def talk(pool: Pool[Stateful], ear: Ear) -> None:
+    pool.options(session="ada").call("add", 1)
+
+
+def lose_the_worker(pool: Pool[Stateful], ear: Ear, affinity: str) -> None:
+    pool.open()
+    deaths = len(ear.of("recovery"))
+    with pool.checkout(session="ada", affinity=affinity, timeout=LAST) as w:
+        os.kill(w.call(os.getpid), signal.SIGKILL)
+    ear.wait("recovery", deaths + 1)
+
+
+def move(pool: Pool[Stateful], ear: Ear) -> None:
+    lose_the_worker(pool, ear, "prefer")
+    talk(pool, ear)
+
+
+def lose(pool: Pool[Stateful], ear: Ear) -> None:
+    lose_the_worker(pool, ear, "strict")
+    with pytest.raises(SessionLost):
+        pool.checkout(session="ada", affinity="strict", timeout=LAST)
+
+
 def close(pool: Pool[Stateful], ear: Ear) -> None:
     pool.open()
     pool.close()
@@ -114,6 +137,9 @@ STORIES: dict[str, tuple[Callable[[Pool[Stateful], Ear], None], dict[str, Any]]]
     "utilization": (just_open, {"workers": 1}),
     "error": (kill, {"kind": "death", "worker_id": 0}),
     "recovery": (kill, {"worker_id": 0, "generation": 2}),
+    "session.bound": (talk, {"session": "ada", "version": 0, "worker_id": 0}),
+    "session.moved": (move, {"session": "ada", "version": 0}),
+    "session.lost": (lose, {"session": "ada", "version": 0, "reason": "its worker died"}),
     "lease.leaked": (leak, {"worker_id": 0}),
 }
 

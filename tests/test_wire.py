@@ -11,9 +11,8 @@ import types
 from typing import Any
 
 import pytest
-import rogues
-from rogues import Stateful
 
+import rogues
 from minipool import CallMismatch, RemoteError
 from minipool.engine import wire
 from minipool.engine.wire import (
@@ -33,6 +32,7 @@ from minipool.engine.wire import (
     why_main_unreachable,
     why_unreachable,
 )
+from rogues import Stateful
 
 # -- names ---------------------------------------------------------------------------------------
 
