@@ -152,7 +152,9 @@ class Pool(Generic[W]):
         )
         desk = Desk(manager, targets)
         # Pool and leases know the desk, the manager does not: when they are collected, so is it.
-        weakref.finalize(desk, manager.close, 0.0, True).atexit = False  # `_close_all` does better
+        forgotten = weakref.finalize(desk, manager.close, 0.0, True)
+        forgotten.atexit = False  # `_close_all` does better
+        manager.at_end = forgotten.detach  # else it would outlive the first collection
         self._sessions = Sessions(desk, store)
         manager.start()
         return desk

@@ -180,6 +180,10 @@ class Fleet:
 
     def close(self) -> None:
         """Give back the shared memory. What was counted stays readable."""
+        failure = self.last_failure
+        while failure is not None:
+            failure.__traceback__ = None  # its frames hold a row, and that the memory
+            failure = failure.__cause__
         self.table.close()
 
 

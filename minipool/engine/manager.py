@@ -81,6 +81,7 @@ class Manager:
         self.sessions_end = True  # with the pool; False where a store keeps them
         self._wished = False
         self.done = False  # everything has ended
+        self.at_end: Callable[[], object] = bool  # called once, when it has
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
         self.closed_ns: int | None = None
@@ -571,6 +572,7 @@ class Manager:
         if self._launcher.lifeline is not None:
             self._launcher.lifeline.close()
         self.bell.close()
+        self.at_end()
         self.done = True
         uptime = (self.closed_ns - self.opened_ns) / 1e9
         self.hooks.emit("pool.terminate", {"uptime": uptime})
