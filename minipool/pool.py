@@ -201,13 +201,14 @@ class Pool(Generic[W]):
         """
         desk = self._open(0)
         manager = desk.manager
-        wanted = manager.target if workers is None else workers
-        most = manager.ceiling + self.config.max_overflow
+        wanted = manager.staff.target if workers is None else workers
+        most = manager.staff.ceiling + self.config.max_overflow
         if wanted > most:
             raise ValueError(f"workers={workers!r}: the pool has {most} at most")
         limit = self.config.init_timeout if timeout is None else seconds(timeout, "timeout")
-        if wanted > manager.target:
-            manager.order(lambda: setattr(manager, "target", max(manager.target, wanted)))
+        if wanted > manager.staff.target:
+            staff = manager.staff
+            manager.order(lambda: setattr(staff, "target", max(staff.target, wanted)))
         if not manager.wait_for(lambda: self._ready_count(manager) >= wanted, limit):
             ready = self._ready_count(manager)
             cause = manager.fleet.last_failure
@@ -264,7 +265,7 @@ class Pool(Generic[W]):
     def drain(self) -> None:
         """Replace every worker: idle ones at once, leased ones when they are given back."""
         manager = self._open(0).manager
-        manager.command(manager.drain)
+        manager.command(manager.staff.drain)
 
     def resize(self, size: int) -> None:
         """Keep `size` workers from now on.
@@ -277,7 +278,7 @@ class Pool(Generic[W]):
             ConfigError: it is not a size this pool can have; nothing has changed.
         """
         manager = self._open(0).manager
-        fixed = manager.floor == manager.ceiling
+        fixed = manager.staff.floor == manager.staff.ceiling
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"size={size!r}: give a whole number, 1 or more", option="size",
                               value=size)  # fmt: skip
@@ -286,15 +287,15 @@ class Pool(Generic[W]):
         if size + self.config.max_overflow > MAX_WORKERS:
             raise ConfigError(f"size={size!r}: with max_overflow it may be {MAX_WORKERS} at most",
                               option="size", value=size)  # fmt: skip
-        if not fixed and not manager.floor <= size <= manager.ceiling:
+        if not fixed and not manager.staff.floor <= size <= manager.staff.ceiling:
             raise ConfigError(
-                f"size={size!r}: it is not between min_size={manager.floor} and "
-                f"max_size={manager.ceiling}; make the pool with wider bounds",
+                f"size={size!r}: it is not between min_size={manager.staff.floor} and "
+                f"max_size={manager.staff.ceiling}; make the pool with wider bounds",
                 option="size",
                 value=size,
             )
-        previous = manager.target
-        manager.command(lambda: manager.resize(size))
+        previous = manager.staff.target
+        manager.command(lambda: manager.staff.resize(size))
         self.hooks.emit("pool.resized", {"size": size, "previous": previous})
 
     # -- using -------------------------------------------------------------------------------
@@ -489,7 +490,7 @@ class Pool(Generic[W]):
         def probe_idle() -> None:
             for slot in tuple(manager.turnstile.idle):
                 handle = manager.fleet.handles[slot]
-                manager.probe(handle)
+                manager.care.probe(handle)
                 asked.append(handle)
             placed.set()
 

@@ -274,7 +274,7 @@ class Sessions:
         # Weakly, because the manager must not keep the pool from being collected.
         self._manager.sweepers.append(weakref.WeakMethod(self._sweep))
         self._manager.lines.append(weakref.ref(self._line))
-        self._manager.sessions_end = store is None
+        self._manager.care.sessions_end = store is None
         if store is not None:
             self._manager.closers.append(store.close)
 
@@ -375,7 +375,7 @@ class Sessions:
         if handle is not None:
             handle.sessions.pop(record.key, None)
             handle.sessions_over.append((record.key, record.serial))
-            self._manager.order(lambda: self._manager.probe(handle))
+            self._manager.order(lambda: self._manager.care.probe(handle))
 
     def _forget(self, record: Record) -> None:
         record.fenced = True
@@ -555,7 +555,7 @@ class Sessions:
         return CheckoutTimeout(
             f"session {key!r} was in use for all of {timeout} s; its lease is held too long, or "
             f"never given back; sessions are serial",
-            timeout=timeout, waited=timeout, size=self._manager.target, leased=0, waiting=0,
+            timeout=timeout, waited=timeout, size=self._manager.staff.target, leased=0, waiting=0,
             held_by_this_thread=0,
         )  # fmt: skip
 

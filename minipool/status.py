@@ -119,7 +119,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None, sessions: int = 0) -> Pool
     returning = hits + desk.sessions_moved + desk.sessions_lost
     return PoolStats(
         name=config.name or "",
-        size=manager.target,
+        size=manager.staff.target,
         workers=len(infos),
         **{name: states.count(name) for name in _GAUGES},
         waiting=len(manager.turnstile.waiters),
@@ -185,13 +185,13 @@ def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> Health
         for info in infos
         if info.probe_failures
     ]
-    if len(serving) < manager.target:
-        reasons.append(f"{len(serving)} of {manager.target} workers are in service")
+    if len(serving) < manager.staff.target:
+        reasons.append(f"{len(serving)} of {manager.staff.target} workers are in service")
     if fleet.last_failure is not None:
         reasons.append(f"the last start failed: {fleet.last_failure}")
     waiting = len(manager.turnstile.waiters)
     if waiting:
         reasons.append(f"{waiting} callers are waiting for a worker")
-    unhealthy = manager.target > 0 and not serving
+    unhealthy = manager.staff.target > 0 and not serving
     status = "unhealthy" if unhealthy else "degraded" if reasons else "healthy"
     return HealthReport(status, tuple(reasons), infos)

@@ -451,7 +451,7 @@ def test_lease_of_a_paused_process_is_never_taken_away(start_method: str, tmp_pa
 
 
 @pytest.mark.logs_errors
-@pytest.mark.parametrize("step", ["_look", "_reconcile", "_sweep", "_ended", "_wait"])
+@pytest.mark.parametrize("step", ["_look", "staff.reconcile", "_sweep", "care.ended", "_wait"])
 def test_manager_survives_its_own_failure(
     step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -459,7 +459,9 @@ def test_manager_survives_its_own_failure(
     with Pool(Counter, size=1, health_check_interval=0.1) as pool:
         _prove(pool)
         manager, failed = _manager(pool), threading.Event()
-        works = getattr(manager, step)
+        *room, name = step.split(".")
+        owner = getattr(manager, room[0]) if room else manager
+        works = getattr(owner, name)
 
         def fails_once(*args: Any) -> Any:
             if not failed.is_set():
@@ -467,7 +469,7 @@ def test_manager_survives_its_own_failure(
                 raise ZeroDivisionError("a bug in the manager")
             return works(*args)
 
-        monkeypatch.setattr(manager, step, fails_once)
+        monkeypatch.setattr(owner, name, fails_once)
         ear = Ear(pool, "recovery")
         handle_of(pool).kill()
         assert failed.wait(20)

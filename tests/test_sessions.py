@@ -1139,6 +1139,7 @@ def test_session_whose_owner_was_struck_is_free_again(monkeypatch: pytest.Monkey
         assert call(pool, "a", add, timeout=20) == 2
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in callbacks
 def test_interrupts_lose_no_session() -> None:
     """Exceptions thrown into threads at random leave every session usable, and no worker lost."""
 

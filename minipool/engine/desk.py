@@ -239,7 +239,8 @@ class Desk:
         if session is not None:
             handle.session, handle.session_ended_ns = None, now
         if handle.sessions_over:
-            self.manager.order(lambda: self.manager.ask(handle))  # busy workers hear of it, too
+            care = self.manager.care  # busy workers hear of it, too
+            self.manager.order(lambda: care.ask(handle))
         else:
             self._publish(handle.slot, handle)
         if session is not None:
@@ -339,17 +340,16 @@ class Desk:
 
     def _timed_out(self, timeout: float | None, waited: float) -> CheckoutTimeout:
         self.count("timeouts")
-        live = self.manager.fleet.live()
+        live, size = self.manager.fleet.live(), self.manager.staff.target
         leased = [handle for handle in live if handle.live_lease is not None]
         mine = sum(handle.thread == _get_ident() for handle in leased)
         starting = sum(handle.state is S.STARTING for handle in live)
         waiting = len(self._turnstile.waiters)
         error = CheckoutTimeout(
-            f"no worker of {self.config.name} came free within {timeout} s (size "
-            f"{self.manager.target}, leased {len(leased)}, starting {starting}, waiting {waiting}"
-            f"{_nested(mine)}); raise `size` or `checkout_timeout`, or look for a lease that is "
-            f"never given back",
-            timeout=timeout, waited=waited, size=self.manager.target, leased=len(leased),
+            f"no worker of {self.config.name} came free within {timeout} s (size {size}, leased "
+            f"{len(leased)}, starting {starting}, waiting {waiting}{_nested(mine)}); raise `size` "
+            f"or `checkout_timeout`, or look for a lease that is never given back",
+            timeout=timeout, waited=waited, size=size, leased=len(leased),
             waiting=waiting, held_by_this_thread=mine,
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure

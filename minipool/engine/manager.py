@@ -10,7 +10,6 @@ the pool not at all, so a forgotten pool can be collected, and survives its own 
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
 import threading
 import time
@@ -20,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import PoolStartError
 from ..telemetry import Hooks, logger
-from . import health, wire
+from . import health
 from . import table as t
-from .channel import Garbled, PeerGone
+from .bell import Bell
+from .care import Care
 from .fleet import Fleet, retry_in
-from .handle import PROBE_ID, Handle, describe_exit
+from .handle import Handle
 from .launch import Launcher
-from .states import WorkerEvent as E
+from .staff import Staff
 from .states import WorkerState as S
 from .turnstile import Turnstile
 
@@ -35,35 +35,10 @@ if TYPE_CHECKING:
 
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
-_EXITCODE_PATIENCE_NS = health.SECOND_NS  # a fork server may tell it late, or never
-
-
-class Bell:
-    """Wakes the manager, from any thread, a signal handler or a finaliser. Never waits."""
-
-    def __init__(self) -> None:
-        self.reader, self._writer = connection.Pipe(duplex=False)
-        self._rung = False
-
-    def ring(self) -> None:
-        if not self._rung:  # one byte is enough: the manager looks at everything
-            self._rung = True
-            with contextlib.suppress(OSError, ValueError):  # closed: nobody needs waking any more
-                self._writer.send_bytes(b"!")
-
-    def silence(self) -> None:
-        """Take the byte, then forget that it came: what is written later rings again."""
-        if self.reader.poll(0):
-            self.reader.recv_bytes()
-        self._rung = False
-
-    def close(self) -> None:
-        self.reader.close()
-        self._writer.close()
 
 
 class Manager:
-    """The thread, and what it is asked to do by others: `resize`, `drain`, `probe`, `close`."""
+    """The thread, and what others ask of it: to do an order, to be waited for, to close."""
 
     def __init__(self, launcher: Launcher, config: PoolConfig, hooks: Hooks) -> None:
         self.config = config
@@ -71,15 +46,12 @@ class Manager:
         self.bell = Bell()
         self.turnstile = Turnstile(config.strategy, self._queued, self.refused)
         self.fleet = Fleet(launcher, config, hooks)
-        self.target = config.initial_size
-        self.floor, self.ceiling = config.min_size or 0, config.max_size or 0
-        self.may_grow = True
+        self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused)
+        self.staff = Staff(config, self.turnstile, self.fleet, self.care)
         self.sweepers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called once a tick
         #: Closed with the pool; weakly, because what waits there may know the pool.
         self.lines: list[weakref.ref[Turnstile]] = []
         self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
-        self.sessions_end = True  # with the pool; False where a store keeps them
-        self._wished = False
         self.done = False  # everything has ended
         self.at_end: Callable[[], object] = bool  # called once, when it has
         self.pid = os.getpid()
@@ -91,8 +63,6 @@ class Manager:
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
-        self._lost_at: collections.deque[float] = collections.deque()  # not yet replaced
-        self._last_shrink_ns = self.opened_ns
         self._last_look = 0.0
         self._seat: object = None
         self._thread = threading.Thread(
@@ -117,12 +87,12 @@ class Manager:
 
     def _queued(self) -> None:
         """Hear that somebody queues; nothing to do while no worker could be added."""
-        if self.may_grow:
+        if self.staff.may_grow:
             self.bell.ring()
 
     def wish(self) -> None:
         """Hear of somebody who wanted a worker and did not wait: a lazy pool starts one."""
-        self._wished = True
+        self.staff.wished = True
         self.bell.ring()
 
     def refused(self, slot: int, handle: Handle) -> None:
@@ -172,6 +142,7 @@ class Manager:
             self._close_by = by
         if kill:
             self._close_by = min(self._close_by, by - _LAST_GRACE - 1)
+        self.care.closing = True
         self.turnstile.closed = True  # before anybody can be told so
         self.bell.ring()
 
@@ -237,142 +208,20 @@ class Manager:
         self.bell.silence()
         for handle in tuple(self.fleet.handles.values()):
             if handle.state in (S.STARTING, S.PROBING) and handle.channel.fd in ready:
-                self._hear(handle)
+                self.care.hear(handle)
             if handle.ended_ns or handle.death_fd in ready:
-                self._ended(handle)
+                self.care.ended(handle)
         while self._orders:
             self._orders.popleft()()
         while self._refused:
-            self._take_back(self._refused.popleft())
+            self.care.take_back(self._refused.popleft())
         self._look()
         if self._close_by is None:
-            self._reconcile()
+            self.staff.reconcile()
         else:
             self._finish()
         with self._changed:
             self._changed.notify_all()
-
-    # -- what workers say --------------------------------------------------------------------
-
-    def _hear(self, handle: Handle) -> None:
-        """Read the word of a booting or probed worker."""
-        try:
-            frame = handle.receive()
-        except PeerGone:
-            return self._hung_up(handle)
-        except Garbled:
-            return self._condemn(handle, "what it sent is garbled")
-        if frame is None:
-            return None
-        call_id, status, body = frame
-        if handle.state is S.STARTING:
-            if status == wire.READY:
-                return self._ready(handle)
-            if status == wire.START_FAILED:
-                handle.start_error = wire.unpack_error(body)
-                return self._condemn(handle, "its object could not be made")
-        elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
-            return self._probed(handle, status == wire.RETURNED)
-        self._condemn(handle, "it sent what was not asked for")
-
-    def _hung_up(self, handle: Handle) -> None:
-        """Give a worker whose pipe has ended a moment to end by itself: its exit code tells why."""
-        self.turnstile.fence(handle.slot)
-        if handle.state is not S.LOST:
-            handle.move(E.DIED)
-
-    def _ready(self, handle: Handle) -> None:
-        self.fleet.ready(handle)
-        handle.move(E.READY)
-        seconds = (handle.ready_ns - handle.spawned_ns) / 1e9
-        facts = {"worker_id": handle.slot, "pid": handle.pid, "generation": handle.generation}
-        self.hooks.emit("worker.init", {"seconds": seconds}, **facts)
-        if self._lost_at:
-            lost_for = time.monotonic() - self._lost_at.popleft()
-            self.hooks.emit("recovery", {"seconds": lost_for}, **facts)
-        self.turnstile.admit(handle.slot, handle)
-        self.turnstile.publish(handle.slot, handle)
-
-    def _probed(self, handle: Handle, healthy: bool) -> None:
-        now = time.monotonic_ns()
-        handle.probe_failures = 0 if healthy else handle.probe_failures + 1
-        handle.probed()
-        seconds, handle.probed_ns = (now - handle.probed_ns) / 1e9, now
-        self._tell_probed(handle, seconds, healthy)
-        if handle.probe_failures >= self.config.max_health_failures:
-            failures = handle.probe_failures
-            return self._condemn(handle, f"failed {failures} health checks in a row")
-        handle.move(E.ANSWERED)
-        if handle.tainted is not None:  # dismissed meanwhile
-            return self._retire(handle)
-        self.turnstile.publish(handle.slot, handle)
-
-    def _tell_probed(self, handle: Handle, seconds: float, healthy: bool) -> None:
-        logger().debug("worker %d: health check: %s", handle.slot, "well" if healthy else "failed")
-        self.hooks.emit(
-            "worker.health_check",
-            {"seconds": seconds, "failures": handle.probe_failures},
-            worker_id=handle.slot,
-            pid=handle.pid,
-            generation=handle.generation,
-            healthy=healthy,
-        )
-
-    # -- ends of workers ---------------------------------------------------------------------
-
-    def _condemn(self, handle: Handle, reason: str) -> None:
-        """Make a worker's tokens worthless and kill it; its death is dealt with when it comes."""
-        handle.tainted = handle.tainted or reason
-        self.turnstile.fence(handle.slot)
-        if handle.state is not S.LOST:
-            handle.move(E.DIED)
-        handle.kill()
-
-    def _ended(self, handle: Handle) -> None:
-        """Deal with a process that has ended, once its exit code is known or given up."""
-        if handle.state is S.STARTING and handle.start_error is None:
-            self._hear(handle)  # it may have said why
-        if not handle.ended_ns:
-            handle.ended_ns = time.monotonic_ns()
-            handle.channel.hang_up()
-            self.turnstile.fence(handle.slot)
-            self.turnstile.dismiss(handle.slot)
-            if handle.state not in (S.STOPPING, S.LOST):
-                handle.move(E.DIED)
-        code = handle.exitcode(0)
-        patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
-        if code is None and patience > 0:
-            return
-        if handle.ready_ns and not handle.condemned:
-            self._mourn(handle, code)
-        self.fleet.bury(handle, code, handle.start_error)
-
-    def _mourn(self, handle: Handle, code: int | None) -> None:
-        """Tell of a worker that ended though nobody wanted it to."""
-        self._lost_at.append(handle.ended_ns / 1e9)
-        why = handle.tainted or "by itself"
-        log = logger().info if handle.tainted else logger().warning  # who tainted it was told
-        log(
-            "worker %d (pid %s) of %s died %s (%s) and is replaced",
-            handle.slot, handle.pid, self.config.name, describe_exit(code), why,
-        )  # fmt: skip
-        self.hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot)
-
-    def _retire(self, handle: Handle) -> None:
-        """Ask a worker, which the caller owns, to end by itself."""
-        self.turnstile.fence(handle.slot)
-        handle.condemned = True
-        handle.move(E.TOLD_TO_STOP)
-        handle.send_stop(self.sessions_end and self._close_by is not None)
-
-    def _take_back(self, handle: Handle) -> None:
-        """Deal with a slot that was given back and is not to be offered again."""
-        if handle.state is not S.IDLE:
-            return  # its end is under way already
-        if handle.in_call:
-            self._condemn(handle, "left in the middle of a call")
-        else:
-            self._retire(handle)
 
     # -- looking and acting ------------------------------------------------------------------
 
@@ -391,7 +240,12 @@ class Manager:
         now, now_ns = time.monotonic(), time.monotonic_ns()
         sweep = now - self._last_look >= self.config.tick
         actions = health.plan(
-            self._rows(sweep), now_ns, self._limits, self.target, self.floor, self._last_shrink_ns
+            self._rows(sweep),
+            now_ns,
+            self._limits,
+            self.staff.target,
+            self.staff.floor,
+            self.staff.last_shrink_ns,
         )
         for action in actions:
             handle = self.fleet.handles[action.slot]
@@ -417,7 +271,7 @@ class Manager:
             del sweep  # it keeps the pool
         for handle in tuple(self.fleet.handles.values()):
             if handle.sessions_over:
-                self.probe(handle)
+                self.care.probe(handle)
         self._seat = self.turnstile.unseat(self._seat)
         if self.hooks["utilization"]:
             live = self.fleet.live()
@@ -427,116 +281,23 @@ class Manager:
 
     def _act(self, action: health.Action, handle: Handle) -> None:
         if isinstance(action, health.Probe):
-            self.probe(handle)
+            self.care.probe(handle)
         elif isinstance(action, health.CountFailure):
-            handle.probe_failures += 1
-            handle.since_ns = time.monotonic_ns()
-            self._tell_probed(handle, self.config.health_check_timeout, healthy=False)
+            self.care.count_failure(handle)
         elif isinstance(action, health.Replace):
-            self._condemn(handle, action.reason)
+            self.care.condemn(handle, action.reason)
         elif isinstance(action, health.Terminate):
             handle.terminated = True
             handle.kill(15)
         elif isinstance(action, health.Retire):
             if self.turnstile.claim(handle.slot, handle):
-                self.target -= action.shrink
-                self._last_shrink_ns = time.monotonic_ns()
+                self.staff.retired(action.shrink)
                 handle.tainted = action.reason
-                self._retire(handle)
+                self.care.retire(handle)
         elif isinstance(action, health.Revoke):
-            self._revoke(handle, action.reason)
+            self.care.revoke(handle, action.reason)
         elif isinstance(action, health.WarnLeak):
-            self._warn_leak(handle)
-
-    def probe(self, handle: Handle) -> None:
-        """Claim an idle worker and ask whether it is well."""
-        if self.turnstile.claim(handle.slot, handle):
-            self.ask(handle)
-
-    def ask(self, handle: Handle) -> None:
-        """Ask a worker that was not offered to anybody else whether it is well."""
-        if handle.state is not S.IDLE or handle.condemned or self.closing:
-            return self.refused(handle.slot, handle)
-        handle.move(E.CLAIMED)
-        handle.probed_ns = handle.since_ns
-        try:
-            handle.send_probe()
-        except PeerGone:
-            self._condemn(handle, "dead when it was probed")
-
-    def _revoke(self, handle: Handle, reason: str) -> None:
-        handle.revoked = reason
-        self._condemn(handle, reason)
-
-    def _warn_leak(self, handle: Handle) -> None:
-        seconds = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9
-        handle.leak_warned = True
-        logger().warning(
-            "worker %d of %s has been leased for %.1f s; it was taken here:\n%s",
-            handle.slot, self.config.name, seconds, handle.origin,
-        )  # fmt: skip
-        self.hooks.emit("lease.leaked", {"seconds": seconds}, worker_id=handle.slot)
-
-    # -- as many workers as there should be --------------------------------------------------
-
-    def _reconcile(self) -> None:
-        """Start what is missing, and what the queue asks for."""
-        for handle in self.fleet.live():  # dismissed in the moment it was given back?
-            if handle.tainted is not None and self.turnstile.claim(handle.slot, handle):
-                self._retire(handle)
-        live = self.fleet.live()
-        starting = sum(handle.state is S.STARTING for handle in live)
-        dying = self.fleet.dying()  # each is replaced in its own slot, a moment from now
-        self.may_grow = len(live) < self.ceiling + self.config.max_overflow
-        waiting = len(self.turnstile.waiters)  # after that: who queues sees it, or is seen
-        wanted = self.target
-        wished, self._wished = max(waiting, self._wished), False
-        if wished > starting and self.target < (self.config.size or 0):
-            wanted = self.target = min(self.config.size or 0, self.target + wished - starting)
-        elif waiting > starting and starting == 0 and dying == 0:
-            wanted = self._grown(len(live))
-        if time.monotonic() < self.fleet.not_before:
-            return
-        missing = min(wanted - len(live) - dying, self.config.startup_batch - starting)
-        for _ in range(missing):
-            if self.fleet.spawn() is None:
-                return
-
-    def _grown(self, live: int) -> int:
-        """Return one more than now, if the limits allow: a spike is over before it is there."""
-        if live < self.target:
-            return self.target
-        if live < self.ceiling:
-            self.target = live + 1
-            self._last_shrink_ns = time.monotonic_ns()
-            return self.target
-        return min(live + 1, self.ceiling + self.config.max_overflow)
-
-    def resize(self, size: int) -> None:
-        """Want `size` workers from now on; what is too much goes. Manager's thread only."""
-        if self.floor == self.ceiling:
-            self.floor = self.ceiling = size
-        self.target = size
-        live = self.fleet.live()
-        order = {S.STARTING: 1, S.IDLE: 3, S.PROBING: 4}
-        idle = self.turnstile.idle
-        live.sort(key=lambda h: 0 if h.condemned else 2 if h.slot in idle else order[h.state])
-        for handle in live[: max(0, len(live) - size)]:
-            self.dismiss(handle, "the pool was made smaller")
-
-    def dismiss(self, handle: Handle, reason: str) -> None:
-        """Let a worker go: at once if it is idle or booting, else when it is given back."""
-        handle.tainted, handle.condemned = handle.tainted or reason, True
-        if handle.state is S.STARTING:
-            self._condemn(handle, reason)
-        elif handle.state is S.IDLE and self.turnstile.claim(handle.slot, handle):
-            self._retire(handle)
-
-    def drain(self) -> None:
-        """Let every worker that is in service now go, one way or the other."""
-        for handle in self.fleet.live():
-            if handle.state is not S.STARTING:
-                self.dismiss(handle, "the pool was drained")
+            self.care.warn_leak(handle)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -544,7 +305,7 @@ class Manager:
         """Take every worker one step further towards its end; then end."""
         assert self._close_by is not None
         for _, handle in self.turnstile.close():
-            self._take_back(handle)
+            self.care.take_back(handle)
         for reference in self.lines:
             line = reference()
             if line is not None:
@@ -557,7 +318,7 @@ class Manager:
                 or now >= self._close_by + _LAST_GRACE
                 or (handle.state is S.IDLE and now >= self._close_by)
             ):
-                self._revoke(handle, "the pool was closed")
+                self.care.revoke(handle, "the pool was closed")
         if not self.fleet.handles:
             self._end()
 

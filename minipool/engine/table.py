@@ -48,7 +48,10 @@ WAIT_TIMES, CALL_TIMES = 32, 32 + BUCKETS
 ROW_WORDS = 32 + 2 * BUCKETS  # 512 words: one page
 ROW_BYTES = ROW_WORDS * 8
 MAX_ROWS = 4096
-_COUNTED = (*range(LEASED_NS, RAISED + 1), *range(WAIT_TIMES, ROW_WORDS))  # in the parent
+_COUNTED = (
+    *range(LEASED_NS, SESSION_HITS + 1),
+    *range(WAIT_TIMES, ROW_WORDS),
+)  # in the parent
 
 
 def bucket(ns: int) -> int:

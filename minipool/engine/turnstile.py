@@ -253,7 +253,9 @@ class Turnstile:
         """Take this very slot out of `idle`, for a probe or to retire it; never waits."""
         found = self.idle.pop(slot, None)
         if found is not None and found != generation:
-            return False  # a leftover of an older generation, dropped
+            if self.current.get(slot) == found:
+                self.publish(slot, found)  # it is the caller who is behind
+            return False  # else a leftover of an older generation, dropped
         return found is not None and self.current.get(slot) == generation
 
     def fence(self, slot: Any) -> None:

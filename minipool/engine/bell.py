@@ -1,0 +1,33 @@
+"""The bell: how any thread wakes the one that waits for everything.
+
+A pipe with one byte in it at most. Ringing never waits, so signal handlers and finalisers may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from multiprocessing import connection
+
+
+class Bell:
+    """Wakes the manager, from any thread, a signal handler or a finaliser. Never waits."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = connection.Pipe(duplex=False)
+        self._rung = False
+
+    def ring(self) -> None:
+        if not self._rung:  # one byte is enough: the manager looks at everything
+            self._rung = True
+            with contextlib.suppress(OSError, ValueError):  # closed: nobody needs waking any more
+                self._writer.send_bytes(b"!")
+
+    def silence(self) -> None:
+        """Take the byte, then forget that it came: what is written later rings again."""
+        if self.reader.poll(0):
+            self.reader.recv_bytes()
+        self._rung = False
+
+    def close(self) -> None:
+        self.reader.close()
+        self._writer.close()

@@ -1,0 +1,204 @@
+"""Care: what is done to one worker, from its first word to its end. By the manager's thread.
+
+Nothing here waits for a worker: each method takes the one step that is due, and what the worker
+says or does next is heard on a later turn.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import TYPE_CHECKING, Callable
+
+from ..telemetry import Hooks, logger
+from . import health, wire
+from . import table as t
+from .channel import Garbled, PeerGone
+from .fleet import Fleet
+from .handle import PROBE_ID, Handle, describe_exit
+from .states import WorkerEvent as E
+from .states import WorkerState as S
+from .turnstile import Turnstile
+
+if TYPE_CHECKING:
+    from ..config import PoolConfig
+
+_EXITCODE_PATIENCE_NS = health.SECOND_NS  # a fork server may tell it late, or never
+
+
+class Care:
+    """Hears, probes, retires, condemns and buries the workers of one pool."""
+
+    def __init__(
+        self,
+        config: PoolConfig,
+        hooks: Hooks,
+        turnstile: Turnstile,
+        fleet: Fleet,
+        refused: Callable[[int, Handle], None],
+    ) -> None:
+        self.closing = False  # the pool is being closed
+        self.sessions_end = True  # with the pool; False where a store keeps them
+        self._config = config
+        self._hooks = hooks
+        self._turnstile = turnstile
+        self._fleet = fleet
+        self._refused = refused
+        self._lost_at: collections.deque[float] = collections.deque()  # not yet replaced
+
+    # -- its word ----------------------------------------------------------------------------
+
+    def hear(self, handle: Handle) -> None:
+        """Read the word of a booting or probed worker."""
+        try:
+            frame = handle.receive()
+        except PeerGone:
+            return self._hung_up(handle)
+        except Garbled:
+            return self.condemn(handle, "what it sent is garbled")
+        if frame is None:
+            return None
+        call_id, status, body = frame
+        if handle.state is S.STARTING:
+            if status == wire.READY:
+                return self._ready(handle)
+            if status == wire.START_FAILED:
+                handle.start_error = wire.unpack_error(body)
+                return self.condemn(handle, "its object could not be made")
+        elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
+            return self._probed(handle, status == wire.RETURNED)
+        self.condemn(handle, "it sent what was not asked for")
+
+    def _hung_up(self, handle: Handle) -> None:
+        """Give a worker whose pipe has ended a moment to end by itself: its exit code tells why."""
+        self._turnstile.fence(handle.slot)
+        if handle.state is not S.LOST:
+            handle.move(E.DIED)
+
+    def _ready(self, handle: Handle) -> None:
+        self._fleet.ready(handle)
+        handle.move(E.READY)
+        seconds = (handle.ready_ns - handle.spawned_ns) / 1e9
+        facts = {"worker_id": handle.slot, "pid": handle.pid, "generation": handle.generation}
+        self._hooks.emit("worker.init", {"seconds": seconds}, **facts)
+        if self._lost_at:
+            lost_for = time.monotonic() - self._lost_at.popleft()
+            self._hooks.emit("recovery", {"seconds": lost_for}, **facts)
+        self._turnstile.admit(handle.slot, handle)
+        self._turnstile.publish(handle.slot, handle)
+
+    def _probed(self, handle: Handle, healthy: bool) -> None:
+        now = time.monotonic_ns()
+        handle.probe_failures = 0 if healthy else handle.probe_failures + 1
+        handle.probed()
+        seconds, handle.probed_ns = (now - handle.probed_ns) / 1e9, now
+        self._tell_probed(handle, seconds, healthy)
+        if handle.probe_failures >= self._config.max_health_failures:
+            failures = handle.probe_failures
+            return self.condemn(handle, f"failed {failures} health checks in a row")
+        handle.move(E.ANSWERED)
+        if handle.tainted is not None:  # dismissed meanwhile
+            return self.retire(handle)
+        self._turnstile.publish(handle.slot, handle)
+
+    def count_failure(self, handle: Handle) -> None:
+        """Count a probe that got no answer in time; its worker is given the same time again."""
+        handle.probe_failures += 1
+        handle.since_ns = time.monotonic_ns()
+        self._tell_probed(handle, self._config.health_check_timeout, healthy=False)
+
+    def _tell_probed(self, handle: Handle, seconds: float, healthy: bool) -> None:
+        logger().debug("worker %d: health check: %s", handle.slot, "well" if healthy else "failed")
+        self._hooks.emit(
+            "worker.health_check",
+            {"seconds": seconds, "failures": handle.probe_failures},
+            worker_id=handle.slot,
+            pid=handle.pid,
+            generation=handle.generation,
+            healthy=healthy,
+        )
+
+    # -- ends of workers ---------------------------------------------------------------------
+
+    def condemn(self, handle: Handle, reason: str) -> None:
+        """Make a worker's tokens worthless and kill it; its death is dealt with when it comes."""
+        handle.tainted = handle.tainted or reason
+        self._turnstile.fence(handle.slot)
+        if handle.state is not S.LOST:
+            handle.move(E.DIED)
+        handle.kill()
+
+    def ended(self, handle: Handle) -> None:
+        """Deal with a process that has ended, once its exit code is known or given up."""
+        if handle.state is S.STARTING and handle.start_error is None:
+            self.hear(handle)  # it may have said why
+        if not handle.ended_ns:
+            handle.ended_ns = time.monotonic_ns()
+            handle.channel.hang_up()
+            self._turnstile.fence(handle.slot)
+            self._turnstile.dismiss(handle.slot)
+            if handle.state not in (S.STOPPING, S.LOST):
+                handle.move(E.DIED)
+        code = handle.exitcode(0)
+        patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
+        if code is None and patience > 0:
+            return
+        if handle.ready_ns and not handle.condemned:
+            self._mourn(handle, code)
+        self._fleet.bury(handle, code, handle.start_error)
+
+    def _mourn(self, handle: Handle, code: int | None) -> None:
+        """Tell of a worker that ended though nobody wanted it to."""
+        self._lost_at.append(handle.ended_ns / 1e9)
+        why = handle.tainted or "by itself"
+        log = logger().info if handle.tainted else logger().warning  # who tainted it was told
+        log(
+            "worker %d (pid %s) of %s died %s (%s) and is replaced",
+            handle.slot, handle.pid, self._config.name, describe_exit(code), why,
+        )  # fmt: skip
+        self._hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot)
+
+    def retire(self, handle: Handle) -> None:
+        """Ask a worker, which the caller owns, to end by itself."""
+        self._turnstile.fence(handle.slot)
+        handle.condemned = True
+        handle.move(E.TOLD_TO_STOP)
+        handle.send_stop(self.sessions_end and self.closing)
+
+    def take_back(self, handle: Handle) -> None:
+        """Deal with a slot that was given back and is not to be offered again."""
+        if handle.state is not S.IDLE:
+            return  # its end is under way already
+        if handle.in_call:
+            self.condemn(handle, "left in the middle of a call")
+        else:
+            self.retire(handle)
+
+    def probe(self, handle: Handle) -> None:
+        """Claim an idle worker and ask whether it is well."""
+        if self._turnstile.claim(handle.slot, handle):
+            self.ask(handle)
+
+    def ask(self, handle: Handle) -> None:
+        """Ask a worker that was not offered to anybody else whether it is well."""
+        if handle.state is not S.IDLE or handle.condemned or self.closing:
+            return self._refused(handle.slot, handle)
+        handle.move(E.CLAIMED)
+        handle.probed_ns = handle.since_ns
+        try:
+            handle.send_probe()
+        except PeerGone:
+            self.condemn(handle, "dead when it was probed")
+
+    def revoke(self, handle: Handle, reason: str) -> None:
+        handle.revoked = reason
+        self.condemn(handle, reason)
+
+    def warn_leak(self, handle: Handle) -> None:
+        seconds = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9
+        handle.leak_warned = True
+        logger().warning(
+            "worker %d of %s has been leased for %.1f s; it was taken here:\n%s",
+            handle.slot, self._config.name, seconds, handle.origin,
+        )  # fmt: skip
+        self._hooks.emit("lease.leaked", {"seconds": seconds}, worker_id=handle.slot)
