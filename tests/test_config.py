@@ -82,26 +82,20 @@ def test_every_option_has_wrong_values_to_refuse() -> None:
     assert set(WRONG) == {field.name for field in dataclasses.fields(PoolConfig)}
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        pytest.param(option, value, id=f"{option}={value!a:.20}")
-        for option, values in WRONG.items()
-        for value in values
-    ],
-)
-def test_wrong_value_is_refused_with_option_value_and_remedy(option: str, value: Any) -> None:
+@pytest.mark.parametrize("option", WRONG)
+def test_wrong_values_are_refused_with_option_value_and_remedy(option: str) -> None:
     """Each wrong value is a ConfigError that carries both and says what to give instead."""
-    with pytest.raises(ConfigError) as caught:
-        PoolConfig.from_options({option: value})
+    for value in WRONG[option]:
+        with pytest.raises(ConfigError) as caught:
+            PoolConfig.from_options({option: value})
 
-    error = caught.value
-    assert isinstance(error, ValueError)
-    assert error.option == option
-    assert error.value is value
-    text = str(error)
-    assert text.startswith(f"{option}={value!r}: ")
-    assert len(text.partition(": ")[2]) > 10, "says what to do"
+        error = caught.value
+        assert isinstance(error, ValueError)
+        assert error.option == option
+        assert error.value is value
+        text = str(error)
+        assert text.startswith(f"{option}={value!r}: ")
+        assert len(text.partition(": ")[2]) > 10, "says what to do"
 
 
 @pytest.mark.parametrize(

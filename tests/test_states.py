@@ -48,11 +48,12 @@ def test_any_worker_may_die_or_be_told_to_stop(state: S) -> None:
     assert advance(advance(state, E.TOLD_TO_STOP), E.DIED) is S.LOST
 
 
-@pytest.mark.parametrize(("state", "event"), ILLEGAL, ids=lambda value: value.name)
-def test_illegal_move_is_refused_by_name(state: S, event: E) -> None:
+def test_illegal_moves_are_refused_by_name() -> None:
     """What the table does not have raises, and names event and state."""
-    with pytest.raises(IllegalTransition, match=f"{event.name} .* {state.name}"):
-        advance(state, event)
+    assert len(ILLEGAL) > 40
+    for state, event in ILLEGAL:
+        with pytest.raises(IllegalTransition, match=f"{event.name} .* {state.name}"):
+            advance(state, event)
 
 
 def test_every_state_is_reached_and_left() -> None:

@@ -1,8 +1,9 @@
 """The turnstile: who gets which slot next, without a lock.
 
 Pure threading; knows nothing of processes. It relies on this alone: one C-level dict operation
-(`d[k] = v`, `d.pop(k, None)`, `d.popitem()`, `d.setdefault(k, v)`) happens whole or not at all,
-between the steps of other threads.
+(`d[k] = v`, `d.pop(k, None)`, `d.popitem()`, `d.setdefault(k, v)`, `d.copy()`, `list(d)`) happens
+whole or not at all, between the steps of other threads. `tuple(d.items())` does not: it makes a
+tuple for each item, so the collector, and with it any finaliser, may run in the middle.
 
 * `idle` maps each free slot to the generation of its worker. To remove a slot from it *is* to own
   the slot; a slot cannot be in it twice. A token of an old generation is dropped by its finder.
@@ -20,7 +21,12 @@ between the steps of other threads.
 
   In every order of these four steps, the later of the two writers sees the other one.
 
-The protocol is model-checked, step by step, in tests/test_turnstile_model.py; keep them together.
+* An exception may strike a thread between any two steps. What it held then is found nowhere, and
+  the manager fences it; a match it cut short, or a seat it left taken, he sees at his next look
+  (`unseat`); a waiter it had popped and not settled looks for himself (`_wait`) and joins again.
+
+tests/test_turnstile_model.py runs this very text through every order of its steps, and through
+mutants of it: who takes a step away sees there what it was for.
 """
 
 from __future__ import annotations
