@@ -223,12 +223,12 @@ def test_owner_on_another_host_is_believed_while_it_gives_signs(store: Path) -> 
         db = sqlite3.connect(store)
         db.execute("UPDATE owner SET host='elsewhere'")
         db.commit()
+        other = SQLiteStore(str(store))
         with pytest.raises(SessionBusy, match="on elsewhere"):
-            SQLiteStore(str(store)).open("a")
+            other.open("a")
         db.execute("UPDATE owner SET beat=beat-1000")
         db.commit()
         db.close()
-        other = SQLiteStore(str(store))
         assert other.open("a") is not None
         other.close()
 
