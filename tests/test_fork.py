@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+
 import scripts
 from ears import Ear, handle_of
 from gates import Gate, pass_gate
+from minipool import Pool, PoolForked
 from scripts import wait_gone
 from troublemakers import fork_and_wait, nested_sum
 from workers import Counter, getpid
-
-from minipool import Pool, PoolForked
 
 
 def in_fork(function: Callable[[], Any], timeout: float = 20.0) -> Any:

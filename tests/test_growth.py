@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
 from ears import Ear, handle_of, wait_until
 from gates import Gate, pass_gate
+from minipool import CheckoutTimeout, ConfigError, Pool
 from troublemakers import StopsAtGateInHealthCheck, StopsAtGateInInit
 from workers import Counter, getpid
-
-from minipool import CheckoutTimeout, ConfigError, Pool
 
 
 def _pids(pool: Pool[Any]) -> set[int]:
@@ -67,7 +67,8 @@ def test_lazy_pool_grows_in_parallel_up_to_its_size(gate: Gate) -> None:
             gate.open(3)
             for waiter in waiters:
                 waiter.result(20).release()
-        assert pool.stats().workers_started == 3
+        pool.wait_ready(timeout=20)
+        assert pool.stats().workers_started == pool.stats().workers == 3
 
 
 def test_lazy_pool_starts_a_worker_for_who_does_not_wait() -> None:

@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+
 import scripts
 from ears import Ear, wait_until
 from gates import Gate, pass_gate
+from minipool import (
+    CheckoutTimeout,
+    ConfigError,
+    LeaseRevoked,
+    Pool,
+    PoolClosed,
+    PoolConfig,
+)
 from scripts import wait_gone
 from troublemakers import (
     HangsInClose,
@@ -27,15 +36,6 @@ from troublemakers import (
     busy_in_python,
 )
 from workers import Counter, getpid
-
-from minipool import (
-    CheckoutTimeout,
-    ConfigError,
-    LeaseRevoked,
-    Pool,
-    PoolClosed,
-    PoolConfig,
-)
 
 PORTABLE = os.environ.get("MINIPOOL_PORTABLE") == "1"
 

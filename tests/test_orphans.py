@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
+
 import scripts
 from gates import Gate
-from troublemakers import sockets_of
-
 from minipool import Pool
+from troublemakers import sockets_of
 
 ONE_SECOND = 1.0  # what is promised; the kernel needs a few milliseconds
 

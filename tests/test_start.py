@@ -13,21 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import scripts
 from ears import Ear, handle_of, wait_until
 from gates import Gate
-from troublemakers import (
-    FailsWhileFileExists,
-    HangsInInit,
-    KillsItselfInInit,
-    LeavesInInit,
-    LeavesOnceReady,
-    StopsAtGateInInit,
-    environment,
-    priority,
-)
-from workers import Counter, DiesOnCall, RaisesAtStart, getpid
-
 from minipool import (
     CheckoutTimeout,
     ConfigError,
@@ -39,6 +28,17 @@ from minipool import (
 )
 from minipool.engine.fleet import Fleet
 from minipool.telemetry import Hooks
+from troublemakers import (
+    FailsWhileFileExists,
+    HangsInInit,
+    KillsItselfInInit,
+    LeavesInInit,
+    LeavesOnceReady,
+    StopsAtGateInInit,
+    environment,
+    priority,
+)
+from workers import Counter, DiesOnCall, RaisesAtStart, getpid
 
 TESTS = Path(__file__).parent
 

@@ -212,9 +212,8 @@ def fork_and_wait() -> int:
 
 def nested_sum(start_method: str, close: bool) -> int:
     """Open a pool inside a worker and use it; leave it open unless told to close it."""
-    from workers import Counter
-
     from minipool import Pool
+    from workers import Counter
 
     pool = Pool(Counter, args=(40,), size=1, start_method=start_method).open()
     result: int = pool.call("add", 2)
