@@ -67,7 +67,8 @@ def test_lazy_pool_grows_in_parallel_up_to_its_size(gate: Gate) -> None:
             gate.open(3)
             for waiter in waiters:
                 waiter.result(20).release()
-        assert pool.stats().workers_started == 3
+        pool.wait_ready(timeout=20)
+        assert pool.stats().workers_started == pool.stats().workers == 3
 
 
 def test_lazy_pool_starts_a_worker_for_who_does_not_wait() -> None:

@@ -357,6 +357,31 @@ def test_death_of_a_busy_worker_is_seen_by_its_sentinel(
         assert pool.stats().idle == 1
 
 
+def test_begin_of_a_call_that_is_heard_after_the_death_counts(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without shared memory the worker says that a call has begun, and the manager may bury it
+    before the caller has come to read that: the call must not be made again."""
+    monkeypatch.setenv("MINIPOOL_PORTABLE", "1")
+    pool = Pool(size=1, call_timeout=None)
+    with pool, ThreadPoolExecutor(1) as threads:
+        handle, buried = handle_of(pool), threading.Event()
+        pool.hooks["worker.terminate"].append(lambda *_: buried.set())
+        take_note = handle.channel.on_words
+
+        def is_late(words: Any) -> None:
+            assert buried.wait(20)
+            take_note(words)
+
+        handle.channel.on_words = is_late
+        call = threads.submit(pool.call, pass_gate, gate.path)
+        gate.wait_arrived()
+        handle.kill()
+        with pytest.raises(WorkerDied, match="the call had begun"):
+            call.result(20)
+        gate.open()
+
+
 def test_only_the_dead_are_replaced() -> None:
     with Pool(size=3) as pool:
         _prove(pool)

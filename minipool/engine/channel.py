@@ -220,6 +220,7 @@ class PortableEnd:
 
     def __init__(self, conn: Any, sentinel: int) -> None:
         self._conn = conn
+        self._open = [conn]  # whoever pops it closes it
         self.fd = conn  # what `connection.wait` takes in place of a descriptor
         self._sentinel = sentinel
         #: Called with the words that a worker without a shared table sends along.
@@ -305,7 +306,10 @@ class PortableEnd:
             raise PeerGone from None
 
     def close(self) -> None:
-        self._conn.close()
+        """Close the pipe, once: two threads may come, and `Connection.close` is no single step."""
+        while self._open:
+            with contextlib.suppress(IndexError):
+                self._open.pop().close()
 
 
 class FastWorkerEnd:

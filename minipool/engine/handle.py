@@ -70,6 +70,7 @@ class Handle:
         self.start_error: BaseException | None = None  # what its constructor raised
         self.spawned_ns = self.since_ns
         self.last_begun_id: int | None = None  # known once the process has ended
+        self._noted_id = 0  # where the worker has to say what has begun: maybe heard after its end
         self.ended_ns = 0  # when its process was found ended
         self.revoked: str | None = None  # why it was taken away from its lease
         self.session: Any = None  # the record of the session that the present lease is for
@@ -337,7 +338,9 @@ class Handle:
 
     def _note(self, words: bytes | memoryview) -> None:
         """Take over the worker's words, where it cannot write them itself."""
-        self.row[t.WORKER_WORDS] = memoryview(words[: wire.WORDS.size]).cast("q")
+        noted = memoryview(words[: wire.WORDS.size]).cast("q")
+        self.row[t.WORKER_WORDS] = noted
+        self._noted_id = noted[t.CALL_ID - t.WORKER_WORDS.start]
 
     def _failed(self, problem: Exception, name: bytes, timeout: float | None) -> WorkerError:
         """Kill the worker after a broken exchange; return the error that tells of it."""
@@ -349,7 +352,7 @@ class Handle:
             )
         target, begun_id = name.decode(errors="replace"), self.row[t.CALL_ID]
         if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
-            begun_id = self.last_begun_id
+            begun_id = max(self.last_begun_id, self._noted_id)
         started = begun_id >= self.calls_sent
         self.failed = True
         self.hang_up_for_good()
