@@ -579,10 +579,11 @@ class PoolOptions(Generic[W]):
 
 def _check_affinity(affinity: str | None, session: str | None, hint: str | None) -> None:
     """Refuse options of a checkout that do not go together."""
-    from .config import AFFINITIES
+    if affinity is not None:
+        from .config import AFFINITIES
 
-    if affinity is not None and affinity not in AFFINITIES:
-        raise ValueError(f"affinity={affinity!r}: give one of {AFFINITIES}")
+        if affinity not in AFFINITIES:
+            raise ValueError(f"affinity={affinity!r}: give one of {AFFINITIES}")
     if affinity is not None and session is None:
         raise ValueError(f"affinity={affinity!r}: it is for sessions; give session= as well")
     if hint is not None and session is not None:
