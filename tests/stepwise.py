@@ -26,7 +26,7 @@ from minipool.engine import turnstile as real
 
 SOURCE = Path(real.__file__).read_text()
 DICTS = ("idle", "waiters", "current", "_seat")
-FLAGS = ("closed", "_dirty", "token")
+FLAGS = ("closed", "_dirty", "token", "wants")
 
 Steps = Generator[Any, Any, Any]
 

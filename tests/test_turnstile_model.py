@@ -104,8 +104,8 @@ def test_promises_hold_in_every_order_of_many_steps(name: str, code: Instrumente
     assert explorer.ends > 0
 
 
-ENQUEUE_CHECKS_CLOSE = """        if self.closed:
-            self._settle_closed(waiter.ticket)
+ENQUEUE_CHECKS_CLOSE = """        if self.closed or (waiter.wants is not None and waiter.wants not in self.current):
+            self._settle_closed(waiter.ticket)  # else who fences that slot dismisses this waiter
         elif self.idle:
 """
 TIMEOUT = "        if self.waiters.pop(waiter.ticket, None) is not None:\n            return None"
