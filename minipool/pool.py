@@ -170,22 +170,23 @@ class Pool(Generic[W]):
 
     def _wait_started(self, desk: Desk, count: int) -> None:
         """Wait for the first workers; fail at once when none can be started."""
-        manager = desk.manager
+        manager, enough = desk.manager, False
 
         def settled() -> bool:
-            none_starts = manager.fleet.last_failure is not None and manager.fleet.started == 0
-            return self._ready_count(manager) >= count or none_starts
+            nonlocal enough  # it is enough to have seen them: one may be lost a moment later
+            enough = enough or self._ready_count(manager) >= min(count, manager.staff.target)
+            return enough or (manager.fleet.last_failure is not None and not manager.fleet.started)
 
         # Workers that do not get ready are failures after init_timeout each; this is the backstop.
         timeout = None if self.config.init_timeout is None else 2 * self.config.init_timeout + 1
         manager.wait_for(settled, timeout)
         desk.check_open()
-        ready = self._ready_count(manager)
-        if ready >= count:
+        if enough:
             return
+        ready = self._ready_count(manager)
         error = manager.start_error() or PoolStartError(
-            f"{self.config.name}: {ready} of {count} workers became ready within "
-            f"{timeout} s; raise `init_timeout`"
+            f"{self.config.name}: {ready} of {count} workers became ready within {timeout} s; "
+            f"raise `init_timeout`"
         )
         self.terminate()
         raise error

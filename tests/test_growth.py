@@ -176,8 +176,10 @@ def test_idle_workers_above_the_minimum_are_retired_one_at_a_time() -> None:
 
 
 def test_shrunken_pool_grows_again_under_load() -> None:
-    with Pool(size=2, min_size=1, max_size=2, max_idle=0.1) as pool:
-        Ear(pool, "worker.terminate").wait("worker.terminate")
+    pool = Pool(size=2, min_size=1, max_size=2, max_idle=0.1)
+    ear = Ear(pool, "worker.terminate")
+    with pool:
+        ear.wait("worker.terminate")
         assert pool.stats().size == 1
         leases = _leased(pool, 2)
         assert len({lease.pid for lease in leases}) == 2

@@ -228,6 +228,13 @@ def test_shrinking_never_takes_a_busy_worker() -> None:
     assert planned(rows, Limits(max_idle_ns=SECOND_NS), floor=1) == []
 
 
+def test_shrinking_waits_for_who_is_starting() -> None:
+    """A worker that was wanted a moment ago is no reason to let another one go."""
+    rows = [idle(0, since=500), row(S.STARTING, 1, slot=1)]
+
+    assert planned(rows, Limits(max_idle_ns=SECOND_NS), floor=1) == []
+
+
 def test_dying_workers_are_no_surplus() -> None:
     """What is on its way out already does not push another one out."""
     rows = [idle(0, since=90), row(S.STOPPING, 1, slot=1), row(S.LOST, 0, slot=2)]

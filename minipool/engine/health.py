@@ -213,6 +213,8 @@ def _plan_shrinking(
         return [Retire(row.slot, "overflow no longer needed") for row in over[:surplus]]
     if limits.max_idle_ns is None or target <= floor or not idle:
         return []
+    if any(row.state is S.STARTING for row in live):
+        return []  # it was wanted a moment ago
     if now - idle[0].since_ns > limits.max_idle_ns and now - last_shrink_ns > limits.max_idle_ns:
         return [Retire(idle[0].slot, "idle for max_idle", shrink=True)]
     return []
