@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Sequence
 
+from minipool.engine import turnstile as real
 from shared_memory import Memory, Shared, Violation, check_order, lost_tokens, value_of
 from stepwise import (
     Instrumented,
@@ -32,8 +33,6 @@ from stepwise import (
     frames,
     placed,
 )
-
-from minipool.engine import turnstile as real
 
 PATIENT = (real._SETTLEMENT, real._LOOK)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from model_checker import Explorer, Scenario, close, probe, release, replace, take
 from shared_memory import Violation
 from stepwise import Instrumented
