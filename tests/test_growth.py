@@ -313,17 +313,18 @@ def test_drain_replaces_idle_workers_at_once_and_leased_ones_on_return() -> None
 
 
 def test_drain_reaches_a_worker_that_is_being_probed(gate: Gate) -> None:
-    """It is replaced when it has answered, and not offered again."""
-    with Pool(
-        StopsAtGateInHealthCheck, args=(gate.path,), size=1, health_check_interval=0.05
-    ) as pool:
-        before, ear = _pids(pool), Ear(pool, "worker.terminate")
+    """It is replaced when it has answered, and not even given to who is waiting for it."""
+    pool = Pool(StopsAtGateInHealthCheck, args=(gate.path,), size=1, health_check_interval=0.05)
+    with pool, ThreadPoolExecutor(1) as threads:
+        (before,) = _pids(pool)
+        ear = Ear(pool, "worker.terminate", "queue.depth")
         gate.wait_arrived()
+        call = threads.submit(pool.options(timeout=20).call, "pid")
+        ear.wait("queue.depth")
         pool.drain()
-        _turns(pool)
-        gate.open(1)
-        assert ear.wait("worker.terminate").metadata["pid"] in before
-        gate.open(50)
+        gate.open(1000)  # the probe under way, and all that come later
+        assert ear.wait("worker.terminate").metadata["pid"] == before
+        assert call.result(20) != before
 
 
 def test_worker_dismissed_in_the_moment_it_is_given_back_goes_all_the_same() -> None:

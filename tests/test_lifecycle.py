@@ -465,6 +465,26 @@ def test_signal_handler_may_close_while_the_pool_opens(gate: Gate) -> None:
     assert pool.workers() == []
 
 
+def test_close_in_the_midst_of_the_first_steps_of_opening_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal handler runs in the very thread that opens, and so inside its lock."""
+    pool = Pool(Counter, size=1)
+    first_step = pool._launcher.open
+
+    def interrupted() -> None:
+        first_step()
+        pool.close()  # what the handler would do
+
+    monkeypatch.setattr(pool._launcher, "open", interrupted)
+    ear = Ear(pool, "pool.terminate")
+    with pytest.raises(PoolClosed):
+        pool.open()
+    ear.wait("pool.terminate")
+    assert pool.closed and pool.workers() == []
+    pool.close()
+
+
 # -- the worker's own end ----------------------------------------------------------------------
 
 
