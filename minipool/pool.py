@@ -146,7 +146,11 @@ class Pool(Generic[W]):
             if store is not None:
                 store.close()
             raise
-        manager = Manager(self._launcher, self.config, self.hooks)
+        try:
+            manager = Manager(self._launcher, self.config, self.hooks)
+        except BaseException:  # out of descriptors, or of memory
+            self._launcher.close()
+            raise
         targets = wire.Targets(
             self._launcher.worker, self._launcher.method == "fork", self.config.codec is not None
         )

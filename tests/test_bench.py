@@ -25,6 +25,11 @@ TARGETS = {
     "checkout_call_over_executor": 0.25,
     "checkout_call_over_multiprocessing": 0.6,
     "checkout_checkin": 1.3,
+    "session_warm": 1.3,
+    "session_moving": 2.5,
+    "session_of_many": 1.2,
+    "session_memory": 1500.0,
+    "session_commit": 60e-6,
     "sleepers": 1.05,
     "startup": 1.3,
     "recovery": 2.5,
@@ -41,6 +46,11 @@ SHOWN = [
     "checkout + call / ProcessPoolExecutor",
     "checkout + call / multiprocessing.Pool",
     "checkout + checkin / queue put + get",
+    "warm session / none",
+    "moving session / none",
+    "one of many / one of 10",
+    "one idle, empty session",
+    "commit to SQLite - in memory",
     "64 sleeping calls / the ideal 400 ms",
     "8 workers ready / 8 bare processes ready",
     "recovery from SIGKILL / start of a bare process",
@@ -78,7 +88,7 @@ def test_report_has_every_group_side_by_side(report: Any) -> None:
     """Floor and minipool stand beside each other, pinned and not, and for each thread count."""
     groups = report["groups"]
     assert list(groups) == [
-        "latency", "latency_unpinned", "throughput", "sleepers", "startup", "recovery", "memory",
+        "latency", "latency_unpinned", "sessions", "throughput", "sleepers", "startup", "recovery", "memory",
         "idle", "import",
     ]  # fmt: skip
     series = {name: {s["name"] for s in group["series"]} for name, group in groups.items()}

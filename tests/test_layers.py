@@ -16,7 +16,7 @@ ROOMS = [
     "engine.manager", "engine.desk",
     "store", "sessions", "status", "lease", "pool", "programs",
     "tools.floors", "tools.figures", "tools.procfs", "tools.peers", "tools.rounds",
-    "tools.speed", "tools.costs", "tools.bench", "tools.cli", "__main__",
+    "tools.speed", "tools.costs", "tools.conversations", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
 HALLS = {"", "engine", "tools"}  # packages: their __init__ may name anything, lazily
 

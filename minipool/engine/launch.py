@@ -89,6 +89,11 @@ class Launcher:
             _preload(self.context, self.config.preload)
         self.lifeline = Lifeline()
 
+    def close(self) -> None:
+        """Give back what `open` took."""
+        if self.lifeline is not None:
+            self.lifeline.close()
+
     def setup(self, slot: int, generation: int, table_fd: int | None) -> Setup:
         """Return what one worker is told."""
         return setup_for(

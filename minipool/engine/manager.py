@@ -169,7 +169,7 @@ class Manager:
         while not self.done:
             try:
                 self._turn(self._wait())
-            except Exception:
+            except BaseException:  # a listener may raise SystemExit
                 logger().exception("the manager of %s failed and goes on", self.config.name)
                 connection.wait([self.bell.reader], self.config.tick)  # not at full speed
         with self._changed:
@@ -330,8 +330,7 @@ class Manager:
                 close()
             except Exception:
                 logger().exception("%s: the session store did not close", self.config.name)
-        if self._launcher.lifeline is not None:
-            self._launcher.lifeline.close()
+        self._launcher.close()
         self.bell.close()
         self.at_end()
         self.done = True

@@ -19,6 +19,7 @@ from typing import Any, Callable
 from .. import __version__
 from ..engine.launch import main_name
 from . import floors, procfs
+from .conversations import sessions
 from .costs import idle, imports, memory, recovery, startup
 from .figures import Group, Result
 from .rounds import Plan
@@ -28,6 +29,7 @@ HELP = "measure speed, memory and idle cost beside the floor"
 
 GROUPS: dict[str, Callable[[Plan], list[Group]]] = {
     "latency": latency,
+    "sessions": sessions,
     "throughput": throughput,
     "sleepers": sleepers,
     "startup": startup,
