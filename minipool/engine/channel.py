@@ -221,6 +221,7 @@ class PortableEnd:
     def __init__(self, conn: Any, sentinel: int) -> None:
         self._conn = conn
         self._open = [conn]  # whoever pops it closes it
+        self._closed = self._sending = False
         self.fd = conn  # what `connection.wait` takes in place of a descriptor
         self._sentinel = sentinel
         #: Called with the words that a worker without a shared table sends along.
@@ -283,8 +284,12 @@ class PortableEnd:
             except (OSError, ValueError):
                 pass  # the wait for the reply finds the worker dead
             finally:
+                self._sending = False
                 done.set()
+                if self._closed:
+                    self.close()
 
+        self._sending = True
         threading.Thread(target=send, name="minipool-send", daemon=True).start()
         if not done.wait(_left(deadline)):
             raise TimedOut
@@ -306,8 +311,12 @@ class PortableEnd:
             raise PeerGone from None
 
     def close(self) -> None:
-        """Close the pipe, once: two threads may come, and `Connection.close` is no single step."""
-        while self._open:
+        """Close the pipe, once: two threads may come, and `Connection.close` is no single step.
+
+        While a request is being sent, which nobody waits for any more, its sender will close it.
+        """
+        self._closed = True
+        while self._open and not self._sending:
             with contextlib.suppress(IndexError):
                 self._open.pop().close()
 
