@@ -24,6 +24,8 @@ KEYS = {
     "waiting", "leases", "queued", "checkout_timeouts", "turned_away", "calls", "raised",
     "faults", "discarded", "workers_started", "workers_lost", "workers_retired",
     "start_failures", "uptime", "utilization", "call_p50", "call_p99", "wait_p50", "wait_p99",
+    "sessions", "session_hits", "sessions_new", "sessions_moved", "sessions_lost",
+    "session_hit_rate",
 }  # fmt: skip
 GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
 
@@ -53,7 +55,7 @@ def test_every_key_is_there_from_the_beginning() -> None:
 
     assert set(stats._fields) == KEYS
     assert stats.name == "p"
-    quantiles = ("call_p50", "call_p99", "wait_p50", "wait_p99")
+    quantiles = ("call_p50", "call_p99", "wait_p50", "wait_p99", "session_hit_rate")
     assert all(getattr(stats, key) is None for key in quantiles)
     assert not any(getattr(stats, key) for key in KEYS - {"name", *quantiles, "size"})
 

@@ -96,13 +96,13 @@ def targets(**options: Any) -> Targets:
 )
 def test_target_is_named_by_its_kind(target: Any, kind: int, name: bytes) -> None:
     """Methods go by name, importable functions by path, all else among the arguments."""
-    assert targets()[target] == (kind, name)
+    assert targets()[target][:2] == (kind, name)
 
 
 @pytest.mark.parametrize("target", [rogues.half, rogues.NotAFunction(1), operator.add, str.upper])
 def test_every_callable_has_some_way(target: Any) -> None:
     """A partial, a callable object, an operator, a method of a builtin: none is refused."""
-    kind, name = targets()[target]
+    kind, name = targets()[target][:2]
 
     assert kind in (FUNCTION, SHIPPED)
     assert 0 < len(name) <= 200
@@ -124,7 +124,7 @@ def test_memory_of_names_is_bounded() -> None:
         known[f"method_{number}"]
 
     assert len(known) <= 4096
-    assert known["add"] == (METHOD, b"add")
+    assert known["add"][:2] == (METHOD, b"add")
 
 
 def test_method_without_an_object_is_a_mismatch() -> None:
@@ -146,7 +146,7 @@ def test_name_that_does_not_fit_a_frame_is_a_mismatch(name: str) -> None:
 
 
 def test_longest_name_fits() -> None:
-    assert targets()["x" * wire.MAX_NAME] == (METHOD, b"x" * wire.MAX_NAME)
+    assert targets()["x" * wire.MAX_NAME][:2] == (METHOD, b"x" * wire.MAX_NAME)
 
 
 # -- what workers cannot import ------------------------------------------------------------------
