@@ -206,3 +206,15 @@ def wait_for_end(pid: int) -> None:
         return
     select.select([fd], [], [], 10)
     os.close(fd)
+
+
+def test_chat_survives_its_worker_and_its_program(tmp_path: Path) -> None:
+    """Every line is remembered: after a kill -9 of the worker, then of the whole program."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(EXAMPLES / "sticky_sessions.py")],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == "  remembered: ['hello', 'my name is Ada', 'do you remember me', 'and now']"
+    assert done.stdout.count("kill -9") == 2
