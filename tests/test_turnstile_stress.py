@@ -233,12 +233,12 @@ def _take_until_closed(turnstile: Turnstile, ends: list[str]) -> None:
 class Line(Dict[int, Waiter]):
     """The line, as a turnstile has it; notes who joined when, and who was served when.
 
-    The unit of time is a hand-over: matching is serial, so they have an order.
+    The unit of time is one slot given to anybody.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.served: list[int] = []
+        self.served: list[int | None] = []  # tickets; None: who did not queue
         self.joined: dict[int, tuple[int, int]] = {}  # ticket -> thread, time
 
     def __setitem__(self, ticket: int, waiter: Waiter) -> None:
@@ -256,8 +256,9 @@ class Line(Dict[int, Waiter]):
         """Return, for each thread, how many were served before it in each of its waits."""
         found: dict[int, list[int]] = collections.defaultdict(list)
         for time_served, ticket in enumerate(self.served):
-            thread, time_joined = self.joined[ticket]
-            found[thread].append(time_served - time_joined)
+            if ticket is not None:
+                thread, time_joined = self.joined[ticket]
+                found[thread].append(time_served - time_joined)
         return found
 
 
@@ -273,6 +274,15 @@ def test_turns_are_fair_without_think_time() -> None:
     line = turnstile.waiters = Line()
     turns = [0] * threads
     stop = threading.Event()
+    try_take = turnstile.try_take
+
+    def take_at_once() -> Any:
+        token = try_take()
+        if token is not None:
+            line.served.append(None)
+        return token
+
+    turnstile.try_take = take_at_once  # type: ignore[method-assign]
 
     def work(me: int) -> None:
         while not stop.is_set():
