@@ -373,3 +373,18 @@ def test_missing_workers_degrade_and_their_lack_is_unhealthy(tmp_path: Path) -> 
         for _ in range(2):
             pool.call("pid")
         wait_until(pool, lambda: pool.health_check().status == "healthy")
+
+
+def test_booting_worker_does_not_show_what_its_predecessor_did(gate: Gate) -> None:
+    """The row of a slot starts again with each worker, before that one says anything."""
+    gate.open(1)
+    with Pool(StopsAtGateInInit, args=(gate.path,), size=1) as pool:
+        gate.wait_arrived()
+        for _ in range(3):
+            pid = pool.call("pid")
+        os.kill(pid, signal.SIGKILL)
+        gate.wait_arrived()
+        (info,) = pool.workers()
+        assert (info.state, info.calls, info.busy, info.rss_bytes) == ("starting", 0, 0.0, 0)
+        gate.open(1)
+        pool.wait_ready(timeout=20)

@@ -99,6 +99,8 @@ class Handle:
         """
         ours, theirs = pair(context, setup.portable)
         self.conn = ours  # at once: a process forked from now on must close it
+        # Nobody writes these words now: the last worker is dead, and this one is not there yet.
+        self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
         try:
             name = f"minipool-{setup.pool}-{self.slot}"
             self.process = context.Process(target=main, args=(theirs, setup), name=name)
