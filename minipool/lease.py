@@ -222,7 +222,7 @@ class Lease(Generic[W]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
         try:  # as `release`, one step shorter
             handle = self._held.pop()
         except IndexError:

@@ -235,9 +235,15 @@ class Desk:
         handle.calls_before = handle.calls_sent
         if self.on_checkin or self._origins:
             self._unmark(handle, (now - since) / 1e9 if since else 0.0)
+        if handle.session is not None or handle.sessions_over:
+            return self._give_back_both(handle)
+        self._publish(handle.slot, handle)
+
+    def _give_back_both(self, handle: Handle) -> None:
+        """Offer a worker, and the session it was leased for; tell it of sessions that ended."""
         session = handle.session
         if session is not None:
-            handle.session, handle.session_ended_ns = None, now
+            handle.session, handle.session_ended_ns = None, handle.idle_since_ns
         if handle.sessions_over:
             care = self.manager.care  # busy workers hear of it, too
             self.manager.order(lambda: care.ask(handle))

@@ -46,6 +46,54 @@ _monotonic_ns = time.monotonic_ns
 class Handle:
     """One worker process, as the parent sees it."""
 
+    __slots__ = (  # more attributes than CPython keeps quick in a dict
+        "__weakref__",
+        "_dumps",
+        "_exchange",
+        "_last_exitcode",
+        "_loads",
+        "_noted_id",
+        "_pidfd",
+        "_reaping",
+        "_telling",
+        "abandoned",
+        "calls_before",
+        "calls_sent",
+        "channel",
+        "condemned",
+        "conn",
+        "ended_ns",
+        "failed",
+        "generation",
+        "idle_since_ns",
+        "in_call",
+        "last_begun_id",
+        "leak_warned",
+        "lease",
+        "lost_since_ns",
+        "origin",
+        "pid",
+        "probe_failures",
+        "probed_ns",
+        "process",
+        "ready_ns",
+        "revoked",
+        "row",
+        "session",
+        "session_ended_ns",
+        "sessions",
+        "sessions_over",
+        "since_ns",
+        "slot",
+        "spawned_ns",
+        "start_error",
+        "state",
+        "sweeps_lost",
+        "tainted",
+        "terminated",
+        "thread",
+    )
+
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
         self.slot = slot
         self.generation = generation
@@ -85,6 +133,7 @@ class Handle:
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
         self._pidfd: int | None = None
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
+        self._last_exitcode: int | None = None
         self.process: Any = None
         self.conn: Any = None
         self.channel: Any = None
@@ -180,8 +229,6 @@ class Handle:
         finally:
             for fd in watched:
                 os.close(fd)
-
-    _last_exitcode: int | None = None
 
     def reap(self) -> None:
         """Forget a process whose end is known. Pipe and process go when nobody uses them.
