@@ -49,7 +49,7 @@ class Lease(Generic[W]):
         self._desk = desk
         self._timeout = desk.call_timeout
         # Release drops this reference. If the lease is collected before, `dropped` is called.
-        handle.lease = _ref(self, desk.dropped)
+        handle.lease = _ref(self, desk.on_dropped)
 
     # -- calling -----------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Lease(Generic[W]):
         else:
             handle = session.sessions.exchange(session, dead, timeout)
         self._held.append(handle)
-        handle.lease = _ref(self._whole(), self._desk.dropped)
+        handle.lease = _ref(self._whole(), self._desk.on_dropped)
         return handle
 
     def _observed(

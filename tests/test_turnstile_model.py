@@ -109,7 +109,7 @@ ENQUEUE_CHECKS_CLOSE = """        if self.closed or (waiter.wants is not None an
         elif self.idle:
 """
 TIMEOUT = "        if self.waiters.pop(waiter.ticket, None) is not None:\n            return None"
-TRY_TAKE_CHECK = """            if self.current.get(token[0]) == token[1]:
+TRY_TAKE_CHECK = """            if self.current.get(token[0]) is token[1]:
                 return token
         return None
 """

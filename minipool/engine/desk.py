@@ -7,6 +7,7 @@ nothing why, and what to do about it.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -58,6 +59,8 @@ class Desk:
             self.hooks["operation.exception"],
             self.hooks["queue.depth"],
         )
+        # Made once: to bind the method anew is a cost of every lease. Weakly, as handles keep it.
+        self.on_dropped = functools.partial(_dropped, weakref.ref(self))
         self._turnstile = manager.turnstile
         self._try_take = manager.turnstile.try_take
         self._publish = manager.turnstile.publish
@@ -360,6 +363,12 @@ class Desk:
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure
         return error
+
+
+def _dropped(desk: weakref.ref[Desk], lease: weakref.ref[Any]) -> None:
+    its_desk = desk()
+    if its_desk is not None:  # the lease has kept it until now
+        its_desk.dropped(lease)
 
 
 def _warmth(handle: Handle) -> tuple[bool, int]:

@@ -106,7 +106,7 @@ class Turnstile:
                 token = self._pop()
             except KeyError:
                 return None
-            if self.current.get(token[0]) == token[1]:
+            if self.current.get(token[0]) is token[1]:
                 return token
         return None
 
@@ -230,7 +230,7 @@ class Turnstile:
 
     def publish(self, slot: Any, generation: Any) -> bool:
         """Offer a slot: the one way into `idle`. False if it was refused."""
-        if self.current.get(slot) != generation:
+        if self.current.get(slot) is not generation:
             self._on_refused(slot, generation)  # fenced
             return False
         if self._offer(slot, generation) is not generation:
