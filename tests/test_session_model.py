@@ -334,6 +334,7 @@ SCENARIOS: dict[str, tuple[bool, Make]] = {
 }
 
 
+LARGE = [pytest.mark.slow, pytest.mark.exhaustive]
 SMALL = {
     "two use it", "two begin it", "one does not wait", "ended while one uses it",
     "expires while one uses it",
@@ -362,7 +363,7 @@ def explore(monkeypatch: pytest.MonkeyPatch, begun: bool, make: Make) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in SCENARIOS],
+    [name if name in SMALL else pytest.param(name, marks=LARGE) for name in SCENARIOS],
 )
 def test_session_has_one_owner_and_forgets_nobody(
     name: str, monkeypatch: pytest.MonkeyPatch

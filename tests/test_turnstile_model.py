@@ -95,6 +95,7 @@ def test_promises_hold_in_every_order_of_steps(name: str, code: Instrumented) ->
     assert explorer.ends > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_promises_hold_in_every_order_of_many_steps(name: str, code: Instrumented) -> None:
