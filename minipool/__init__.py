@@ -29,7 +29,8 @@ _HOME = {
     "current_session": "engine.child",
     "Session": "engine.conversation",
     "SessionInfo": "sessions",
-    **dict.fromkeys(("Programs", "ProgramInfo", "Signature", "Field"), "programs"),
+    **dict.fromkeys(("Programs", "ProgramInfo"), "programs"),
+    **dict.fromkeys(("Signature", "Field"), "signatures"),
     **dict.fromkeys(
         (
             "MinipoolError", "ConfigError", "CallMismatch", "PoolError", "CheckoutTimeout",
@@ -79,11 +80,11 @@ if TYPE_CHECKING:
     from .errors import WorkerStartError as WorkerStartError
     from .lease import Lease as Lease
     from .pool import Pool as Pool
-    from .programs import Field as Field
     from .programs import ProgramInfo as ProgramInfo
     from .programs import Programs as Programs
-    from .programs import Signature as Signature
     from .sessions import SessionInfo as SessionInfo
+    from .signatures import Field as Field
+    from .signatures import Signature as Signature
     from .status import HealthReport as HealthReport
     from .status import PoolStats as PoolStats
     from .status import WorkerInfo as WorkerInfo

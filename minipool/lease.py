@@ -19,7 +19,7 @@ from .errors import (
     WorkerDied,
     WorkerError,
 )
-from .sessions import State
+from .records import State
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self

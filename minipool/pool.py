@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 import threading
-import time
-import weakref
-from multiprocessing import (
-    util as _multiprocessing_util,  # its exit handler must be older than ours
-)
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
-from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.launch import Launcher
-from .engine.manager import Manager, live_managers
+from .engine.manager import Manager
 from .engine.states import WorkerState
-from .errors import CheckoutTimeout, ConfigError, PoolClosed, PoolStartError
+from .errors import CheckoutTimeout, ConfigError, PoolClosed
 from .lease import CALL_TIMEOUT, Lease, seconds
-from .sessions import SessionInfo, Sessions, SessionScope
+from .opening import open_desk, ready_count, wait_started
+from .sessions import SessionInfo
 from .telemetry import Hooks
+from .views import CHECKOUT_TIMEOUT, PoolOptions, SessionScope, check_affinity
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
@@ -34,8 +28,6 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 R = TypeVar("R")
 
-_CHECKOUT_TIMEOUT = "checkout_timeout"  # the option's name stands for its value
-_EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
 _CLOSE_MARGIN = 5.0  # seconds a close may take longer than it was given, before it is given up
 
 
@@ -122,7 +114,10 @@ class Pool(Generic[W]):
         desk = self._desk or self._open_now()  # no lock, which a fork may have copied as held
         desk.check_open()
         if wait_for and not desk.manager.here:
-            self._wait_started(desk, wait_for)
+            failure = wait_started(desk, wait_for)
+            if failure is not None:
+                self.terminate()
+                raise failure
         return desk
 
     def _open_now(self) -> Desk:
@@ -131,69 +126,12 @@ class Pool(Generic[W]):
                 return self._desk
             if self._closed:
                 raise PoolClosed(f"{self.config.name} is closed; make a new pool")
-            desk = self._desk = self._start()
+            desk, self._sessions = open_desk(self._launcher, self.config, self.hooks)
+            self._desk = desk
         if self._closed:  # by a signal handler, which the lock does not keep out
             desk.manager.close(0.0, kill=True)
         self.hooks.emit("pool.init", {"size": self.config.size})
         return desk
-
-    def _start(self) -> Desk:
-        _end_with_process()
-        store = self._store()
-        try:
-            self._launcher.open()
-        except BaseException:
-            if store is not None:
-                store.close()
-            raise
-        try:
-            manager = Manager(self._launcher, self.config, self.hooks)
-        except BaseException:  # out of descriptors, or of memory
-            self._launcher.close()
-            raise
-        targets = wire.Targets(
-            self._launcher.worker, self._launcher.method == "fork", self.config.codec is not None
-        )
-        desk = Desk(manager, targets)
-        # Pool and leases know the desk, the manager does not: when they are collected, so is it.
-        forgotten = weakref.finalize(desk, manager.close, 0.0, True)
-        forgotten.atexit = False  # `_close_all` does better
-        manager.at_end = forgotten.detach  # else it would outlive the first collection
-        self._sessions = Sessions(desk, store)
-        manager.start()
-        return desk
-
-    def _store(self) -> Any:
-        """Return where sessions are kept; None: in memory."""
-        store = self.config.session_store
-        if not isinstance(store, (str, os.PathLike)):
-            return store
-        from .store import SQLiteStore  # imported by those who use it
-
-        return SQLiteStore(os.fspath(store))
-
-    def _wait_started(self, desk: Desk, count: int) -> None:
-        """Wait for the first workers; fail at once when none can be started."""
-        manager, enough = desk.manager, False
-
-        def settled() -> bool:
-            nonlocal enough  # it is enough to have seen them: one may be lost a moment later
-            enough = enough or self._ready_count(manager) >= min(count, manager.staff.target)
-            return enough or (manager.fleet.last_failure is not None and not manager.fleet.started)
-
-        # Workers that do not get ready are failures after init_timeout each; this is the backstop.
-        timeout = None if self.config.init_timeout is None else 2 * self.config.init_timeout + 1
-        manager.wait_for(settled, timeout)
-        desk.check_open()
-        if enough:
-            return
-        ready = self._ready_count(manager)
-        error = manager.start_error() or PoolStartError(
-            f"{self.config.name}: {ready} of {count} workers became ready within {timeout} s; "
-            f"raise `init_timeout`"
-        )
-        self.terminate()
-        raise error
 
     def wait_ready(self, workers: int | None = None, timeout: float | None = None) -> None:
         """Open the pool, and wait until so many workers (None: all of the size) are ready.
@@ -214,8 +152,8 @@ class Pool(Generic[W]):
         if wanted > manager.staff.target:
             staff = manager.staff
             manager.order(lambda: setattr(staff, "target", max(staff.target, wanted)))
-        if not manager.wait_for(lambda: self._ready_count(manager) >= wanted, limit):
-            ready = self._ready_count(manager)
+        if not manager.wait_for(lambda: ready_count(manager) >= wanted, limit):
+            ready = ready_count(manager)
             cause = manager.fleet.last_failure
             self.terminate()
             raise CheckoutTimeout(
@@ -225,10 +163,6 @@ class Pool(Generic[W]):
                 held_by_this_thread=0,
             ) from cause  # fmt: skip
         desk.check_open()
-
-    @staticmethod
-    def _ready_count(manager: Manager) -> int:
-        return manager.fleet.count(WorkerState.IDLE, WorkerState.PROBING)
 
     def close(self, timeout: float | None = None) -> None:
         """End the pool in good order. Does nothing the second time but wait.
@@ -308,7 +242,7 @@ class Pool(Generic[W]):
     def checkout(
         self,
         *,
-        timeout: float | None | str = _CHECKOUT_TIMEOUT,
+        timeout: float | None | str = CHECKOUT_TIMEOUT,
         session: str | None = None,
         affinity: str | None = None,
         hint: str | None = None,
@@ -335,14 +269,14 @@ class Pool(Generic[W]):
         if desk is None:
             desk = self._open(wait_for=min(1, self.config.initial_size))
         limit = desk.checkout_timeout
-        if timeout is not _CHECKOUT_TIMEOUT:
+        if timeout is not CHECKOUT_TIMEOUT:
             limit = seconds(timeout, "timeout")
         if session is not None:
-            _check_affinity(affinity, session, hint)
+            check_affinity(affinity, session, hint)
             return Lease(desk, self._sessions.acquire(session, affinity, limit))
         if hint is not None or affinity is not None:
-            _check_affinity(affinity, session, hint)
-            return Lease(desk, self._sessions.acquire_near(str(hint), limit))
+            check_affinity(affinity, session, hint)
+            return Lease(desk, self._sessions.nearness.acquire(str(hint), limit))
         return Lease(desk, desk.acquire(limit))
 
     if TYPE_CHECKING:
@@ -403,7 +337,7 @@ class Pool(Generic[W]):
         self._opened()
         self._sessions.create(session_id, state)
 
-    def end_session(self, session_id: str, timeout: float | None | str = _CHECKOUT_TIMEOUT) -> None:
+    def end_session(self, session_id: str, timeout: float | None | str = CHECKOUT_TIMEOUT) -> None:
         """End a session once its present lease is over; does nothing if there is none.
 
         Its worker's object hears `session_ended(session)`.
@@ -413,7 +347,7 @@ class Pool(Generic[W]):
         """
         desk = self._opened()
         limit = desk.checkout_timeout
-        if timeout is not _CHECKOUT_TIMEOUT:
+        if timeout is not CHECKOUT_TIMEOUT:
             limit = seconds(timeout, "timeout")
         self._sessions.end(session_id, limit)
 
@@ -529,96 +463,3 @@ class Pool(Generic[W]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("a pool cannot be pickled: open one in each process that needs it")
-
-
-class PoolOptions(Generic[W]):
-    """A pool seen through other call options; see `Pool.options`."""
-
-    def __init__(
-        self,
-        pool: Pool[W],
-        timeout: float | None | str,
-        idempotent: bool,
-        session: str | None = None,
-        affinity: str | None = None,
-    ) -> None:
-        _check_affinity(affinity, session, None)
-        self._pool, self._idempotent = pool, idempotent
-        self._session, self._affinity = session, affinity
-        self._own_timeout = timeout != CALL_TIMEOUT
-        self._timeout = pool.config.call_timeout
-        if self._own_timeout:
-            self._timeout = seconds(timeout, "timeout")
-
-    if TYPE_CHECKING:
-
-        @overload
-        def call(self, target: str, /, *args: Any, **kwargs: Any) -> Any: ...
-
-        @overload
-        def call(
-            self, target: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
-        ) -> R: ...
-
-        @overload
-        def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
-
-    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """As `Pool.call`, all within the one timeout that was given."""
-        start = time.monotonic()
-        lease = self._pool.checkout(
-            timeout=self._timeout if self._own_timeout else _CHECKOUT_TIMEOUT,
-            session=self._session,
-            affinity=self._affinity,
-        )
-        left = self._timeout
-        if left is not None and self._own_timeout:
-            left = max(0.0, left - (time.monotonic() - start))
-        try:
-            return lease.options(timeout=left, idempotent=self._idempotent).call(
-                target, *args, **kwargs
-            )
-        finally:
-            lease.release()
-
-
-def _check_affinity(affinity: str | None, session: str | None, hint: str | None) -> None:
-    """Refuse options of a checkout that do not go together."""
-    if affinity is not None:
-        from .config import AFFINITIES
-
-        if affinity not in AFFINITIES:
-            raise ValueError(f"affinity={affinity!r}: give one of {AFFINITIES}")
-    if affinity is not None and session is None:
-        raise ValueError(f"affinity={affinity!r}: it is for sessions; give session= as well")
-    if hint is not None and session is not None:
-        raise ValueError(f"hint={hint!r}: a session has its own worker; give session= or hint=")
-    if hint is not None and not isinstance(hint, str):
-        raise TypeError(f"hint={hint!r}: give a text")
-
-
-def _close_all() -> None:
-    """At interpreter exit: end every pool that was left open, before multiprocessing joins."""
-    managers = live_managers()
-    for manager in managers:
-        manager.close(0.0)
-    deadline = time.monotonic() + _EXIT_GRACE
-    for manager in managers:
-        if not manager.wait_done(max(0.0, deadline - time.monotonic())):
-            manager.close(0.0, kill=True)
-            manager.wait_done(1.0)
-
-
-def _end_with_process() -> None:
-    """Have this process's pools ended when it ends, also where `atexit` is not called.
-
-    A process of multiprocessing joins its children first of all, and pools in it would keep them.
-    """
-    global _ends_with
-    if _ends_with != os.getpid():
-        _ends_with = os.getpid()
-        _multiprocessing_util.Finalize(None, _close_all, exitpriority=100)
-
-
-_ends_with = 0
-atexit.register(_close_all)  # registered later than multiprocessing's handler, so called before

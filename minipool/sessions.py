@@ -13,35 +13,26 @@ Its idle set is in the order of last use, which is the order in which sessions e
 from __future__ import annotations
 
 import contextlib
-import itertools
 import pickle
 import threading
 import time
 import weakref
-from collections.abc import Iterator, MutableMapping
 from typing import Any, Mapping, NamedTuple, Optional
 
-from .engine.conversation import MAX_WARM
 from .engine.desk import Desk
 from .engine.handle import Handle
-from .engine.states import WorkerState
 from .engine.table import LEASED_SINCE_NS, SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
 from .errors import (
-    CallMismatch,
     CheckoutTimeout,
-    LeaseError,
-    LeaseReleased,
     SessionBusy,
     SessionError,
     SessionExists,
-    SessionLost,
     SessionNotFound,
 )
+from .nearness import Nearness, checked_key
+from .records import Changes, Record, pack
 from .telemetry import logger
-
-Changes = Mapping[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
-_serials = itertools.count(1)  # tell sessions apart that have the same id, one after the other
 
 
 class SessionInfo(NamedTuple):
@@ -55,206 +46,6 @@ class SessionInfo(NamedTuple):
     leased: bool
 
 
-class Record:
-    """One session in the parent. Changed only by who owns it in the turnstile."""
-
-    __slots__ = (
-        "affinity", "at_generation", "at_slot", "at_version", "born", "committing", "fenced",
-        "holder", "key", "lost_at", "opened", "serial", "sessions", "state", "strict", "thread",
-        "used", "version", "warm_head",
-    )  # fmt: skip
-
-    def __init__(self, sessions: Sessions, key: str) -> None:
-        self.sessions = sessions
-        self.key = key
-        self.state: dict[str, bytes] | None = None  # None while empty: most are, for a while
-        self.version = 0
-        self.at_slot = self.at_generation = self.at_version = -1  # the worker that has it warm
-        self.born = self.used = time.monotonic()
-        self.lost_at = 0.0  # when its worker was found dead, for those who waited for that one
-        self.affinity = "new"
-        self.strict = False  # the present lease wants the session's own worker or none
-        self.serial = next(_serials)
-        self.thread = 0  # that owns it, before there is a lease
-        self.opened = False  # False: not yet read from the store
-        self.holder: Handle | None = None  # the worker of the present lease
-        self.fenced = False  # True: it is another record's by now; nothing is committed any more
-        self.committing = False
-        self.warm_head: bytes | None = None  # of the last call, while nothing changes
-
-    def head(self, handle: Handle) -> bytes:
-        """Return what a call must bring along, so that this worker knows the session."""
-        here = self.at_slot == handle.slot and self.at_generation == handle.generation
-        if here and self.at_version == self.version and self.warm_head is not None:
-            return self.warm_head
-        state = None if here and self.at_version == self.version else self.state or {}
-        data = pickle.dumps((self.key, self.serial, self.version, state, not here), 5)
-        if not here:
-            self.sessions.bind(self, handle)
-        if state is not None:
-            self.sessions.warmed(self, handle)
-        self.at_version = self.version
-        data = len(data).to_bytes(4, "big") + data
-        self.warm_head = data if state is None else None
-        return data
-
-    def missing(self) -> None:
-        """Hear that the worker does not have what it was thought to have."""
-        self.at_version = -1
-        self.warm_head = None
-
-    def unbind(self) -> None:
-        """Forget where it is warm."""
-        self.at_slot = self.at_generation = -1
-        self.missing()
-
-    def renewed(self) -> Record | None:
-        """Return a copy to go on with; this one accepts no commit any more.
-
-        None: a commit is under way, so it has an owner. He says that he commits, then looks
-        whether he is fenced off; here it is the other way round: one of the two sees the other.
-        """
-        self.fenced = True
-        if self.committing:
-            self.fenced = False
-            return None
-        copy = Record(self.sessions, self.key)
-        copy.state, copy.version, copy.born = self.state, self.version, self.born
-        copy.at_slot, copy.at_generation = self.at_slot, self.at_generation
-        copy.serial, copy.lost_at, copy.opened = self.serial, self.lost_at, True
-        return copy
-
-    def commit(self, changes: Changes, by_worker: bool = True) -> None:
-        """Make changes the committed state, in the store first.
-
-        Raises:
-            SessionError: the store refused; the state is what it was.
-        """
-        self.committing = True
-        try:
-            if self.fenced:
-                raise SessionLost(
-                    f"session {self.key!r} was taken away from this lease, which had ended; "
-                    f"nothing was committed; check out again",
-                    session_id=self.key,
-                )
-            self.missing()  # until it is known that both sides agree
-            state = dict(self.state or {})
-            for key, data in changes.items():
-                if data is None:
-                    state.pop(key, None)
-                else:
-                    state[key] = data
-            self.sessions.store_commit(self, changes)
-            self.state = state or None
-            self.version += 1
-            if by_worker:
-                self.at_version = self.version
-        finally:
-            self.committing = False
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(map(len, (self.state or {}).values()))
-
-
-class State(MutableMapping[str, Any]):
-    """A session's committed state as the holder of its lease sees it, outside the worker.
-
-    Reading gives copies; setting or deleting a key commits at once.
-    """
-
-    def __init__(self, record: Record, held: list[Handle]) -> None:
-        self._record = record
-        self._held = held  # the lease's worker, while it is a lease
-
-    def _commit(self, changes: Changes) -> None:
-        record = self._record
-        record.sessions.check_process()
-        handle = self._held[0] if self._held else None
-        if handle is None or handle.session is not record:
-            raise LeaseReleased(
-                f"the lease of session {record.key!r} is released; its state is another's to "
-                f"change: take a new lease"
-            )
-        if handle.in_call and handle.tainted is None:
-            raise LeaseError(
-                f"a call in session {record.key!r} is under way; change its state after that"
-            )
-        record.commit(changes, by_worker=False)
-
-    def __getitem__(self, key: str) -> Any:
-        return pickle.loads((self._record.state or {})[key])
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._commit(pack({key: value}))
-
-    def __delitem__(self, key: str) -> None:
-        if key not in (self._record.state or {}):
-            raise KeyError(key)
-        self._commit({key: None})
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._record.state or ()))
-
-    def __len__(self) -> int:
-        return len(self._record.state or ())
-
-    def __repr__(self) -> str:
-        return f"<state of session {self._record.key!r}: {sorted(self)}>"
-
-
-def pack(state: Mapping[str, Any]) -> dict[str, bytes]:
-    """Pickle a state value by value.
-
-    Raises:
-        TypeError: a key is no text. CallMismatch: a value cannot be pickled.
-    """
-    packed = {}
-    for key, value in state.items():
-        if not isinstance(key, str):
-            raise TypeError(f"session keys are text, not {key!r}")
-        try:
-            packed[key] = pickle.dumps(value, 5)
-        except Exception as problem:
-            raise CallMismatch(
-                f"the value of {key!r}, a {type(value).__name__}, cannot be a session's state: "
-                f"{problem}; give plain data"
-            ) from problem
-    return packed
-
-
-class SessionScope:
-    """A session for the length of a `with` block: begun at its start, ended at its end."""
-
-    def __init__(self, pool: Any, key: str, state: Mapping[str, Any] | None) -> None:
-        self.id = key
-        self._pool = pool
-        self._state = state
-
-    def __enter__(self) -> SessionScope:
-        self._pool.create_session(self.id, self._state)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._pool.end_session(self.id)
-
-    def checkout(self, **options: Any) -> Any:
-        """As `Pool.checkout`, for this session."""
-        return self._pool.checkout(session=self.id, **options)
-
-    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """As `Pool.call`, in this session."""
-        with self.checkout() as lease:
-            return lease.call(target, *args, **kwargs)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """A copy of the committed state."""
-        copy: dict[str, Any] = self._pool.session_state(self.id)
-        return copy
-
-
 class Sessions:
     """All sessions of one pool in this process, and who may use which."""
 
@@ -263,13 +54,13 @@ class Sessions:
         self._manager = desk.manager
         self._config = desk.config
         self._store = store
+        self.nearness = Nearness(desk, lambda key: self._records.get(key))
         self._affinity = desk.config.affinity
         self._records: dict[str, Record] = {}
         self._line = Turnstile("fifo")
         self._owned: dict[str, Record] = {}  # by a thread, but without a worker: not astray
         self._astray: dict[str, float] = {}  # owned by nobody at the last sweep, and used when
         self._renewing: dict[str, object] = {}  # who renews a record, by identity
-        self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
         self._last_expiry = 0.0
         # Weakly, because the manager must not keep the pool from being collected.
         self._manager.sweepers.append(weakref.WeakMethod(self._sweep))
@@ -293,7 +84,7 @@ class Sessions:
         """
         self._desk.check_open()
         packed = pack(state or {})
-        before = self._owned.get(_checked_key(key))
+        before = self._owned.get(checked_key(key))
         try:
             made = self._new(key)
             if made is not None and not made[1] and packed:
@@ -349,7 +140,7 @@ class Sessions:
         except BaseException:
             self._let_go(key, before)
             raise
-        handle = self._worker_of(record)
+        handle = self.nearness.worker_of(record)
         if handle is not None:
             over, row = (key, record.serial), handle.row
             self._manager.wait_for(  # a busy worker hears of it when its lease is over
@@ -370,7 +161,7 @@ class Sessions:
             except BaseException:
                 self.give_back(record)
                 raise
-        handle = self._worker_of(record)
+        handle = self.nearness.worker_of(record)
         self._forget(record)
         if handle is not None:
             handle.sessions.pop(record.key, None)
@@ -395,7 +186,7 @@ class Sessions:
                 )
             if self._line.claim(*oldest):
                 self._over(oldest[1])
-                self._tell("session.lost", oldest[1], reason="evicted")
+                self.nearness.tell("session.lost", oldest[1], reason="evicted")
 
     # -- using -------------------------------------------------------------------------------
 
@@ -424,7 +215,7 @@ class Sessions:
     ) -> Handle:
         """Take a session, if the caller does not own it already, and whatever worker suits it."""
         start = time.monotonic()
-        before = None if record is not None else self._owned.get(_checked_key(key))
+        before = None if record is not None else self._owned.get(checked_key(key))
         try:
             if record is not None:
                 self._own(record)
@@ -433,9 +224,9 @@ class Sessions:
                 record = self._take(key, timeout)
             record.strict = affinity == "strict"
             if record.strict:
-                self._tell_lost(record, start)
+                self.nearness.tell_lost(record, start)
             left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
-            handle = self._worker_for(record, affinity, left)
+            handle = self.nearness.worker_for(record, affinity, left)
             leased = self._lease(record, handle)
         except BaseException:
             self._let_go(key, before)
@@ -500,19 +291,6 @@ class Sessions:
             self._desk.count("sessions_lost")
         return handle
 
-    def acquire_near(self, hint: str, timeout: float | None) -> Handle:
-        """Take the worker that served this hint last, if it is idle; else any."""
-        slot, generation = self._hints.get(_checked_key(hint, "hint"), (-1, -1))
-        handle = self._desk.try_acquire_this(slot, generation)
-        if handle is None:
-            handle = self._desk.acquire(timeout)
-        self._hints.pop(hint, None)  # to its end: what was used last is forgotten last
-        self._hints[hint] = (handle.slot, handle.generation)
-        while len(self._hints) > self._config.max_sessions:
-            with contextlib.suppress(StopIteration, RuntimeError):  # others change it as well
-                self._hints.pop(next(iter(self._hints)), None)
-        return handle
-
     def _take(self, key: str, timeout: float | None, create: bool = True) -> Record:
         """Own a session, after those who came before; begin it if there is none."""
         if self._manager.here:
@@ -558,74 +336,6 @@ class Sessions:
             timeout=timeout, waited=timeout, size=self._manager.staff.target, leased=0, waiting=0,
             held_by_this_thread=0,
         )  # fmt: skip
-
-    def _tell_lost(self, record: Record, start: float | None) -> None:
-        """With strict affinity, tell everyone who waited for a worker that is dead, once.
-
-        `start` is when the caller came; None: he has just found out.
-        """
-        if start is None or (record.at_slot >= 0 and self._worker_of(record) is None):
-            record.unbind()
-            record.lost_at = time.monotonic()
-            self._tell("session.lost", record, reason="its worker died")
-            self._desk.count("sessions_lost")
-        elif start > record.lost_at:
-            return
-        raise SessionLost(
-            f"the worker that had session {record.key!r} is gone, and with it what could not "
-            f"travel; its committed state is kept; check out again for a fresh start",
-            session_id=record.key,
-        )
-
-    def _worker_for(self, record: Record, affinity: str, timeout: float | None) -> Handle:
-        """Take the worker that suits the affinity, and note how that went."""
-        known = record.at_slot >= 0
-        warm = self._worker_of(record)
-        handle: Handle | None = None
-        start = time.monotonic()
-        if warm is not None and affinity != "any":
-            wait = None if affinity == "strict" else self._config.affinity_wait
-            handle = self._desk.acquire_this(warm, timeout, wait)
-            if handle is None and affinity == "strict":
-                self._tell_lost(record, start=None)
-        if handle is None:
-            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
-            handle = self._desk.acquire(left)
-        if warm is handle:
-            record.affinity = "hit"
-        elif not known:
-            record.affinity = "new"
-        else:
-            record.affinity = "lost" if self._worker_of(record) is None else "moved"
-        return handle
-
-    def _worker_of(self, record: Record) -> Handle | None:
-        """Return the worker that has a session warm, if it is alive."""
-        handle = self._manager.fleet.handles.get(record.at_slot)
-        if handle is None or handle.generation != record.at_generation or handle.ended_ns:
-            return None
-        return None if handle.state in (WorkerState.STOPPING, WorkerState.LOST) else handle
-
-    def bind(self, record: Record, handle: Handle) -> None:
-        """Note that a worker has the session from now on."""
-        event = "session.bound" if record.affinity == "new" else "session.moved"
-        old = self._worker_of(record)
-        if old is not None:
-            old.sessions.pop(record.key, None)
-        record.at_slot, record.at_generation = handle.slot, handle.generation
-        self._tell(event, record, worker_id=handle.slot)
-
-    def warmed(self, record: Record, handle: Handle) -> None:
-        """Note that a worker is sent a session's state, and which one it forgets for that."""
-        warm = handle.sessions
-        warm.pop(record.key, None)
-        warm[record.key] = None
-        while len(warm) > MAX_WARM:
-            oldest = next(iter(warm))
-            del warm[oldest]
-            forgotten = self._records.get(oldest)
-            if forgotten is not None and forgotten.at_slot == handle.slot:
-                forgotten.missing()  # or it would answer that it has not got it
 
     def give_back(self, record: Record) -> None:
         """Offer a session to the next in line."""
@@ -697,7 +407,7 @@ class Sessions:
     def _info(self, record: Record, now: float) -> SessionInfo:
         holder = record.holder
         leased = holder is not None and holder.session is record
-        worker = self._worker_of(record)
+        worker = self.nearness.worker_of(record)
         return SessionInfo(
             session_id=record.key,
             age=now - record.born,
@@ -729,7 +439,7 @@ class Sessions:
         while oldest is not None and oldest[1].used < expired:
             if self._line.claim(*oldest):
                 self._over(oldest[1])
-                self._tell("session.lost", oldest[1], reason="expired")
+                self.nearness.tell("session.lost", oldest[1], reason="expired")
             oldest = self._line.oldest()
         now = time.monotonic()
         if hasattr(self._store, "expire") and now - self._last_expiry > min(ttl / 4, 60.0):
@@ -763,21 +473,3 @@ class Sessions:
         if holder is None or holder.session is not record or holder.revoked is not None:
             return False
         return holder.live_lease is not None or holder in self._manager.fleet.live()
-
-    def _tell(self, event: str, record: Record, **facts: Any) -> None:
-        if self._desk.hooks[event]:
-            self._desk.hooks.emit(event, {"version": record.version}, session=record.key, **facts)
-
-
-def _checked_key(key: Any, name: str = "session") -> str:
-    """Return an id as given, if it is one.
-
-    Raises:
-        TypeError: it is no text. ValueError: it is empty, or cannot be written down.
-    """
-    if not isinstance(key, str):
-        raise TypeError(f"{name}={key!r}: give a text")
-    if not key or "\0" in key or key.encode("utf-8", "replace").decode() != key:
-        raise ValueError(f"{name}={key!r}: give a text that is not empty, without NUL and half "
-                         f"characters")  # fmt: skip
-    return key

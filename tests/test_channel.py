@@ -24,13 +24,12 @@ from minipool.engine.channel import (
     CHUNK,
     SMALL,
     FastEnd,
-    FastWorkerEnd,
     Garbled,
     PeerGone,
     PortableEnd,
-    PortableWorkerEnd,
     TimedOut,
 )
+from minipool.engine.workerend import FastWorkerEnd, PortableWorkerEnd
 
 LAST = 20.0  # seconds: far longer than anything here takes
 KINDS = ["fast", "portable"]
@@ -270,10 +269,10 @@ def test_long_lengths_are_understood() -> None:
     """Beyond 2 GB the length takes twelve bytes; they are read only when they are there."""
     head = wire.LONG_LENGTH.pack(-1, 3 << 30)
 
-    assert channel._length(head[:3]) == (4, None)
-    assert channel._length(head[:11]) == (12, None)
-    assert channel._length(head) == (12, 3 << 30)
-    assert channel._long_length(3 << 30) == head
+    assert channel.length_of(head[:3]) == (4, None)
+    assert channel.length_of(head[:11]) == (12, None)
+    assert channel.length_of(head) == (12, 3 << 30)
+    assert channel.long_length(3 << 30) == head
 
 
 # -- death and time ------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_timeout_is_measured_over_the_whole_checkout(
     monkeypatch.setattr(type(handle), "start", _refuse_to_start)
     monkeypatch.setattr(desk_module, "_TRUSTED_NS", 0)  # look at it, although it was ready just now
     os.kill(handle.pid, signal.SIGKILL)
-    assert select.select([handle.death_fd], [], [], LAST)[0]
+    assert select.select([handle.process.death_fd], [], [], LAST)[0]
     start = time.monotonic()
 
     with pytest.raises(CheckoutTimeout) as caught:

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
     "errors", "telemetry", "config",
-    "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel",
-    "engine.conversation", "engine.child", "engine.health", "engine.handle", "engine.launch",
+    "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.workerend",
+    "engine.conversation", "engine.child", "engine.health", "engine.process", "engine.handle", "engine.launch",
     "engine.turnstile", "engine.fleet", "engine.bell", "engine.care", "engine.staff",
     "engine.manager", "engine.desk",
-    "store", "sessions", "status", "lease", "pool", "programs",
+    "store", "records", "nearness", "sessions", "status", "lease", "opening", "views", "pool", "signatures", "programs",
     "tools.floors", "tools.figures", "tools.procfs", "tools.peers", "tools.rounds",
     "tools.speed", "tools.costs", "tools.conversations", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from minipool import (
     Signature,
     WorkerDied,
 )
+from minipool.signatures import FIELD_TYPES, misfit_of
 from scripts import environment, run
 from workers import kill_self
 
@@ -425,13 +426,11 @@ UNFIT = {
 
 
 def test_types_take_what_they_say() -> None:
-    from minipool import programs
-
-    assert set(FITTING) == set(UNFIT) == set(programs.FIELD_TYPES)
+    assert set(FITTING) == set(UNFIT) == set(FIELD_TYPES)
     for kind in FITTING:
         fields = (Field("x", kind),)
-        assert [v for v in FITTING[kind] if programs._misfit(fields, {"x": v})] == []
-        assert [v for v in UNFIT[kind] if not programs._misfit(fields, {"x": v})] == []
+        assert [v for v in FITTING[kind] if misfit_of(fields, {"x": v})] == []
+        assert [v for v in UNFIT[kind] if not misfit_of(fields, {"x": v})] == []
 
 
 def test_everything_wrong_is_reported_at_once_and_nothing_sent(

@@ -18,7 +18,8 @@ import pytest
 from minipool import CheckoutTimeout, PoolConfig, SessionBusy
 from minipool.engine import turnstile as turnstile_module
 from minipool.engine.turnstile import Turnstile, Waiter
-from minipool.sessions import Record, Sessions
+from minipool.records import Record
+from minipool.sessions import Sessions
 from minipool.telemetry import Hooks
 
 SWITCHES = 2

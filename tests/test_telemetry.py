@@ -430,7 +430,7 @@ class NeedsEveryLock:
         desk.manager.wait_for(lambda: True, 5)
         for handle in tuple(desk.manager.fleet.handles.values()):
             if handle.process is not None:
-                handle.exitcode(0)
+                handle.process.exitcode(0)
         try:
             pool.checkout(timeout=0).release()
         except (CheckoutTimeout, PoolClosed):

@@ -15,7 +15,8 @@ from . import health, wire
 from . import table as t
 from .channel import Garbled, PeerGone
 from .fleet import Fleet
-from .handle import PROBE_ID, Handle, describe_exit
+from .handle import PROBE_ID, Handle
+from .process import describe_exit
 from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
@@ -139,7 +140,7 @@ class Care:
             self._turnstile.dismiss(handle.slot)
             if handle.state not in (S.STOPPING, S.LOST):
                 handle.move(E.DIED)
-        code = handle.exitcode(0)
+        code = handle.process.exitcode(0)
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
         if code is None and patience > 0:
             return

@@ -1,8 +1,8 @@
-"""The two ends of a worker's pipe, each in a fast and a portable kind.
+"""The parent's end of a worker's pipe, in a fast and a portable kind.
 
 The fast kind makes one write and one read for a small message. The portable kind uses
 `multiprocessing.Connection` and `connection.wait` and runs everywhere. Both write the same bytes,
-so any two ends can talk to each other.
+so either can talk to either kind of worker's end (see `workerend`).
 
 A parent's end is used by one thread at a time, the one that owns the worker. Neither end is ever
 left with half a frame by a failed attempt to *make* one; what breaks in mid-frame stays broken,
@@ -26,14 +26,12 @@ SMALL = 32 * 1024  # up to here one write takes all: the socket's buffer is far 
 CHUNK = 64 * 1024
 _FOREVER = 2e6  # seconds; what `poll` can take in milliseconds
 _SOON = 1e-6  # seconds; 0 would mean non-blocking, which fails in another way
-_PIECE = 8 << 20  # grow the buffer of a long frame by this much, never by what it claims to be
+PIECE = 8 << 20  # grow the buffer of a long frame by this much, never by what it claims to be
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
-_read, _write = os.read, os.write
-_pack_request, _unpack_request = wire.REQUEST.pack, wire.REQUEST.unpack_from
-_pack_reply, _unpack_reply = wire.REPLY.pack, wire.REPLY.unpack_from
+_write = os.write
+_pack_request, _unpack_reply = wire.REQUEST.pack, wire.REPLY.unpack_from
 _REQUEST_HEADER = wire.REQUEST.size - 4  # what the length counts of it
-_NAME = wire.REQUEST.size  # where the name begins
 _REPLY_HEADER = wire.REPLY.size
 
 
@@ -140,7 +138,7 @@ class FastEnd:
             if not piece:
                 raise PeerGone
             self._partial += piece
-            head, size = _length(self._partial)
+            head, size = length_of(self._partial)
             if size is not None and len(self._partial) >= head + size:
                 whole, self._partial = self._partial, bytearray()
                 return memoryview(whole)[head - 4 : head + size]
@@ -160,12 +158,12 @@ class FastEnd:
         buffer = bytearray(got or b"")
         ended = got == b""
         while not ended:
-            head, size = _length(buffer)
+            head, size = length_of(buffer)
             if size is not None and len(buffer) >= head + size:
                 if len(buffer) > head + size:
                     raise Garbled("more came than one reply")
                 return memoryview(buffer)[head - 4 :]
-            missing = CHUNK if size is None else min(_PIECE, head + size - len(buffer))
+            missing = CHUNK if size is None else min(PIECE, head + size - len(buffer))
             piece = self._receive_piece(max(missing, CHUNK), deadline)
             buffer += piece
             ended = not piece
@@ -184,7 +182,7 @@ class FastEnd:
     def _send_long(self, head: bytes, body: bytes, deadline: float | None) -> None:
         """Write a frame that may not fit the socket's buffer, watching the worker and the clock."""
         size = len(head) + len(body)
-        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else _long_length(size)
+        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
         poll = select.poll()
         try:
             poll.register(self.fd, select.POLLOUT)
@@ -321,78 +319,6 @@ class PortableEnd:
                 self._open.pop().close()
 
 
-class FastWorkerEnd:
-    """The worker's end, on the descriptor: blocking, because a worker has nothing else to do."""
-
-    def __init__(self, conn: Any) -> None:
-        self._conn = conn
-        self._fd = conn.fileno()
-
-    def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
-        """Wait for the next request; return its call id, kind, name and body.
-
-        Raises:
-            EOFError: the parent is gone or has closed the pipe.
-        """
-        frame = _read(self._fd, CHUNK)
-        if len(frame) >= _NAME:
-            size, call_id, kind, name_size = _unpack_request(frame)
-            if size == len(frame) - 4:
-                body = _NAME + name_size
-                return call_id, kind, frame[_NAME:body], frame[body:]
-        return self._receive_rest(frame)
-
-    def _receive_rest(self, frame: bytes) -> tuple[int, int, bytes, bytes | memoryview]:
-        if not frame:
-            raise EOFError
-        buffer = bytearray(frame)
-        while True:
-            head, size = _length(buffer)
-            if size is not None and len(buffer) >= head + size:
-                return _parsed(memoryview(buffer)[head - 4 :])
-            piece = os.read(self._fd, CHUNK if size is None else max(CHUNK, min(_PIECE, size)))
-            if not piece:
-                raise EOFError
-            buffer += piece
-
-    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
-        """Send one reply, blocking until the parent has taken it."""
-        size = _REPLY_HEADER - 4 + len(words) + len(body)
-        if size <= SMALL:
-            frame = _pack_reply(size, call_id, status) + words + body
-            sent = _write(self._fd, frame)
-            if sent != size + 4:
-                self._send_all(frame[sent:])
-            return
-        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else _long_length(size)
-        self._send_all(length + _pack_reply(0, call_id, status)[4:] + words)
-        self._send_all(body)
-
-    def _send_all(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._fd, rest) :]
-
-
-class PortableWorkerEnd:
-    """The worker's end, on `multiprocessing.Connection`."""
-
-    def __init__(self, conn: Any) -> None:
-        self._conn = conn
-
-    def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
-        return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
-
-    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
-        self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + words + body)
-
-
-def _parsed(frame: memoryview) -> tuple[int, int, bytes, memoryview]:
-    _, call_id, kind, name_size = _unpack_request(frame)
-    body = _NAME + name_size
-    return call_id, kind, bytes(frame[_NAME:body]), frame[body:]
-
-
 def _checked(call_id: int, frame: bytes | memoryview) -> tuple[int, bytes | memoryview]:
     """Return status and body of a reply, if it is the reply to that call."""
     try:
@@ -404,7 +330,7 @@ def _checked(call_id: int, frame: bytes | memoryview) -> tuple[int, bytes | memo
     return status, frame[_REPLY_HEADER:]
 
 
-def _length(buffer: bytes | bytearray) -> tuple[int, int | None]:
+def length_of(buffer: bytes | bytearray) -> tuple[int, int | None]:
     """Return the size of the length field and the payload's size, None if not here yet."""
     if len(buffer) < 4:
         return 4, None
@@ -419,7 +345,7 @@ def _length(buffer: bytes | bytearray) -> tuple[int, int | None]:
     return head, size
 
 
-def _long_length(size: int) -> bytes:
+def long_length(size: int) -> bytes:
     return wire.LONG_LENGTH.pack(-1, size)
 
 

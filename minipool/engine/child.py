@@ -22,8 +22,8 @@ from typing import Any, Callable
 
 from . import table as t
 from . import wire
-from .channel import FastWorkerEnd, PortableWorkerEnd
 from .conversation import NotHere, Session, WarmSessions
+from .workerend import FastWorkerEnd, PortableWorkerEnd
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)

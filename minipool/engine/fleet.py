@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Callable
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
 from . import table as t
-from .handle import Handle, describe_exit, signal_name
+from .handle import Handle
 from .health import SECOND_NS
 from .launch import Launcher
+from .process import describe_exit, signal_name
 from .states import WorkerState as S
 
 if TYPE_CHECKING:

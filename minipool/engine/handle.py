@@ -12,10 +12,7 @@ import contextlib
 import os
 import pickle
 import signal
-import sys
-import threading
 import time
-from multiprocessing import connection, process
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
@@ -30,12 +27,11 @@ from . import table as t
 from . import wire
 from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, pair
 from .child import Setup, main
+from .process import WorkerProcess, describe_exit, signal_name
 from .states import WorkerEvent, WorkerState, advance
 
 if TYPE_CHECKING:
     import weakref
-
-_REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
 
@@ -50,11 +46,8 @@ class Handle:
         "__weakref__",
         "_dumps",
         "_exchange",
-        "_last_exitcode",
         "_loads",
         "_noted_id",
-        "_pidfd",
-        "_reaping",
         "_telling",
         "abandoned",
         "calls_before",
@@ -130,10 +123,7 @@ class Handle:
         self.calls_before = 0  # the present lease
         self.calls_sent = 0
         self._dumps, self._loads = wire.functions_of(codec)
-        self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
-        self._pidfd: int | None = None
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
-        self._last_exitcode: int | None = None
         self.process: Any = None
         self.conn: Any = None
         self.channel: Any = None
@@ -152,7 +142,7 @@ class Handle:
         self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
         try:
             name = f"minipool-{setup.pool}-{self.slot}"
-            self.process = context.Process(target=main, args=(theirs, setup), name=name)
+            self.process = WorkerProcess(context, name, main, (theirs, setup))
             self.process.start()
         except BaseException:
             ours.close()
@@ -162,23 +152,18 @@ class Handle:
         self.pid = self.process.pid
         row = self.row
         row[t.GENERATION], row[t.PID], row[t.LEASED_SINCE_NS] = self.generation, self.pid or 0, 0
-        self._pidfd = _pidfd(self.pid)
         self.move(WorkerEvent.SPAWNED)
         if setup.portable:
             self.channel = PortableEnd(ours, self.process.sentinel)
             self.channel.on_words = self._note
         else:
-            self.channel = FastEnd(ours, self.death_fd)
+            self.channel = FastEnd(ours, self.process.death_fd)
         self._exchange = self.channel.exchange
 
-    @property
-    def death_fd(self) -> int:
-        """What becomes readable when the process has ended; for `connection.wait`.
-
-        A pidfd where there is one: the sentinel of a forked process stays silent while children
-        of the worker hold copies of its pipe.
-        """
-        return self._pidfd if self._pidfd is not None else int(self.process.sentinel)
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send a signal, if the process is still there. Never hits another: no stored pid."""
+        if not self.abandoned:
+            self.process.kill(signum)
 
     def move(self, event: WorkerEvent) -> None:
         """Change the state, here and in the table. Manager only."""
@@ -186,68 +171,18 @@ class Handle:
         self.since_ns = time.monotonic_ns()
         self.row[t.STATE] = self.state
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Send a signal, if the process is still there. Never hits another: no stored pid."""
-        if self.abandoned:
-            return
-        with self._reaping, contextlib.suppress(OSError, ValueError):
-            if self._pidfd is not None:
-                signal.pidfd_send_signal(self._pidfd, signum)
-            elif signum == signal.SIGTERM:
-                self.process.terminate()
-            else:
-                self.process.kill()
-
-    def exitcode(self, timeout: float = _REAP_TIMEOUT) -> int | None:
-        """Return the exit code of a process that ended or is about to; None if not to be had."""
-        with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
-            if timeout and self._last_exitcode is None:
-                self._wait_ended(timeout)
-            with self._reaping:  # two readers would spoil each other's answer
-                self._last_exitcode = self.process.exitcode
-        return self._last_exitcode
-
-    def _wait_ended(self, timeout: float) -> None:
-        """Wait until the exit code can be had, on descriptors of our own.
-
-        When the manager reaps the process meanwhile, the numbers of the old ones go to whatever
-        is opened next, the next worker's pipe above all, and that may stay silent for ever.
-        The sentinel of a forked process ends a moment before there is an exit code, so the pidfd
-        is waited for as well; that of a fork server's child is the one the code comes from.
-        """
-        if sys.platform == "win32":
-            connection.wait([self.process.sentinel], timeout)
-            return
-        deadline = time.monotonic() + timeout
-        with self._reaping:
-            watched = [os.dup(self.process.sentinel)]
-            if self._pidfd is not None:
-                watched.append(os.dup(self._pidfd))
-        try:
-            for fd in watched:
-                connection.wait([fd], max(0.0, deadline - time.monotonic()))
-        finally:
-            for fd in watched:
-                os.close(fd)
-
     def reap(self) -> None:
         """Forget a process whose end is known. Pipe and process go when nobody uses them.
 
         The row is for the next worker from now on. A lease that still holds this one keeps a copy
         to read and write, so it can spoil nothing.
         """
-        self.exitcode(0)
+        self.process.exitcode(0)
         self.move(WorkerEvent.REAPED)
         self.last_begun_id = self.row[t.CALL_ID]
         self.end_lease(time.monotonic_ns())
         self.row = t.parting_copy(self.row)
-        with self._reaping:
-            with contextlib.suppress(ValueError, AssertionError):
-                self.process.join(0)
-                self.process.close()
-            if self._pidfd is not None:
-                os.close(self._pidfd)
-                self._pidfd = None
+        self.process.close()
         self.hang_up_for_good()
 
     def hang_up_for_good(self) -> None:
@@ -276,15 +211,12 @@ class Handle:
         """Let go of the pipe in a process that was forked from the owner."""
         self.abandoned, self.tainted = True, "it belongs to another process"
         self.lease = None  # nobody is to be told when it is dropped here
-        with contextlib.suppress(AttributeError):  # else multiprocessing joins it at exit
-            process._children.discard(self.process)  # type: ignore[attr-defined]
+        if self.process is not None:
+            self.process.abandon()
         if self.channel is not None:
             self.channel.close()
         elif self.conn is not None:
             self.conn.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
 
     @property
     def live_lease(self) -> Any:
@@ -407,7 +339,7 @@ class Handle:
         self.hang_up_for_good()
         self.tainted = self.tainted or f"{type(problem).__name__} during {target!r}"
         if isinstance(problem, PeerGone):  # dying by itself: do not spoil its exit code
-            self.exitcode(_DYING)
+            self.process.exitcode(_DYING)
         self.kill()
         common = {"worker_id": self.slot, "pid": self.pid}
         if isinstance(problem, TimedOut):
@@ -428,7 +360,7 @@ class Handle:
 
     def obituary(self, target: str, started: bool) -> WorkerDied:
         """Describe the death of this worker to the one who held it."""
-        code = self.exitcode()
+        code = self.process.exitcode()
         name = signal_name(code)
         begun = "the call had begun" if started else "the call had not begun"
         advice = "retry only if it may run twice" if started else "it may be made again"
@@ -483,13 +415,6 @@ class Handle:
         return call_id, status, body
 
 
-def _pidfd(pid: int | None) -> int | None:
-    try:
-        return os.pidfd_open(pid) if pid is not None else None
-    except (AttributeError, OSError):
-        return None
-
-
 def setup_for(spec: Any, fd: int | None, lifeline: int | None, **words: Any) -> Setup:
     """Wrap what a worker is told, its descriptors in a form that every start method can pass."""
     return Setup(
@@ -498,21 +423,3 @@ def setup_for(spec: Any, fd: int | None, lifeline: int | None, **words: Any) -> 
         lifeline=None if lifeline is None else wire.Descriptor(lifeline),
         **words,
     )
-
-
-def signal_name(exitcode: int | None) -> str | None:
-    """Return the name of the signal an exit code tells of, or None."""
-    if exitcode is None or exitcode >= 0:
-        return None
-    try:
-        return signal.Signals(-exitcode).name
-    except ValueError:
-        return f"signal {-exitcode}"
-
-
-def describe_exit(exitcode: int | None) -> str:
-    """Say in words how a process ended."""
-    if exitcode is None:
-        return "(its exit code is not known)"
-    name = signal_name(exitcode)
-    return f"by {name}" if name else f"with exit code {exitcode}"

@@ -181,7 +181,7 @@ class Manager:
             if handle.ended_ns:  # only its exit code is missing
                 sources.append(handle.process.sentinel)
                 continue
-            sources.append(handle.death_fd)
+            sources.append(handle.process.death_fd)
             if handle.state in (S.STARTING, S.PROBING):
                 sources.append(handle.channel.fd)
         return set(connection.wait(sources, self._patience()))
@@ -209,7 +209,7 @@ class Manager:
         for handle in tuple(self.fleet.handles.values()):
             if handle.state in (S.STARTING, S.PROBING) and handle.channel.fd in ready:
                 self.care.hear(handle)
-            if handle.ended_ns or handle.death_fd in ready:
+            if handle.ended_ns or handle.process.death_fd in ready:
                 self.care.ended(handle)
         while self._orders:
             self._orders.popleft()()

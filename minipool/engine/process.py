@@ -1,0 +1,144 @@
+"""One worker process: started, signalled, waited for, reaped. Knows nothing of pipes and calls.
+
+The manager alone starts and reaps; any thread may kill, and ask how it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing import connection, process
+from typing import Any, Callable
+
+REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
+
+
+class WorkerProcess:
+    """A process; with a pidfd where the system has them."""
+
+    def __init__(
+        self, context: Any, name: str, target: Callable[..., None], args: tuple[Any, ...]
+    ) -> None:
+        self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
+        self._last_exitcode: int | None = None
+        self._process = context.Process(target=target, args=args, name=name)
+        self._pidfd: int | None = None
+
+    def start(self) -> None:
+        """Start it.
+
+        Raises:
+            OSError, EOFError, RuntimeError: no process was started.
+        """
+        self._process.start()
+        self._pidfd = _pidfd(self.pid)
+
+    @property
+    def pid(self) -> int | None:
+        pid: int | None = self._process.pid
+        return pid
+
+    @property
+    def sentinel(self) -> int:
+        """What multiprocessing says becomes readable when the process has ended."""
+        return int(self._process.sentinel)
+
+    @property
+    def death_fd(self) -> int:
+        """What becomes readable when the process has ended; for `connection.wait`.
+
+        A pidfd where there is one: the sentinel of a forked process stays silent while children
+        of the worker hold copies of its pipe.
+        """
+        return self._pidfd if self._pidfd is not None else self.sentinel
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send a signal, if the process is still there. Never hits another: no stored pid."""
+        with self._reaping, contextlib.suppress(OSError, ValueError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signum)
+            elif signum == signal.SIGTERM:
+                self._process.terminate()
+            else:
+                self._process.kill()
+
+    def exitcode(self, timeout: float = REAP_TIMEOUT) -> int | None:
+        """Return the exit code of a process that ended or is about to; None if not to be had."""
+        with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
+            if timeout and self._last_exitcode is None:
+                self._wait_ended(timeout)
+            with self._reaping:  # two readers would spoil each other's answer
+                self._last_exitcode = self._process.exitcode
+        return self._last_exitcode
+
+    def _wait_ended(self, timeout: float) -> None:
+        """Wait until the exit code can be had, on descriptors of our own.
+
+        When the manager reaps the process meanwhile, the numbers of the old ones go to whatever
+        is opened next, the next worker's pipe above all, and that may stay silent for ever.
+        The sentinel of a forked process ends a moment before there is an exit code, so the pidfd
+        is waited for as well; that of a fork server's child is the one the code comes from.
+        """
+        if sys.platform == "win32":
+            connection.wait([self._process.sentinel], timeout)
+            return
+        deadline = time.monotonic() + timeout
+        with self._reaping:
+            watched = [os.dup(self._process.sentinel)]
+            if self._pidfd is not None:
+                watched.append(os.dup(self._pidfd))
+        try:
+            for fd in watched:
+                connection.wait([fd], max(0.0, deadline - time.monotonic()))
+        finally:
+            for fd in watched:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Forget a process that has ended."""
+        self.exitcode(0)
+        with self._reaping:
+            with contextlib.suppress(ValueError, AssertionError):
+                self._process.join(0)
+                self._process.close()
+            self._close_pidfd()
+
+    def abandon(self) -> None:
+        """Let go of it in a process that was forked from the owner, whose child it is."""
+        with contextlib.suppress(AttributeError):  # else multiprocessing joins it at exit
+            process._children.discard(self._process)  # type: ignore[attr-defined]
+        self._close_pidfd()
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+
+def _pidfd(pid: int | None) -> int | None:
+    try:
+        return os.pidfd_open(pid) if pid is not None else None
+    except (AttributeError, OSError):
+        return None
+
+
+def signal_name(exitcode: int | None) -> str | None:
+    """Return the name of the signal an exit code tells of, or None."""
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+def describe_exit(exitcode: int | None) -> str:
+    """Say in words how a process ended."""
+    if exitcode is None:
+        return "(its exit code is not known)"
+    name = signal_name(exitcode)
+    return f"by {name}" if name else f"with exit code {exitcode}"

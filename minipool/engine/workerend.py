@@ -1,0 +1,87 @@
+"""The worker's end of its pipe, in the same two kinds as the parent's (see `channel`)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from . import wire
+from .channel import CHUNK, PIECE, SMALL, length_of, long_length
+
+# Bound once: each name looked up on the way of a call is paid for by every call.
+_read, _write = os.read, os.write
+_unpack_request, _pack_reply = wire.REQUEST.unpack_from, wire.REPLY.pack
+_NAME = wire.REQUEST.size  # where the name begins
+_REPLY_HEADER = wire.REPLY.size
+
+
+class FastWorkerEnd:
+    """The worker's end, on the descriptor: blocking, because a worker has nothing else to do."""
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+        self._fd = conn.fileno()
+
+    def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
+        """Wait for the next request; return its call id, kind, name and body.
+
+        Raises:
+            EOFError: the parent is gone or has closed the pipe.
+        """
+        frame = _read(self._fd, CHUNK)
+        if len(frame) >= _NAME:
+            size, call_id, kind, name_size = _unpack_request(frame)
+            if size == len(frame) - 4:
+                body = _NAME + name_size
+                return call_id, kind, frame[_NAME:body], frame[body:]
+        return self._receive_rest(frame)
+
+    def _receive_rest(self, frame: bytes) -> tuple[int, int, bytes, bytes | memoryview]:
+        if not frame:
+            raise EOFError
+        buffer = bytearray(frame)
+        while True:
+            head, size = length_of(buffer)
+            if size is not None and len(buffer) >= head + size:
+                return _parsed(memoryview(buffer)[head - 4 :])
+            piece = os.read(self._fd, CHUNK if size is None else max(CHUNK, min(PIECE, size)))
+            if not piece:
+                raise EOFError
+            buffer += piece
+
+    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
+        """Send one reply, blocking until the parent has taken it."""
+        size = _REPLY_HEADER - 4 + len(words) + len(body)
+        if size <= SMALL:
+            frame = _pack_reply(size, call_id, status) + words + body
+            sent = _write(self._fd, frame)
+            if sent != size + 4:
+                self._send_all(frame[sent:])
+            return
+        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
+        self._send_all(length + _pack_reply(0, call_id, status)[4:] + words)
+        self._send_all(body)
+
+    def _send_all(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+
+class PortableWorkerEnd:
+    """The worker's end, on `multiprocessing.Connection`."""
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
+        return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
+
+    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
+        self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + words + body)
+
+
+def _parsed(frame: memoryview) -> tuple[int, int, bytes, memoryview]:
+    _, call_id, kind, name_size = _unpack_request(frame)
+    body = _NAME + name_size
+    return call_id, kind, bytes(frame[_NAME:body]), frame[body:]

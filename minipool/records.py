@@ -1,0 +1,187 @@
+"""Records: what is kept of each session in the parent, and how its holder sees it.
+
+A record is changed only by who owns its session in the turnstile of `sessions`; reading is free.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import time
+from collections.abc import Iterator, MutableMapping
+from typing import Any, Mapping, Optional
+
+from .engine.handle import Handle
+from .errors import CallMismatch, LeaseError, LeaseReleased, SessionLost
+
+Changes = Mapping[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
+_serials = itertools.count(1)  # tell sessions apart that have the same id, one after the other
+
+
+class Record:
+    """One session in the parent. Changed only by who owns it in the turnstile."""
+
+    __slots__ = (
+        "affinity", "at_generation", "at_slot", "at_version", "born", "committing", "fenced",
+        "holder", "key", "lost_at", "opened", "serial", "sessions", "state", "strict", "thread",
+        "used", "version", "warm_head",
+    )  # fmt: skip
+
+    def __init__(self, sessions: Any, key: str) -> None:
+        self.sessions = sessions  # `Sessions`, whose record it is
+        self.key = key
+        self.state: dict[str, bytes] | None = None  # None while empty: most are, for a while
+        self.version = 0
+        self.at_slot = self.at_generation = self.at_version = -1  # the worker that has it warm
+        self.born = self.used = time.monotonic()
+        self.lost_at = 0.0  # when its worker was found dead, for those who waited for that one
+        self.affinity = "new"
+        self.strict = False  # the present lease wants the session's own worker or none
+        self.serial = next(_serials)
+        self.thread = 0  # that owns it, before there is a lease
+        self.opened = False  # False: not yet read from the store
+        self.holder: Handle | None = None  # the worker of the present lease
+        self.fenced = False  # True: it is another record's by now; nothing is committed any more
+        self.committing = False
+        self.warm_head: bytes | None = None  # of the last call, while nothing changes
+
+    def head(self, handle: Handle) -> bytes:
+        """Return what a call must bring along, so that this worker knows the session."""
+        here = self.at_slot == handle.slot and self.at_generation == handle.generation
+        if here and self.at_version == self.version and self.warm_head is not None:
+            return self.warm_head
+        state = None if here and self.at_version == self.version else self.state or {}
+        data = pickle.dumps((self.key, self.serial, self.version, state, not here), 5)
+        if not here:
+            self.sessions.nearness.bind(self, handle)
+        if state is not None:
+            self.sessions.nearness.warmed(self, handle)
+        self.at_version = self.version
+        data = len(data).to_bytes(4, "big") + data
+        self.warm_head = data if state is None else None
+        return data
+
+    def missing(self) -> None:
+        """Hear that the worker does not have what it was thought to have."""
+        self.at_version = -1
+        self.warm_head = None
+
+    def unbind(self) -> None:
+        """Forget where it is warm."""
+        self.at_slot = self.at_generation = -1
+        self.missing()
+
+    def renewed(self) -> Record | None:
+        """Return a copy to go on with; this one accepts no commit any more.
+
+        None: a commit is under way, so it has an owner. He says that he commits, then looks
+        whether he is fenced off; here it is the other way round: one of the two sees the other.
+        """
+        self.fenced = True
+        if self.committing:
+            self.fenced = False
+            return None
+        copy = Record(self.sessions, self.key)
+        copy.state, copy.version, copy.born = self.state, self.version, self.born
+        copy.at_slot, copy.at_generation = self.at_slot, self.at_generation
+        copy.serial, copy.lost_at, copy.opened = self.serial, self.lost_at, True
+        return copy
+
+    def commit(self, changes: Changes, by_worker: bool = True) -> None:
+        """Make changes the committed state, in the store first.
+
+        Raises:
+            SessionError: the store refused; the state is what it was.
+        """
+        self.committing = True
+        try:
+            if self.fenced:
+                raise SessionLost(
+                    f"session {self.key!r} was taken away from this lease, which had ended; "
+                    f"nothing was committed; check out again",
+                    session_id=self.key,
+                )
+            self.missing()  # until it is known that both sides agree
+            state = dict(self.state or {})
+            for key, data in changes.items():
+                if data is None:
+                    state.pop(key, None)
+                else:
+                    state[key] = data
+            self.sessions.store_commit(self, changes)
+            self.state = state or None
+            self.version += 1
+            if by_worker:
+                self.at_version = self.version
+        finally:
+            self.committing = False
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(len, (self.state or {}).values()))
+
+
+class State(MutableMapping[str, Any]):
+    """A session's committed state as the holder of its lease sees it, outside the worker.
+
+    Reading gives copies; setting or deleting a key commits at once.
+    """
+
+    def __init__(self, record: Record, held: list[Handle]) -> None:
+        self._record = record
+        self._held = held  # the lease's worker, while it is a lease
+
+    def _commit(self, changes: Changes) -> None:
+        record = self._record
+        record.sessions.check_process()
+        handle = self._held[0] if self._held else None
+        if handle is None or handle.session is not record:
+            raise LeaseReleased(
+                f"the lease of session {record.key!r} is released; its state is another's to "
+                f"change: take a new lease"
+            )
+        if handle.in_call and handle.tainted is None:
+            raise LeaseError(
+                f"a call in session {record.key!r} is under way; change its state after that"
+            )
+        record.commit(changes, by_worker=False)
+
+    def __getitem__(self, key: str) -> Any:
+        return pickle.loads((self._record.state or {})[key])
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._commit(pack({key: value}))
+
+    def __delitem__(self, key: str) -> None:
+        if key not in (self._record.state or {}):
+            raise KeyError(key)
+        self._commit({key: None})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._record.state or ()))
+
+    def __len__(self) -> int:
+        return len(self._record.state or ())
+
+    def __repr__(self) -> str:
+        return f"<state of session {self._record.key!r}: {sorted(self)}>"
+
+
+def pack(state: Mapping[str, Any]) -> dict[str, bytes]:
+    """Pickle a state value by value.
+
+    Raises:
+        TypeError: a key is no text. CallMismatch: a value cannot be pickled.
+    """
+    packed = {}
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise TypeError(f"session keys are text, not {key!r}")
+        try:
+            packed[key] = pickle.dumps(value, 5)
+        except Exception as problem:
+            raise CallMismatch(
+                f"the value of {key!r}, a {type(value).__name__}, cannot be a session's state: "
+                f"{problem}; give plain data"
+            ) from problem
+    return packed

@@ -1,0 +1,115 @@
+"""Views: a pool seen through other call options, or as one session."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
+
+from .lease import CALL_TIMEOUT, seconds
+
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec
+
+    P = ParamSpec("P")
+
+W = TypeVar("W")
+R = TypeVar("R")
+
+CHECKOUT_TIMEOUT = "checkout_timeout"  # the option's name stands for its value
+
+
+class PoolOptions(Generic[W]):
+    """A pool seen through other call options; see `Pool.options`."""
+
+    def __init__(
+        self,
+        pool: Any,
+        timeout: float | None | str,
+        idempotent: bool,
+        session: str | None = None,
+        affinity: str | None = None,
+    ) -> None:
+        check_affinity(affinity, session, None)
+        self._pool, self._idempotent = pool, idempotent
+        self._session, self._affinity = session, affinity
+        self._own_timeout = timeout != CALL_TIMEOUT
+        self._timeout = pool.config.call_timeout
+        if self._own_timeout:
+            self._timeout = seconds(timeout, "timeout")
+
+    if TYPE_CHECKING:
+
+        @overload
+        def call(self, target: str, /, *args: Any, **kwargs: Any) -> Any: ...
+
+        @overload
+        def call(
+            self, target: Callable[Concatenate[W, P], R], /, *args: P.args, **kwargs: P.kwargs
+        ) -> R: ...
+
+        @overload
+        def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """As `Pool.call`, all within the one timeout that was given."""
+        start = time.monotonic()
+        lease = self._pool.checkout(
+            timeout=self._timeout if self._own_timeout else CHECKOUT_TIMEOUT,
+            session=self._session,
+            affinity=self._affinity,
+        )
+        left = self._timeout
+        if left is not None and self._own_timeout:
+            left = max(0.0, left - (time.monotonic() - start))
+        try:
+            return lease.options(timeout=left, idempotent=self._idempotent).call(
+                target, *args, **kwargs
+            )
+        finally:
+            lease.release()
+
+
+class SessionScope:
+    """A session for the length of a `with` block: begun at its start, ended at its end."""
+
+    def __init__(self, pool: Any, key: str, state: Mapping[str, Any] | None) -> None:
+        self.id = key
+        self._pool = pool
+        self._state = state
+
+    def __enter__(self) -> SessionScope:
+        self._pool.create_session(self.id, self._state)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.end_session(self.id)
+
+    def checkout(self, **options: Any) -> Any:
+        """As `Pool.checkout`, for this session."""
+        return self._pool.checkout(session=self.id, **options)
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """As `Pool.call`, in this session."""
+        with self.checkout() as lease:
+            return lease.call(target, *args, **kwargs)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """A copy of the committed state."""
+        copy: dict[str, Any] = self._pool.session_state(self.id)
+        return copy
+
+
+def check_affinity(affinity: str | None, session: str | None, hint: str | None) -> None:
+    """Refuse options of a checkout that do not go together."""
+    if affinity is not None:
+        from .config import AFFINITIES
+
+        if affinity not in AFFINITIES:
+            raise ValueError(f"affinity={affinity!r}: give one of {AFFINITIES}")
+    if affinity is not None and session is None:
+        raise ValueError(f"affinity={affinity!r}: it is for sessions; give session= as well")
+    if hint is not None and session is not None:
+        raise ValueError(f"hint={hint!r}: a session has its own worker; give session= or hint=")
+    if hint is not None and not isinstance(hint, str):
+        raise TypeError(f"hint={hint!r}: give a text")
