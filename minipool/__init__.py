@@ -30,6 +30,8 @@ _HOME = {
     "Session": "engine.conversation",
     "SessionInfo": "sessions",
     **dict.fromkeys(("Programs", "ProgramInfo"), "programs"),
+    **dict.fromkeys(("Metrics", "Snapshot"), "observe.metrics"),
+    "WorkerSnapshot": "observe.reading",
     **dict.fromkeys(("Signature", "Field"), "signatures"),
     **dict.fromkeys(
         (
@@ -79,6 +81,9 @@ if TYPE_CHECKING:
     from .errors import WorkerError as WorkerError
     from .errors import WorkerStartError as WorkerStartError
     from .lease import Lease as Lease
+    from .observe.metrics import Metrics as Metrics
+    from .observe.metrics import Snapshot as Snapshot
+    from .observe.reading import WorkerSnapshot as WorkerSnapshot
     from .pool import Pool as Pool
     from .programs import ProgramInfo as ProgramInfo
     from .programs import Programs as Programs

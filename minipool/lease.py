@@ -116,7 +116,7 @@ class Lease(Generic[W]):
         kwargs: dict[str, Any],
     ) -> Any:
         """Run a call again on another worker while that is safe and in time; else raise why."""
-        self._desk.count("faults")
+        self._desk.count_fault(error)
         deadline = None if self._timeout is None else error.sent_ns / 1e9 + self._timeout
         while True:
             if handle.revoked is not None:

@@ -112,8 +112,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None, sessions: int = 0) -> Pool
     rows = fleet.counted_rows()
     totals = {word: sum(row[word] for row in rows) for word in _TOTALS}
     now = manager.closed_ns or time.monotonic_ns()
-    calls = _added(rows, t.CALL_TIMES)
-    waits = _added(rows, t.WAIT_TIMES)
+    waits, calls = t.histograms(rows)
     waits[0] += max(0, totals[t.LEASES] - sum(waits))  # who did not wait is not in the histogram
     hits = totals[t.SESSION_HITS]
     returning = hits + desk.sessions_moved + desk.sessions_lost
@@ -152,12 +151,6 @@ def pool_stats(config: PoolConfig, desk: Desk | None, sessions: int = 0) -> Pool
 
 _TOTALS = (t.LEASES, t.RAISED, t.SESSION_HITS)
 _GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
-
-
-def _added(rows: list[memoryview], first: int) -> list[int]:
-    """Return the sum of one histogram over all rows."""
-    histograms = [row[first : first + t.BUCKETS].tolist() for row in rows]
-    return [sum(column) for column in zip(*histograms)] or [0] * t.BUCKETS
 
 
 def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:

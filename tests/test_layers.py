@@ -15,10 +15,11 @@ ROOMS = [
     "engine.turnstile", "engine.fleet", "engine.bell", "engine.care", "engine.staff",
     "engine.manager", "engine.desk",
     "store", "records", "nearness", "sessions", "status", "lease", "opening", "views", "pool", "signatures", "programs",
+    "observe.reading", "observe.score", "observe.metrics",
     "tools.floors", "tools.figures", "tools.procfs", "tools.peers", "tools.rounds",
     "tools.speed", "tools.costs", "tools.conversations", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
-HALLS = {"", "engine", "tools"}  # packages: their __init__ may name anything, lazily
+HALLS = {"", "engine", "observe", "tools"}  # packages: their __init__ may name anything, lazily
 
 
 def _modules() -> dict[str, ast.Module]:

@@ -72,6 +72,7 @@ class Desk:
         self.turned_away = 0
         self.discarded = 0
         self.faults = 0
+        self.errors: dict[str, int] = {}  # the faults, by type of error
         self.sessions_new = self.sessions_moved = self.sessions_lost = 0
 
     # -- taking ------------------------------------------------------------------------------
@@ -315,6 +316,13 @@ class Desk:
         """Add one to a counter of things that are slow or rare."""
         with self._counting:
             setattr(self, name, getattr(self, name) + 1)
+
+    def count_fault(self, error: BaseException) -> None:
+        """Count a call that got no reply."""
+        name = type(error).__name__
+        with self._counting:
+            self.faults += 1
+            self.errors[name] = self.errors.get(name, 0) + 1
 
     @property
     def forked(self) -> bool:

@@ -88,6 +88,25 @@ def quantile(counts: Sequence[int], fraction: float) -> float | None:
     raise AssertionError("the ranks add up")
 
 
+def mean(counts: Sequence[int]) -> float | None:
+    """Return the mean duration in seconds, as near as the buckets tell, or None."""
+    total = sum(counts)
+    if not total:
+        return None
+    middles = (bucket_start_ns(i) + bucket_start_ns(i + 1) for i in range(len(counts)))
+    return sum(count * middle for count, middle in zip(counts, middles)) / total / 2e9
+
+
+def histograms(rows: Iterable[memoryview]) -> tuple[list[int], list[int]]:
+    """Return how many waits and how many calls fell into each bucket, over all rows.
+
+    The counts of a row are added as one big number: no count is so large that it would carry.
+    """
+    total = sum(int.from_bytes(row[WAIT_TIMES:ROW_WORDS], sys.byteorder) for row in rows)
+    words = memoryview(total.to_bytes(2 * BUCKETS * 8, sys.byteorder)).cast("q").tolist()
+    return words[:BUCKETS], words[BUCKETS:]
+
+
 class Table:
     """The parent's table: a header and `MAX_ROWS` rows, of which only the used take memory."""
 

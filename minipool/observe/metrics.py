@@ -1,0 +1,341 @@
+"""Metrics: what a pool does now, over the last minute, and did in the last hour.
+
+A sampler, one thread or driven by hand, takes a reading of the pool every second; a `Snapshot` is
+the difference of two readings. The last five minutes are kept second by second, and the hour
+before in rolls of ten seconds, so memory does not grow. Order and durations are by the monotonic
+clock; wall time is for display.
+
+The thread starts when the pool is opened and ends with it; the pool is held weakly.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import weakref
+from typing import Any, Callable, Deque, Dict, NamedTuple, Optional, Sequence, Tuple
+
+from ..engine import table as t
+from ..telemetry import logger
+from .reading import Reading, WorkerSnapshot, read
+from .score import health_score, health_word
+
+WINDOW = 60.0  # seconds that quantiles and rates of errors are about
+FINE_STEP, FINE_SPAN = 1.0, 300.0
+ROLL_STEP, ROLL_SPAN = 10.0, 3600.0
+_EARLY = 0.05  # a sampler's second may be so much shorter
+
+
+class Snapshot(NamedTuple):
+    """A pool at one moment. Durations are seconds, rates are per second, shares are 0 to 1.
+
+    What is "lately" is over the last 60 seconds; totals are since the pool was opened.
+    """
+
+    at: float  #: monotonic
+    wall: float  #: the same moment in `time.time()`
+    name: str
+    status: str  #: "new" (not opened yet), "open", "closing" or "closed"
+    pool_size: int  #: workers wanted
+    active: int  #: leased
+    idle: int
+    starting: int
+    overflow: int  #: workers that may be added while callers queue
+    queue_depth: int  #: callers in the line
+    utilization: float  #: leased time over workers' time, since the sample before
+    throughput: float  #: calls, since the sample before
+    call_count: int  #: calls answered lately; the next four are about these
+    call_mean: Optional[float]
+    call_p50: Optional[float]
+    call_p95: Optional[float]
+    call_p99: Optional[float]
+    wait_count: int  #: checkouts that got a worker lately; the next four are about these
+    wait_mean: Optional[float]
+    wait_p50: Optional[float]
+    wait_p95: Optional[float]
+    wait_p99: Optional[float]
+    error_rate: float  #: calls that failed by the pool's fault, over all, lately
+    user_error_rate: float  #: calls that raised an exception of the user's code, likewise
+    calls: int  #: total of those answered
+    user_errors: int  #: total
+    errors: Dict[str, int]  #: totals of what was the pool's fault, by type of error
+    timeouts: int  #: total of calls that took too long
+    checkout_timeouts: int  #: total
+    crashes: int  #: total of workers that ended without being told to
+    workers_started: int  #: total
+    workers_recycled: int  #: total of workers that were told to end
+    active_sessions: int
+    affinity_hits: int  #: total of session checkouts that got the worker that has it warm
+    affinity_hit_rate: Optional[float]  #: of session checkouts but the first of each, lately
+    rss_bytes: int  #: all workers
+    cpu: float  #: CPUs that the workers used, over the last ten seconds
+    descriptors: Optional[int]  #: open in this process
+    health_score: float  #: 0 to 100
+    health: str  #: "green", "yellow" or "red"
+    workers: Tuple[WorkerSnapshot, ...]  #: of the latest snapshot only
+
+
+class Metrics:
+    """Watches one pool; `latest()` and `history(seconds)` tell. Use it in a `with`, or `close()`.
+
+    `interval` is the seconds between two samples; None: `sample()` is called by hand. `target` is
+    how long a call may take (p99, seconds) before it costs points of health. Any thread may call
+    any method; one that reads never waits. Ends with the pool; what was seen stays readable.
+    """
+
+    def __init__(
+        self,
+        pool: Any,
+        interval: float | None = 1.0,
+        *,
+        target: float | None = None,
+        read: Callable[[Any], Reading] = read,
+    ) -> None:
+        if interval is not None and not interval > 0:
+            raise ValueError(f"interval={interval!r}: give seconds, more than 0, or None")
+        self._pool = weakref.ref(pool)
+        self._interval, self._target, self._read = interval, target, read
+        self._sampling = threading.Lock()
+        self._window: Deque[Reading] = collections.deque()  # of the last WINDOW seconds
+        self._fine: Deque[Snapshot] = collections.deque()
+        self._rolls: Deque[Snapshot] = collections.deque()
+        self._recent: Deque[Reading] = collections.deque()  # of the last ROLL_STEP, with workers
+        self._rolled: Reading | None = None  # the one that the present roll began with
+        self._latest: Snapshot | None = None
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._hooks = pool.hooks
+        self._listen(pool)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def latest(self) -> Snapshot:
+        """Return the last snapshot; the first one is taken now, if there is none yet.
+
+        Raises:
+            ReferenceError: the pool was collected before there was any.
+        """
+        return self._latest or self.sample()
+
+    def history(self, seconds: float = FINE_SPAN) -> list[Snapshot]:
+        """Return the snapshots of the last `seconds` before the latest, oldest first.
+
+        They are 1 s apart up to five minutes, 10 s beyond, and reach back one hour.
+        """
+        fine, rolls, latest = self._fine.copy(), self._rolls.copy(), self._latest
+        if latest is None:
+            return []
+        since = latest.at - seconds
+        begin = fine[0].at if fine else latest.at
+        kept = [roll for roll in rolls if since <= roll.at < begin]
+        kept += [snapshot for snapshot in fine if since <= snapshot.at < latest.at]
+        return [*kept, latest]
+
+    # -- sampling ----------------------------------------------------------------------------
+
+    def sample(self) -> Snapshot:
+        """Take a snapshot now, whatever the interval.
+
+        Raises:
+            PoolForked: this process is a fork of the pool's owner.
+            ReferenceError: the pool was collected.
+        """
+        pool = self._pool()
+        if pool is None:
+            raise ReferenceError("the pool that these metrics were about was collected")
+        reading = self._read(pool)
+        with self._sampling:
+            latest = self._latest
+            if latest is not None and reading.at <= latest.at:
+                return latest  # another thread was faster
+            return self._take(reading)
+
+    def _take(self, reading: Reading) -> Snapshot:
+        window, recent = self._window, self._recent
+        while window and window[0].at < reading.at - WINDOW - _EARLY:
+            window.popleft()
+        while recent and recent[0].at < reading.at - ROLL_STEP - _EARLY:
+            recent.popleft()
+        before = recent[-1] if recent else self._rolled or reading
+        snapshot = _snapshot(reading, before, window[0] if window else reading, self._target)
+        snapshot = _with_workers(snapshot, reading, recent[0] if recent else reading)
+        self._keep(reading, snapshot)
+        self._latest = snapshot
+        return snapshot
+
+    def _keep(self, reading: Reading, snapshot: Snapshot) -> None:
+        """Keep what the later ones are compared with, and what history will tell."""
+        self._recent.append(reading)
+        if not self._window or _due(reading.at, self._window[-1].at, FINE_STEP):
+            self._window.append(reading._replace(workers=()))
+        if not self._fine or _due(snapshot.at, self._fine[-1].at, FINE_STEP):
+            self._fine.append(snapshot._replace(workers=()))
+        while self._fine[0].at < snapshot.at - FINE_SPAN:
+            self._fine.popleft()
+        start = self._rolled = self._rolled or reading
+        if _due(reading.at, start.at, ROLL_STEP):
+            self._rolls.append(self._roll(reading, start))
+            self._rolled = reading
+        while self._rolls and self._rolls[0].at < snapshot.at - ROLL_SPAN:
+            self._rolls.popleft()
+
+    def _roll(self, reading: Reading, start: Reading) -> Snapshot:
+        """Return one snapshot for ten seconds: their longest line and their worst health."""
+        rolled = _snapshot(reading, start, self._window[0], self._target)
+        within = [snapshot for snapshot in self._fine if snapshot.at > start.at] or [rolled]
+        worst = min(within, key=lambda snapshot: snapshot.health_score)
+        return rolled._replace(
+            queue_depth=max(snapshot.queue_depth for snapshot in within),
+            health_score=worst.health_score,
+            health=worst.health,
+            workers=(),
+        )
+
+    # -- the thread --------------------------------------------------------------------------
+
+    def _listen(self, pool: Any) -> None:
+        """Sample from the opening of the pool to its end."""
+        if self._interval is None:
+            return
+        self._hooks["pool.init"].append(self._begin)
+        self._hooks["pool.terminate"].append(self._end)
+        if pool._desk is not None:
+            self._begin()
+
+    def _begin(self, *event: Any) -> None:
+        with self._sampling:
+            if self._thread is not None or self._over.is_set():
+                return
+            self._thread = threading.Thread(target=self._run, name="minipool-metrics", daemon=True)
+        self._thread.start()
+
+    def _end(self, *event: Any) -> None:
+        """End with the pool, in whose manager's thread this is called; see the last of it."""
+        self._stop()
+        if self._pool() is not None:
+            self.sample()
+
+    def _run(self) -> None:
+        assert self._interval is not None
+        while True:
+            try:
+                self.sample()
+            except ReferenceError:
+                return
+            except Exception:
+                logger().exception("metrics missed a sample and go on")
+            if self._over.wait(self._interval):
+                return
+
+    def close(self) -> None:
+        """Stop sampling. What was seen stays readable."""
+        for event, listener in (("pool.init", self._begin), ("pool.terminate", self._end)):
+            if listener in self._hooks[event]:
+                self._hooks[event].remove(listener)
+        self._stop()
+
+    def _stop(self) -> None:
+        self._over.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(1.0)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _due(now: float, last: float, step: float) -> bool:
+    return now - last >= step - _EARLY
+
+
+def _snapshot(now: Reading, before: Reading, lately: Reading, target: float | None) -> Snapshot:
+    """Make a snapshot: gauges of `now`, rates since `before`, quantiles since `lately`."""
+    elapsed = now.at - before.at
+    served, leased = now.served - before.served, now.leased - before.leased
+    utilization = min(1.0, max(0.0, leased / served)) if served > 0 else 0.0
+    calls = _since(now.call_times, lately.call_times)
+    waits = _since(now.wait_times, lately.wait_times)
+    answered, faults = sum(calls), now.faults - lately.faults
+    call_p99, idle, active = t.quantile(calls, 0.99), now.count("idle"), now.count("leased")
+    error_rate = faults / (answered + faults) if faults > 0 else 0.0
+    score = 0.0
+    if now.status == "open":
+        score = health_score(
+            utilization=utilization,
+            queue_depth=now.queue_depth,
+            error_rate=error_rate,
+            ready=idle + active + now.count("probing"),
+            wanted=now.pool_size,
+            latency=call_p99,
+            target=target,
+        )
+    return Snapshot(
+        at=now.at,
+        wall=now.wall,
+        name=now.name,
+        status=now.status,
+        pool_size=now.pool_size,
+        active=active,
+        idle=idle,
+        starting=now.count("starting"),
+        overflow=now.overflow,
+        queue_depth=now.queue_depth,
+        utilization=utilization,
+        throughput=max(0, now.calls - before.calls) / elapsed if elapsed else 0.0,
+        call_count=answered,
+        call_mean=t.mean(calls),
+        call_p50=t.quantile(calls, 0.5),
+        call_p95=t.quantile(calls, 0.95),
+        call_p99=call_p99,
+        wait_count=sum(waits),
+        wait_mean=t.mean(waits),
+        wait_p50=t.quantile(waits, 0.5),
+        wait_p95=t.quantile(waits, 0.95),
+        wait_p99=t.quantile(waits, 0.99),
+        error_rate=error_rate,
+        user_error_rate=max(0, now.user_errors - lately.user_errors) / max(1, answered + faults),
+        calls=now.calls,
+        user_errors=now.user_errors,
+        errors=now.errors,
+        timeouts=now.errors.get("CallTimeout", 0),
+        checkout_timeouts=now.errors.get("CheckoutTimeout", 0),
+        crashes=now.workers_lost,
+        workers_started=now.workers_started,
+        workers_recycled=now.workers_recycled,
+        active_sessions=now.active_sessions,
+        affinity_hits=now.affinity["hit"],
+        affinity_hit_rate=_hit_rate(now, lately),
+        rss_bytes=sum(worker.rss_bytes for worker in now.workers),
+        cpu=0.0,
+        descriptors=now.descriptors,
+        health_score=score,
+        health=health_word(score),
+        workers=(),
+    )
+
+
+def _since(now: Sequence[int], before: Sequence[int]) -> list[int]:
+    return [max(0, a - b) for a, b in zip(now, before)]
+
+
+def _hit_rate(now: Reading, lately: Reading) -> float | None:
+    found = {how: now.affinity[how] - lately.affinity[how] for how in ("hit", "moved", "lost")}
+    total = sum(found.values())
+    return found["hit"] / total if total > 0 else None
+
+
+def _with_workers(snapshot: Snapshot, now: Reading, then: Reading) -> Snapshot:
+    """Add what is known of each worker. CPU time is said once a second, so is taken over ten."""
+    used = {(old.worker_id, old.generation): old.cpu_seconds for old in then.workers}
+    elapsed = now.at - then.at
+    workers = []
+    for worker in now.workers:
+        before = used.get((worker.worker_id, worker.generation))
+        if before is not None and elapsed > 0:
+            worker = worker._replace(cpu=max(0.0, worker.cpu_seconds - before) / elapsed)
+        workers.append(worker)
+    cpu = sum(worker.cpu or 0.0 for worker in workers)
+    return snapshot._replace(workers=tuple(workers), cpu=cpu)
