@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,6 +29,7 @@ from minipool import (
     WorkerStartError,
 )
 from minipool.engine.fleet import Fleet
+from minipool.engine.process import WorkerProcess
 from minipool.telemetry import Hooks
 from troublemakers import (
     FailsWhileFileExists,
@@ -122,7 +125,7 @@ def test_back_off_doubles_up_to_a_cap_with_jitter(luck: float, factor: float) ->
     fleet = Fleet(launcher, PoolConfig(size=1), Hooks(""), jitter=lambda: luck)
     for failures in range(1, 14):
         before = time.monotonic()
-        assert fleet.spawn() is None
+        assert fleet.spawn(1) == []
         after = time.monotonic()
         delay = min(30.0, 0.1 * 2 ** (failures - 1)) * factor
         assert before + delay <= fleet.not_before <= after + delay
@@ -619,3 +622,26 @@ def test_default_start_method_is_the_best_offered() -> None:
     with Pool(size=1) as pool:
         assert pool._launcher.method == "forkserver"
         assert pool.call(getpid) != os.getpid()
+
+
+def test_failure_in_mid_batch_keeps_who_was_started(
+    monkeypatch: pytest.MonkeyPatch, start_method: str
+) -> None:
+    """Of four that are started together the third cannot be: two serve, and all four soon do."""
+    begin, tries = WorkerProcess.start, itertools.count(1)
+
+    def start(self: WorkerProcess) -> None:
+        if next(tries) == 3:
+            raise BlockingIOError(errno.EAGAIN, "no more processes")
+        begin(self)
+
+    monkeypatch.setattr(WorkerProcess, "start", start)
+    pool: Pool[None] = Pool(size=4, start_method=start_method)
+    ear = Ear(pool, "worker.init", "error")
+    pool.open(wait=False)
+    assert ear.wait("error").metadata["worker_id"] == 2
+    assert pool.call(os.getpid) in {ear.wait("worker.init", n).metadata["pid"] for n in (1, 2)}
+    pool.wait_ready()
+    assert [worker.worker_id for worker in pool.workers()] == [0, 1, 2, 3]
+    assert pool.stats().start_failures == 1
+    pool.close()

@@ -13,6 +13,7 @@ ends, and at the latest when its parent does:
 
 from __future__ import annotations
 
+import _signal  # without the enums of `signal`: a forked child pays for each page it touches
 import os
 import pickle
 import signal
@@ -92,13 +93,14 @@ class Setup:
 def main(conn: Any, setup: Setup) -> None:
     """Be one worker, from the first instruction to the last."""
     global _current
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.set_wakeup_fd(-1)  # forked, it would write into the parent's event loop
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
+    _signal.signal(signal.SIGTERM, _signal.SIG_DFL)
+    _signal.set_wakeup_fd(-1)  # forked, it would write into the parent's event loop
+    if hasattr(_signal, "pthread_sigmask"):
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     _die_with_parent(setup.lifeline)
-    os.environ.update(setup.env)
+    if setup.env:
+        os.environ.update(setup.env)
     if setup.niceness and hasattr(os, "nice"):
         os.nice(setup.niceness)
     _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
@@ -146,10 +148,13 @@ class _Worker:
         except BaseException as error:
             self._end.send(0, wire.START_FAILED, b"", wire.pack_error(error))
             raise SystemExit(1) from None
-        self._refresh(time.monotonic_ns())
         words[t.PHASE] = t.PHASE_SERVING
         words[t.READY_GENERATION] = setup.generation
+        if not self._shared:  # else it is told a moment later, and nobody waits for it
+            self._refresh(time.monotonic_ns())
         self._reply(0, wire.READY, b"")
+        if self._shared:
+            self._refresh(time.monotonic_ns())
 
     def serve(self) -> None:
         """Answer requests until told to stop."""

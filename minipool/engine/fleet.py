@@ -87,21 +87,54 @@ class Fleet:
 
     # -- starting ----------------------------------------------------------------------------
 
-    def spawn(self) -> Handle | None:
-        """Start one worker in the lowest free slot; None if that failed, which is then counted."""
-        slot = next(slot for slot in range(t.MAX_ROWS) if slot not in self.handles)
-        self._generation += 1
+    def spawn(self, count: int) -> list[Handle]:
+        """Start workers in the lowest free slots; the first failure ends it, and is counted.
+
+        All are prepared before the first is started, and noted after the last: whatever is touched
+        between two forks, the kernel must copy.
+        """
+        prepared: list[Handle] = []
+        started: list[Handle] = []
+        failure: tuple[int, Exception] | None = None
         try:
-            row = self.table.row(slot)
-            handle = Handle(slot, self._generation, row, self._config.codec)
-            self.handles[slot] = handle
-            setup = self._launcher.setup(slot, self._generation, self.table.fd)
-            handle.start(self._launcher.context, setup)
+            for _ in range(count):
+                prepared.append(self._prepared())
         except Exception as error:
-            self.handles.pop(slot, None)
-            self._start_failed(slot, None, error)
-            return None
+            failure = self._free_slot(), error
+        for handle in prepared:
+            try:
+                handle.start()
+                started.append(handle)
+            except Exception as error:
+                failure = handle.slot, error
+                break
+        for handle in started:
+            handle.started()
+        for handle in prepared[len(started) :]:
+            self._forget(handle)
+        if failure is not None:
+            self._start_failed(failure[0], None, failure[1])
+        return started
+
+    def _prepared(self) -> Handle:
+        slot = self._free_slot()
+        self._generation += 1
+        handle = Handle(slot, self._generation, self.table.row(slot), self._config.codec)
+        self.handles[slot] = handle  # at once: a process forked from now on must close its pipe
+        try:
+            setup = self._launcher.setup(slot, self._generation, self.table.fd)
+            handle.prepare(self._launcher.context, setup)
+        except BaseException:
+            self._forget(handle)
+            raise
         return handle
+
+    def _free_slot(self) -> int:
+        return next(slot for slot in range(t.MAX_ROWS) if slot not in self.handles)
+
+    def _forget(self, handle: Handle) -> None:
+        handle.abandon()
+        del self.handles[handle.slot]
 
     def ready(self, handle: Handle) -> None:
         """Count a worker that has become ready."""

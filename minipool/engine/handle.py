@@ -48,7 +48,9 @@ class Handle:
         "_exchange",
         "_loads",
         "_noted_id",
+        "_portable",
         "_telling",
+        "_theirs",
         "abandoned",
         "calls_before",
         "calls_sent",
@@ -126,38 +128,50 @@ class Handle:
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
         self.process: Any = None
         self.conn: Any = None
+        self._theirs: Any = None  # the worker's end, until it is started
         self.channel: Any = None
 
     # -- start and end (manager) -------------------------------------------------------------
 
-    def start(self, context: Any, setup: Setup) -> None:
-        """Start the process. It is booting afterwards; its ready frame comes by itself.
+    def prepare(self, context: Any, setup: Setup) -> None:
+        """Make everything that the process will need.
+
+        Raises:
+            OSError: there is no room for one more pipe; nothing is left.
+        """
+        self.conn, self._theirs = pair(context, setup.portable)
+        # Nobody writes these words now: the last worker is dead, and this one is not there yet.
+        self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
+        name = f"minipool-{setup.pool}-{self.slot}"
+        self.process = WorkerProcess(context, name, main, (self._theirs, setup))
+        self._portable = setup.portable
+
+    def start(self) -> None:
+        """Start the process, and nothing else: see `started`.
 
         Raises:
             OSError, EOFError, RuntimeError: no process was started; everything is given back.
         """
-        ours, theirs = pair(context, setup.portable)
-        self.conn = ours  # at once: a process forked from now on must close it
-        # Nobody writes these words now: the last worker is dead, and this one is not there yet.
-        self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
+        theirs, self._theirs = self._theirs, None  # the process that is forked now must keep it
         try:
-            name = f"minipool-{setup.pool}-{self.slot}"
-            self.process = WorkerProcess(context, name, main, (theirs, setup))
             self.process.start()
         except BaseException:
-            ours.close()
+            self.conn.close()
             raise
         finally:
             theirs.close()
+
+    def started(self) -> None:
+        """Note that it was started. It is booting now; its ready frame comes by itself."""
         self.pid = self.process.pid
         row = self.row
         row[t.GENERATION], row[t.PID], row[t.LEASED_SINCE_NS] = self.generation, self.pid or 0, 0
         self.move(WorkerEvent.SPAWNED)
-        if setup.portable:
-            self.channel = PortableEnd(ours, self.process.sentinel)
+        if self._portable:
+            self.channel = PortableEnd(self.conn, self.process.sentinel)
             self.channel.on_words = self._note
         else:
-            self.channel = FastEnd(ours, self.process.death_fd)
+            self.channel = FastEnd(self.conn, self.process.death_fd)
         self._exchange = self.channel.exchange
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
@@ -213,10 +227,9 @@ class Handle:
         self.lease = None  # nobody is to be told when it is dropped here
         if self.process is not None:
             self.process.abandon()
-        if self.channel is not None:
-            self.channel.close()
-        elif self.conn is not None:
-            self.conn.close()
+        for end in (self.channel or self.conn, self._theirs):
+            if end is not None:
+                end.close()
 
     @property
     def live_lease(self) -> Any:

@@ -58,9 +58,7 @@ class Staff:
         if time.monotonic() < self._fleet.not_before:
             return
         missing = min(wanted - len(live) - dying, self._config.startup_batch - starting)
-        for _ in range(missing):
-            if self._fleet.spawn() is None:
-                return
+        self._fleet.spawn(missing)
 
     def _grown(self, live: int) -> int:
         """Return one more than now, if the limits allow: a spike is over before it is there."""
