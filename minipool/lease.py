@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 W = TypeVar("W")
 R = TypeVar("R")
 
-_ref = weakref.ref
+_ref, _monotonic = weakref.ref, time.monotonic
 CALL_TIMEOUT = "call_timeout"  # the option's name stands for its value
 
 
@@ -162,21 +162,26 @@ class Lease(Generic[W]):
         kwargs: dict[str, Any],
     ) -> Any:
         """Make the call with its events."""
-        hooks, facts = self._desk.hooks, {"worker_id": handle.slot, "target": name.decode()}
-        hooks.emit("operation.start", {}, **facts)
-        start = time.monotonic()
+        desk = self._desk
+        hooks, tell = desk.hooks, desk.hooks.tell
+        facts: dict[str, Any]
+        facts = {"worker_id": handle.slot, "target": name.decode(), "pool": hooks.pool_name}
+        if desk.on_start:
+            tell("operation.start", desk.on_start, {}, facts)
+        start = _monotonic()
         try:
             try:
                 result = handle.request(kind, name, args, kwargs, self._timeout)
             except WorkerError as error:
                 result = self._recover(error, handle, kind, name, args, kwargs)
                 for held in self._held[:1]:
-                    facts["worker_id"] = held.slot  # another one has done it
+                    facts = {**facts, "worker_id": held.slot}  # another one has done it
         except BaseException as error:
-            took = time.monotonic() - start
-            hooks.emit("operation.exception", {"seconds": took}, error=error, **facts)
+            numbers, facts = {"seconds": _monotonic() - start}, {**facts, "error": error}
+            tell("operation.exception", desk.on_exception, numbers, facts)
             raise
-        hooks.emit("operation.stop", {"seconds": time.monotonic() - start}, **facts)
+        if desk.on_stop:
+            tell("operation.stop", desk.on_stop, {"seconds": _monotonic() - start}, facts)
         return result
 
     def options(

@@ -3,16 +3,27 @@
 `pool.hooks["worker.init"].append(f)` is all there is to listening: `f(event, measurements,
 metadata)` is called in the thread where the event happens, never under a lock, so it should only
 count or enqueue. An event nobody listens to costs one truth test where it would be emitted. The
-shape (a name, numbers, context) is that of Erlang's `telemetry`.
+shape (a name, numbers, context) is that of Erlang's `telemetry`, and so is `span`.
+
+`attach_logger` and `attach_reporter` are listeners ready-made; what they return takes them away
+again. Every pool imports this module, so it imports next to nothing itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List
+import time
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List
 
 if TYPE_CHECKING:
     import logging
+    from typing import Protocol
+
+    class Emitter(Protocol):
+        """What has hooks: a pool."""
+
+        hooks: Hooks
+
 
 Listener = Callable[[str, Dict[str, Any], Dict[str, Any]], object]
 
@@ -49,6 +60,9 @@ EVENTS: dict[str, tuple[str, str, str]] = {
         "session, reason",
     ),
     "lease.leaked": ("a lease outlived leak_warn_after, or was dropped", "seconds", "worker_id"),
+    "span.start": ("a span of the caller's own began", "", "span, facts"),
+    "span.stop": ("it ended well", "seconds", "span, facts"),
+    "span.exception": ("it ended by an exception", "seconds", "span, facts, error"),
 }
 
 
@@ -64,7 +78,7 @@ class Hooks(Dict[str, List[Listener]]):
 
     def __init__(self, pool_name: str, names: Iterable[str] = EVENTS) -> None:
         super().__init__((name, []) for name in names)
-        self._pool_name = pool_name
+        self.pool_name = pool_name
 
     def __missing__(self, name: str) -> List[Listener]:
         raise KeyError(f"no event {name!r}; there are: {', '.join(self)}")
@@ -75,13 +89,122 @@ class Hooks(Dict[str, List[Listener]]):
         Where it matters, the caller tests the list first, so that nothing is built for nobody.
         """
         listeners = self[name]
-        if not listeners:
-            return
-        metadata["pool"] = self._pool_name
+        if listeners:
+            metadata["pool"] = self.pool_name
+            self.tell(name, listeners, measurements or {}, metadata)
+
+    @staticmethod
+    def tell(
+        name: str,
+        listeners: List[Listener],
+        measurements: dict[str, Any],
+        metadata: dict[str, Any],
+    ) -> None:
+        """Do as `emit`, for who has the list and whole metadata at hand: events of each call."""
         for listener in tuple(listeners):  # a copy: listeners may remove themselves
             try:
-                listener(name, measurements or {}, metadata)
+                listener(name, measurements, metadata)
             except Exception:
                 logger().exception("listener %r failed on %s and was removed", listener, name)
                 with contextlib.suppress(ValueError):  # another thread removed it first
                     listeners.remove(listener)
+
+
+# -- listeners ready-made ------------------------------------------------------------------------
+
+#: The events of each single call: to hear them costs every call about a microsecond.
+OF_CALLS = ("worker.checkout", "worker.checkin", "operation.start", "operation.stop")
+
+_DEBUG, _INFO, _WARNING, _ERROR = 10, 20, 30, 40  # as `logging` numbers them
+_LEVELS = {  # all others are steps in a life, and told at INFO
+    "error": _ERROR,
+    "operation.exception": _ERROR,
+    "span.exception": _ERROR,
+    "lease.leaked": _WARNING,
+    **dict.fromkeys(OF_CALLS, _DEBUG),
+    **dict.fromkeys(("worker.health_check", "queue.depth", "utilization"), _DEBUG),
+    **dict.fromkeys(("span.start", "span.stop"), _DEBUG),
+}
+
+
+def attach_reporter(
+    pool: Emitter, report: Listener, events: Iterable[str] | None = None
+) -> Callable[[], None]:
+    """Have `report(event, measurements, metadata)` hear every event, or those named.
+
+    It runs in the thread where the event happens, as any listener does. The function returned
+    detaches it; what is under way in other threads may still be heard.
+
+    Raises:
+        KeyError: there is no such event; nothing is attached.
+    """
+    lists = [pool.hooks[name] for name in (pool.hooks if events is None else events)]
+    for listeners in lists:
+        listeners.append(report)
+
+    def detach() -> None:
+        for listeners in lists:
+            with contextlib.suppress(ValueError):  # it raised and was removed, or left
+                listeners.remove(report)
+
+    return detach
+
+
+def attach_logger(
+    pool: Emitter, log: logging.Logger | None = None, calls: bool = False
+) -> Callable[[], None]:
+    """Log a pool's events: lives at INFO, health at DEBUG, leaks at WARNING, errors at ERROR.
+
+    Each record has the event's name as `event`, and every measurement and metadata as attributes
+    of their own names, for formatters that make structured logs. The function returned detaches.
+
+    Args:
+        log: where to; None is the logger "minipool.events".
+        calls: also what happens at each single checkout and call, at DEBUG.
+    """
+    import logging
+
+    to = log or logging.getLogger("minipool.events")
+
+    def write(event: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
+        level = _LEVELS.get(event, _INFO)
+        if to.isEnabledFor(level):
+            facts = {**metadata, **measurements}
+            error = facts.get("error")
+            if isinstance(error, BaseException):  # as text: a record may be kept for long
+                facts["error"] = f"{type(error).__name__}: {error}"
+            words = " ".join(f"{key}={_shown(facts[key])}" for key in facts if key != "pool")
+            to.log(level, "%s: %s %s", facts["pool"], event, words, extra={"event": event, **facts})
+
+    wanted = [name for name in pool.hooks if calls or name not in OF_CALLS]
+    return attach_reporter(pool, write, wanted)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as one word, which cannot be taken for several, or for another line."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    return text if text.isprintable() and not set(text) & set(" =\"'") and text else repr(value)
+
+
+@contextlib.contextmanager
+def span(
+    pool: Emitter, name: str, metadata: dict[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Time a piece of the caller's own work among the pool's events.
+
+    `with span(pool, "answer", {"user": 7}) as facts:` emits `span.start`, and at the end
+    `span.stop` or `span.exception`, with the seconds it took. What the block puts into `facts`
+    is told at the end.
+    """
+    hooks, facts = pool.hooks, dict(metadata or {})
+    hooks.emit("span.start", {}, span=name, facts=dict(facts))
+    start = time.monotonic()
+    try:
+        yield facts
+    except BaseException as error:
+        took = {"seconds": time.monotonic() - start}
+        hooks.emit("span.exception", took, span=name, facts=facts, error=error)
+        raise
+    hooks.emit("span.stop", {"seconds": time.monotonic() - start}, span=name, facts=facts)

@@ -13,8 +13,9 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from ears import Ear, Event, wait_until
-from minipool import EVENTS, Hooks, Pool, SessionLost
+from minipool import EVENTS, Hooks, Pool, SessionLost, WorkerDied
 from minipool.errors import CheckoutTimeout, PoolClosed, PoolError, PoolStartError
+from minipool.telemetry import span
 from rogues import Stateful, raise_it
 from workers import RaisesAtStart, identity
 
@@ -115,6 +116,16 @@ def lose(pool: Pool[Stateful], ear: Ear) -> None:
         pool.checkout(session="ada", affinity="strict", timeout=LAST)
 
 
+def time_a_span(pool: Pool[Stateful], ear: Ear) -> None:
+    with span(pool, "answer", {"user": 7}) as facts:
+        facts["words"] = 3
+
+
+def fail_in_a_span(pool: Pool[Stateful], ear: Ear) -> None:
+    with pytest.raises(KeyError), span(pool, "answer"):
+        raise KeyError("k")
+
+
 def close(pool: Pool[Stateful], ear: Ear) -> None:
     pool.open()
     pool.close()
@@ -141,7 +152,11 @@ STORIES: dict[str, tuple[Callable[[Pool[Stateful], Ear], None], dict[str, Any]]]
     "session.moved": (move, {"session": "ada", "version": 0}),
     "session.lost": (lose, {"session": "ada", "version": 0, "reason": "its worker died"}),
     "lease.leaked": (leak, {"worker_id": 0}),
+    "span.start": (time_a_span, {"span": "answer", "facts": {"user": 7}}),
+    "span.stop": (time_a_span, {"span": "answer", "facts": {"user": 7, "words": 3}}),
+    "span.exception": (fail_in_a_span, {"span": "answer", "facts": {}}),
 }
+MANY = {"utilization"}  # told at every look
 
 
 def test_every_event_has_a_story() -> None:
@@ -151,17 +166,23 @@ def test_every_event_has_a_story() -> None:
 
 @pytest.mark.parametrize("name", EVENTS)
 def test_event_is_emitted_as_documented(name: str) -> None:
-    """A real pool emits it, with exactly the measurements and metadata that EVENTS tells."""
+    """A real pool emits it once, with exactly the measurements and metadata that EVENTS tells."""
     story, said = STORIES[name]
     pool = make(leak_warn_after=0.05)
     ear = Ear(pool)
 
+    def fits(event: Event) -> bool:
+        told = {**event.measurements, **event.metadata}
+        return all(told[key] == value for key, value in said.items())
+
     with pool:
         story(pool, ear)
-        ear.wait(name, fits=lambda e: {**e.measurements, **e.metadata}.items() >= said.items())
+        ear.wait(name, fits=fits)
 
     for heard in ear.heard:
         check(heard, pool)
+    if name not in MANY:
+        assert sum(fits(event) for event in ear.of(name)) == 1, ear.of(name)
 
 
 def test_pids_and_errors_are_those_of_the_pool() -> None:
@@ -217,6 +238,95 @@ def test_call_made_again_elsewhere_tells_who_did_it(tmp_path: Path) -> None:
     assert first != second
     by = ear.of("worker.checkout")[1].metadata["worker_id"]
     assert ear.wait("operation.stop").metadata["worker_id"] == by
+
+
+def test_counts_are_exact_under_32_threads_and_kills() -> None:
+    """Nothing is told twice, or not at all: what was heard adds up to what the pool counted."""
+    pool = make(size=3, checkout_timeout=LAST)
+    ear = Ear(pool)
+    wrong: list[BaseException] = []
+
+    def work(number: int) -> None:
+        for turn in range(12):
+            try:
+                with pool.checkout() as w:
+                    w.call("add", 1)
+                    if number % 8 == 0 and turn % 4 == 1:
+                        os.kill(w.pid or 0, signal.SIGKILL)
+                        with pytest.raises(WorkerDied):
+                            w.call("add", 1)
+            except BaseException as error:
+                wrong.append(error)
+
+    with pool:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LAST)
+        wait_until(pool, lambda: pool.stats().idle == 3)
+    stats = pool.stats()
+
+    assert not wrong
+    heard = {name: len(ear.of(name)) for name in EVENTS}
+    assert heard["operation.stop"] == stats.calls == 32 * 12
+    assert heard["operation.exception"] == stats.faults == 4 * 3
+    assert heard["operation.start"] == 32 * 12 + 4 * 3
+    assert heard["worker.checkout"] == heard["worker.checkin"] == stats.leases
+    assert heard["queue.depth"] == stats.queued
+    assert heard["worker.init"] == stats.workers_started == heard["worker.terminate"]
+    assert heard["error"] == heard["recovery"] == stats.workers_lost == 4 * 3
+    assert sum(e.measurements["calls"] for e in ear.of("worker.terminate")) == stats.calls
+
+
+def test_two_pools_never_mix() -> None:
+    """Each pool's listeners hear of that pool, its processes and its sessions, and of no other."""
+    pools = make(size=2, name="one"), make(size=2, name="other")
+    ears = [Ear(pool) for pool in pools]
+
+    with pools[0], pools[1]:
+        threads = [
+            threading.Thread(target=lambda p=pool, n=n: p.options(session=f"s{n}").call("add", 1))
+            for pool in pools
+            for n in range(16)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LAST)
+        kill(pools[0], ears[0])
+
+    pids = [{e.metadata["pid"] for e in ear.heard if "pid" in e.metadata} for ear in ears]
+    assert [{e.metadata["pool"] for e in ear.heard} for ear in ears] == [{"one"}, {"other"}]
+    assert len(pids[0]) == 3 and len(pids[1]) == 2 and not pids[0] & pids[1]
+    assert [len(ear.of("operation.stop")) for ear in ears] == [16, 16]
+    assert [len(ear.of("recovery")) for ear in ears] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["worker.checkout", "operation.start", "operation.stop",
+                                  "worker.checkin", "utilization"])  # fmt: skip
+def test_listener_that_blocks_holds_up_its_own_thread_only(name: str) -> None:
+    """One caller, or the manager, is stuck in a listener: every other caller is served."""
+    pool = make(size=2)
+    entered, leave = threading.Event(), threading.Event()
+
+    def block_once(*event: Any) -> None:
+        if not entered.is_set():
+            entered.set()
+            leave.wait(LAST)
+
+    with pool:
+        pool.hooks[name].append(block_once)
+        stuck = threading.Thread(target=lambda: pool.call("add", 1))
+        stuck.start()
+        assert entered.wait(LAST)
+        try:
+            for _ in range(20):
+                assert pool.call(identity, 1) == 1
+        finally:
+            leave.set()
+        stuck.join(LAST)
+    assert pool.hooks[name] == [block_once]
 
 
 # -- the lists -----------------------------------------------------------------------------------
