@@ -158,6 +158,14 @@ def test_quantiles_and_rates_of_errors_are_of_the_last_minute() -> None:
     assert last.call_p50 is last.call_p99 is last.call_mean is None
 
 
+def test_samples_far_apart_tell_what_was_in_between() -> None:
+    told, metrics = watched()
+    for _ in range(3):
+        last = told.tick(metrics, 120.0, calls=240)
+
+    assert (last.call_count, last.throughput) == (240, 2)
+
+
 def test_cpu_of_a_worker_is_a_share_of_the_last_ten_seconds() -> None:
     """And that of another worker in its slot is its own."""
     told, metrics = watched(workers=(worker(0), worker(1)))

@@ -8,7 +8,9 @@ import pytest
 
 from minipool.observe.score import health_score, health_word
 
-WELL: dict[str, Any] = dict(utilization=0.0, queue_depth=0, error_rate=0.0, ready=8, wanted=8)
+WELL: dict[str, Any] = {
+    "utilization": 0.0, "queue_depth": 0, "error_rate": 0.0, "ready": 8, "wanted": 8,
+}  # fmt: skip
 
 SITUATIONS = [  # from well to ill; what is said of a pool of eight that is well otherwise
     ("idle, all ready", {}, "green", 100),

@@ -11,14 +11,19 @@ The thread starts when the pool is opened and ends with it; the pool is held wea
 from __future__ import annotations
 
 import collections
+import contextlib
+import os
 import threading
 import weakref
-from typing import Any, Callable, Deque, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from ..engine import table as t
 from ..telemetry import logger
 from .reading import Reading, WorkerSnapshot, read
 from .score import health_score, health_word
+
+if TYPE_CHECKING:
+    from ..pool import Pool
 
 WINDOW = 60.0  # seconds that quantiles and rates of errors are about
 FINE_STEP, FINE_SPAN = 1.0, 300.0
@@ -85,26 +90,27 @@ class Metrics:
 
     def __init__(
         self,
-        pool: Any,
+        pool: Pool[Any],
         interval: float | None = 1.0,
         *,
         target: float | None = None,
-        read: Callable[[Any], Reading] = read,
+        read: Callable[[Pool[Any]], Reading] = read,
     ) -> None:
         if interval is not None and not interval > 0:
             raise ValueError(f"interval={interval!r}: give seconds, more than 0, or None")
         self._pool = weakref.ref(pool)
         self._interval, self._target, self._read = interval, target, read
         self._sampling = threading.Lock()
-        self._window: Deque[Reading] = collections.deque()  # of the last WINDOW seconds
-        self._fine: Deque[Snapshot] = collections.deque()
-        self._rolls: Deque[Snapshot] = collections.deque()
+        self._before: Reading | None = None
+        self._lately: Deque[Reading] = collections.deque()  # of the last WINDOW, a step apart
         self._recent: Deque[Reading] = collections.deque()  # of the last ROLL_STEP, with workers
         self._rolled: Reading | None = None  # the one that the present roll began with
+        self._fine: Deque[Snapshot] = collections.deque()
+        self._rolls: Deque[Snapshot] = collections.deque()
         self._latest: Snapshot | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        self._hooks = pool.hooks
+        self._hooks, self._pid = pool.hooks, os.getpid()
         self._listen(pool)
 
     # -- reading -----------------------------------------------------------------------------
@@ -151,37 +157,30 @@ class Metrics:
             return self._take(reading)
 
     def _take(self, reading: Reading) -> Snapshot:
-        window, recent = self._window, self._recent
-        while window and window[0].at < reading.at - WINDOW - _EARLY:
-            window.popleft()
-        while recent and recent[0].at < reading.at - ROLL_STEP - _EARLY:
-            recent.popleft()
-        before = recent[-1] if recent else self._rolled or reading
-        snapshot = _snapshot(reading, before, window[0] if window else reading, self._target)
-        snapshot = _with_workers(snapshot, reading, recent[0] if recent else reading)
+        before = self._before or reading
+        lately = _first_since(self._lately, reading.at - WINDOW) or before
+        recent = _first_since(self._recent, reading.at - ROLL_STEP) or before
+        snapshot = _snapshot(reading, before, lately, recent, self._target)
         self._keep(reading, snapshot)
-        self._latest = snapshot
+        self._before, self._latest = reading, snapshot
         return snapshot
 
     def _keep(self, reading: Reading, snapshot: Snapshot) -> None:
         """Keep what the later ones are compared with, and what history will tell."""
-        self._recent.append(reading)
-        if not self._window or _due(reading.at, self._window[-1].at, FINE_STEP):
-            self._window.append(reading._replace(workers=()))
-        if not self._fine or _due(snapshot.at, self._fine[-1].at, FINE_STEP):
+        if not self._recent or _due(reading.at, self._recent[-1].at, FINE_STEP):
+            self._recent.append(reading)
+            self._lately.append(reading._replace(workers=()))
             self._fine.append(snapshot._replace(workers=()))
-        while self._fine[0].at < snapshot.at - FINE_SPAN:
-            self._fine.popleft()
+        _first_since(self._fine, snapshot.at - FINE_SPAN)
         start = self._rolled = self._rolled or reading
         if _due(reading.at, start.at, ROLL_STEP):
             self._rolls.append(self._roll(reading, start))
             self._rolled = reading
-        while self._rolls and self._rolls[0].at < snapshot.at - ROLL_SPAN:
-            self._rolls.popleft()
+        _first_since(self._rolls, snapshot.at - ROLL_SPAN)
 
     def _roll(self, reading: Reading, start: Reading) -> Snapshot:
         """Return one snapshot for ten seconds: their longest line and their worst health."""
-        rolled = _snapshot(reading, start, self._window[0], self._target)
+        rolled = _snapshot(reading, start, self._lately[0], self._recent[0], self._target)
         within = [snapshot for snapshot in self._fine if snapshot.at > start.at] or [rolled]
         worst = min(within, key=lambda snapshot: snapshot.health_score)
         return rolled._replace(
@@ -193,7 +192,7 @@ class Metrics:
 
     # -- the thread --------------------------------------------------------------------------
 
-    def _listen(self, pool: Any) -> None:
+    def _listen(self, pool: Pool[Any]) -> None:
         """Sample from the opening of the pool to its end."""
         if self._interval is None:
             return
@@ -230,11 +229,13 @@ class Metrics:
     def close(self) -> None:
         """Stop sampling. What was seen stays readable."""
         for event, listener in (("pool.init", self._begin), ("pool.terminate", self._end)):
-            if listener in self._hooks[event]:
+            with contextlib.suppress(ValueError):
                 self._hooks[event].remove(listener)
         self._stop()
 
     def _stop(self) -> None:
+        if self._pid != os.getpid():
+            return  # the thread is the other process's, and a lock may have been copied as held
         self._over.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -251,52 +252,44 @@ def _due(now: float, last: float, step: float) -> bool:
     return now - last >= step - _EARLY
 
 
-def _snapshot(now: Reading, before: Reading, lately: Reading, target: float | None) -> Snapshot:
-    """Make a snapshot: gauges of `now`, rates since `before`, quantiles since `lately`."""
-    elapsed = now.at - before.at
-    served, leased = now.served - before.served, now.leased - before.leased
-    utilization = min(1.0, max(0.0, leased / served)) if served > 0 else 0.0
-    calls = _since(now.call_times, lately.call_times)
-    waits = _since(now.wait_times, lately.wait_times)
-    answered, faults = sum(calls), now.faults - lately.faults
-    call_p99, idle, active = t.quantile(calls, 0.99), now.count("idle"), now.count("leased")
-    error_rate = faults / (answered + faults) if faults > 0 else 0.0
-    score = 0.0
-    if now.status == "open":
-        score = health_score(
-            utilization=utilization,
-            queue_depth=now.queue_depth,
-            error_rate=error_rate,
-            ready=idle + active + now.count("probing"),
-            wanted=now.pool_size,
-            latency=call_p99,
-            target=target,
-        )
+def _first_since(kept: Deque[Any], since: float) -> Any:
+    """Drop what is too old; return the first of the rest, or None."""
+    while kept and kept[0].at < since - _EARLY:
+        kept.popleft()
+    return kept[0] if kept else None
+
+
+def _snapshot(
+    now: Reading, before: Reading, lately: Reading, recent: Reading, target: float | None
+) -> Snapshot:
+    """Make a snapshot: gauges of `now`, rates since `before`, quantiles since `lately`.
+
+    CPU time is said by the workers once a second, so it is taken since `recent`.
+    """
+    times = {
+        **_times("call", _since(now.call_times, lately.call_times)),
+        **_times("wait", _since(now.wait_times, lately.wait_times)),
+    }
+    utilization, workers = _utilization(now, before), _workers(now, recent)
+    answered, faults = times["call_count"], max(0, now.faults - lately.faults)
+    made, elapsed = max(1, answered + faults), now.at - before.at
+    score = _score(now, utilization, faults / made, times["call_p99"], target)
     return Snapshot(
         at=now.at,
         wall=now.wall,
         name=now.name,
         status=now.status,
         pool_size=now.pool_size,
-        active=active,
-        idle=idle,
+        active=now.count("leased"),
+        idle=now.count("idle"),
         starting=now.count("starting"),
         overflow=now.overflow,
         queue_depth=now.queue_depth,
         utilization=utilization,
-        throughput=max(0, now.calls - before.calls) / elapsed if elapsed else 0.0,
-        call_count=answered,
-        call_mean=t.mean(calls),
-        call_p50=t.quantile(calls, 0.5),
-        call_p95=t.quantile(calls, 0.95),
-        call_p99=call_p99,
-        wait_count=sum(waits),
-        wait_mean=t.mean(waits),
-        wait_p50=t.quantile(waits, 0.5),
-        wait_p95=t.quantile(waits, 0.95),
-        wait_p99=t.quantile(waits, 0.99),
-        error_rate=error_rate,
-        user_error_rate=max(0, now.user_errors - lately.user_errors) / max(1, answered + faults),
+        throughput=max(0, now.calls - before.calls) / elapsed if elapsed > 0 else 0.0,
+        **times,
+        error_rate=faults / made,
+        user_error_rate=max(0, now.user_errors - lately.user_errors) / made,
         calls=now.calls,
         user_errors=now.user_errors,
         errors=now.errors,
@@ -308,13 +301,41 @@ def _snapshot(now: Reading, before: Reading, lately: Reading, target: float | No
         active_sessions=now.active_sessions,
         affinity_hits=now.affinity["hit"],
         affinity_hit_rate=_hit_rate(now, lately),
-        rss_bytes=sum(worker.rss_bytes for worker in now.workers),
-        cpu=0.0,
+        rss_bytes=sum(worker.rss_bytes for worker in workers),
+        cpu=sum(worker.cpu or 0.0 for worker in workers),
         descriptors=now.descriptors,
         health_score=score,
         health=health_word(score),
-        workers=(),
+        workers=workers,
     )
+
+
+def _score(
+    now: Reading, utilization: float, error_rate: float, p99: float | None, target: float | None
+) -> float:
+    if now.status != "open":
+        return 0.0
+    return health_score(
+        utilization=utilization,
+        queue_depth=now.queue_depth,
+        error_rate=error_rate,
+        ready=now.count("idle") + now.count("leased") + now.count("probing"),
+        wanted=now.pool_size,
+        latency=p99,
+        target=target,
+    )
+
+
+def _utilization(now: Reading, before: Reading) -> float:
+    served, leased = now.served - before.served, now.leased - before.leased
+    return min(1.0, max(0.0, leased / served)) if served > 0 else 0.0
+
+
+def _times(what: str, counts: Sequence[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {f"{what}_count": sum(counts), f"{what}_mean": t.mean(counts)}
+    for percent in (50, 95, 99):
+        found[f"{what}_p{percent}"] = t.quantile(counts, percent / 100)
+    return found
 
 
 def _since(now: Sequence[int], before: Sequence[int]) -> list[int]:
@@ -327,15 +348,13 @@ def _hit_rate(now: Reading, lately: Reading) -> float | None:
     return found["hit"] / total if total > 0 else None
 
 
-def _with_workers(snapshot: Snapshot, now: Reading, then: Reading) -> Snapshot:
-    """Add what is known of each worker. CPU time is said once a second, so is taken over ten."""
+def _workers(now: Reading, then: Reading) -> tuple[WorkerSnapshot, ...]:
+    """Add to what is known of each worker how much CPU time it took of late."""
     used = {(old.worker_id, old.generation): old.cpu_seconds for old in then.workers}
-    elapsed = now.at - then.at
-    workers = []
+    elapsed, workers = now.at - then.at, []
     for worker in now.workers:
         before = used.get((worker.worker_id, worker.generation))
         if before is not None and elapsed > 0:
             worker = worker._replace(cpu=max(0.0, worker.cpu_seconds - before) / elapsed)
         workers.append(worker)
-    cpu = sum(worker.cpu or 0.0 for worker in workers)
-    return snapshot._replace(workers=tuple(workers), cpu=cpu)
+    return tuple(workers)
