@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any, Mapping
 
@@ -67,6 +68,9 @@ class PoolConfig:
     niceness: int = 1
     #: Anything with `dumps` and `loads` for arguments and results. None: pickle, protocol 5.
     codec: Any = None
+    #: Context variables (or their names, "module:name") whose values travel with each call: they
+    #: are set in the worker while it runs.
+    context: tuple[Any, ...] = ()
     #: How long `close()` lets leases finish, and a retiring worker its `close()`.
     close_timeout: float = 30.0
     #: A lease older than this is revoked and its worker killed. None: never.
@@ -103,6 +107,7 @@ class PoolConfig:
             self._check_seconds(name, none=True, zero=False)
         self._check_choices()
         self._check_preload_and_env()
+        self._check_context()
         if self.name is None:
             self._set("name", f"pool-{next(_pool_numbers)}")
         elif not _is_text(self.name):
@@ -242,6 +247,15 @@ class PoolConfig:
         for key, value in (self.worker_env or {}).items():
             if not _is_text(key) or "=" in key or not (value == "" or _is_text(value)):
                 self._refuse("worker_env", f"no variable can be set to {key!r}: {value!r}")
+
+    def _check_context(self) -> None:
+        variables = self.context
+        if not isinstance(variables, (tuple, list)) or not all(
+            isinstance(variable, ContextVar) or (isinstance(variable, str) and ":" in variable)
+            for variable in variables
+        ):
+            self._refuse("context", 'give a list of ContextVars, or of names, "module:name"')
+        self._set("context", tuple(variables))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -166,6 +166,8 @@ class Lease(Generic[W]):
         hooks, tell = desk.hooks, desk.hooks.tell
         facts: dict[str, Any]
         facts = {"worker_id": handle.slot, "target": name.decode(), "pool": hooks.pool_name}
+        if desk.baggage is not None:
+            facts["context"] = desk.baggage.values()
         if desk.on_start:
             tell("operation.start", desk.on_start, {}, facts)
         start = _monotonic()

@@ -42,6 +42,7 @@ WRONG: dict[str, list[Any]] = {
                    {"A": "1\0"}, {"A\0": "1"}],
     "niceness": [None, *NO_COUNT],
     "codec": [5, "json", math],
+    "context": ["json:x", None, 5, [1], ["no colon"]],
     "close_timeout": [None, *NO_SECONDS],
     "lease_timeout": [0, *NO_SECONDS],
     "leak_warn_after": [0, *NO_SECONDS],
@@ -71,7 +72,7 @@ def test_defaults_are_as_documented() -> None:
         "max_waiting": None,
         "health_check_interval": 30.0, "health_check_timeout": 5.0, "max_health_failures": 3,
         "start_method": None, "preload": (), "startup_batch": 8,
-        "worker_env": None, "niceness": 1, "codec": None,
+        "worker_env": None, "niceness": 1, "codec": None, "context": (),
         "close_timeout": 30.0, "lease_timeout": None, "leak_warn_after": None,
         "name": "p",
     }  # fmt: skip

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 ROOMS = [
     "errors", "telemetry", "config",
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.workerend",
-    "engine.conversation", "engine.child", "engine.health", "engine.process", "engine.handle", "engine.launch",
+    "engine.conversation", "engine.baggage", "engine.child", "engine.health", "engine.process", "engine.handle", "engine.laden", "engine.launch",
     "engine.turnstile", "engine.fleet", "engine.bell", "engine.care", "engine.staff",
     "engine.manager", "engine.desk",
     "store", "records", "nearness", "sessions", "status", "lease", "opening", "views", "pool", "signatures", "programs",

@@ -19,12 +19,15 @@ import pickle
 import signal
 import sys
 import time
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from . import table as t
 from . import wire
 from .conversation import NotHere, Session, WarmSessions
 from .workerend import FastWorkerEnd, PortableWorkerEnd
+
+if TYPE_CHECKING:
+    from .baggage import Baggage  # imported by the workers that are given some
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
@@ -88,6 +91,7 @@ class Setup:
     table: wire.Descriptor | None
     lifeline: wire.Descriptor | None
     portable: bool
+    baggage: Baggage | None  # what travels with each call
 
 
 def main(conn: Any, setup: Setup) -> None:
@@ -125,6 +129,7 @@ class _Worker:
         self._object: Any = None
         self._functions: dict[bytes, Callable[..., Any]] = {}
         self._refreshed_ns = 0
+        self._baggage: Baggage | None = None
 
     def start(self, setup: Setup) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
@@ -139,6 +144,9 @@ class _Worker:
             spec = pickle.loads(setup.spec) if isinstance(setup.spec, bytes) else setup.spec
             codec = None if setup.codec is None else wire.unpack_codec(setup.codec)
             self._dumps, self._loads = wire.functions_of(codec)
+            if setup.baggage is not None:
+                setup.baggage.open()
+            self._baggage = setup.baggage
             make, args, kwargs = spec
             if isinstance(make, str):
                 make = wire.find(make)
@@ -159,7 +167,8 @@ class _Worker:
     def serve(self) -> None:
         """Answer requests until told to stop."""
         words, now = self._words, time.monotonic_ns
-        receive, run, send, shared = self._end.receive, self._run, self._end.send, self._shared
+        receive, send, shared = self._end.receive, self._end.send, self._shared
+        run = self._run if self._baggage is None else self._run_laden
         busy_ns = 0
         while True:
             call_id, kind, name, body = receive()
@@ -206,6 +215,19 @@ class _Worker:
         except BaseException as problem:
             stand_in = wire.unpicklable_result(problem, type(result).__name__)
             return wire.REFUSED, wire.pack_error(stand_in)
+
+    def _run_laden(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
+        """Run one call with the context variables that it brought."""
+        assert self._baggage is not None
+        end = 4 + int.from_bytes(body[:4], "big")
+        try:
+            tokens = self._baggage.unpack(body[4:end])
+        except BaseException as error:
+            return self._failure(error)
+        try:
+            return self._run(kind, name, body[end:])
+        finally:
+            self._baggage.put_away(tokens)
 
     def _run_other(self, kind: int, name: bytes, body: Any) -> Any:
         if kind == wire.SHIPPED:

@@ -48,6 +48,7 @@ class Desk:
         self.config = manager.config
         self.checkout_timeout = manager.config.checkout_timeout
         self.call_timeout = manager.config.call_timeout
+        self.baggage = manager.fleet.baggage
         self._origins = manager.config.leak_warn_after is not None
         # The lists themselves: to find one empty is all an event costs that nobody listens to.
         self.on_checkout, self.on_checkin = (

@@ -6,6 +6,7 @@ worker keeps its slot until its process is gone, because the row has one writer 
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 import weakref
@@ -16,6 +17,7 @@ from ..telemetry import Hooks
 from . import table as t
 from .handle import Handle
 from .health import SECOND_NS
+from .laden import LadenHandle
 from .launch import Launcher
 from .process import describe_exit, signal_name
 from .states import WorkerState as S
@@ -54,6 +56,10 @@ class Fleet:
         self._hooks = hooks
         self._jitter = jitter
         self._generation = 0
+        self.baggage = launcher.baggage
+        self._make_handle: Callable[..., Handle] = Handle
+        if self.baggage is not None:
+            self._make_handle = functools.partial(LadenHandle, self.baggage)
         self._failed_ns = 0
         self._served_ns = 0
         # Whoever held a worker when it ended may be about to count its last reply.
@@ -119,7 +125,8 @@ class Fleet:
     def _prepared(self) -> Handle:
         slot = self._free_slot()
         self._generation += 1
-        handle = Handle(slot, self._generation, self.table.row(slot), self._config.codec)
+        row = self.table.row(slot)
+        handle = self._make_handle(slot, self._generation, row, self._config.codec)
         self.handles[slot] = handle  # at once: a process forked from now on must close its pipe
         try:
             setup = self._launcher.setup(slot, self._generation, self.table.fd)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import ConfigError, PoolStartError
 from . import wire
+from .baggage import baggage_of
 from .child import Setup
 from .handle import setup_for
 
@@ -64,6 +65,7 @@ class Launcher:
         self.worker = worker
         spec = (worker, tuple(args), dict(kwargs or {}))
         self._spec: Any = spec if self.method == "fork" else _pickled(spec, worker)
+        self.baggage = baggage_of(config.context, self.method == "fork")
         self._codec = None if config.codec is None else _packed_codec(config.codec)
         self.context: Any = None
         self.lifeline: Lifeline | None = None
@@ -107,6 +109,7 @@ class Launcher:
             niceness=self.config.niceness,
             env=dict(self.config.worker_env or {}),
             portable=self.portable,
+            baggage=self.baggage,
         )
 
 
