@@ -66,6 +66,8 @@ class PoolConfig:
     #: Added to each worker's niceness. With 1 the scheduler lets a caller go on as soon as the
     #: worker has replied, where both share a core; 0 leaves it alone. Not on Windows.
     niceness: int = 1
+    #: Whether what a worker has started ends with it. Not on Windows.
+    kill_group: bool = True
     #: Anything with `dumps` and `loads` for arguments and results. None: pickle, protocol 5.
     codec: Any = None
     #: Context variables (or their names, "module:name") whose values travel with each call: they
@@ -213,7 +215,7 @@ class PoolConfig:
             self._refuse("start_method", f"give one of {START_METHODS}, or None")
         if self.affinity not in AFFINITIES:
             self._refuse("affinity", f"give one of {AFFINITIES}")
-        for name in ("lazy", "strict_sessions"):
+        for name in ("lazy", "strict_sessions", "kill_group"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "give True or False")
         self._check_store()

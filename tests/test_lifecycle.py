@@ -82,6 +82,7 @@ def test_defaults_are_as_documented() -> None:
     assert (config.lazy, config.strategy, config.startup_batch) == (False, "lifo", 8)
     assert (config.health_check_interval, config.health_check_timeout) == (30.0, 5.0)
     assert (config.max_health_failures, config.max_waiting) == (3, None)
+    assert config.kill_group is True
     assert (config.close_timeout, config.lease_timeout, config.leak_warn_after) == (
         30.0,
         None,

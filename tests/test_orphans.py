@@ -26,6 +26,7 @@ PARENT = """
     from ears import wait_until
     from minipool import Pool
     from troublemakers import StopsAtGateInInit, busy_in_c, busy_in_python, thread_names
+    from vandals import start_children
 
     def main(method, state, gate):
         worker = StopsAtGateInInit if state in ("booting", "in init") else None
@@ -45,6 +46,8 @@ PARENT = """
                 os.close(1), os.close(2)
                 signal.pause()
             print(child, flush=True)
+        if state == "children":
+            print(*pool.call(start_children), flush=True)
         if state == "idle":
             print(*pool.call(thread_names), flush=True)
         signal.pause()
@@ -121,6 +124,20 @@ def test_killed_parent_leaves_no_worker(
     if state in ("python", "c", "in init"):
         gate.wait_arrived(2)
     with _killed(process, pids):
+        pass
+
+
+@pytest.mark.parametrize("setsig", [True, False], ids=["kernel", "thread"])
+def test_killed_parent_leaves_nothing_that_a_worker_started(
+    start_method: str, setsig: bool, tmp_path: Path, parent: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """A program it runs, a process it forked, and that one's child."""
+    if not setsig:
+        (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(NO_SETSIG))
+    process = parent(start_method, "children", first_path=str(tmp_path))
+    workers, children = ([int(word) for word in _line(process)] for _ in range(2))
+    assert (len(workers), len(children)) == (2, 3)
+    with _killed(process, workers + children):
         pass
 
 

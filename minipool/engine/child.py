@@ -9,11 +9,16 @@ ends, and at the latest when its parent does:
     when that end hangs up (`F_SETSIG` with `O_ASYNC`). This works while a C function holds the
     GIL, whoever the forking thread was, and without a thread in the worker. Where the kernel
     does not offer it, a daemon thread waits for the hang-up instead.
+
+A worker leads a process group of its own. So the keys that interrupt, stop or quit the program at
+a terminal do not reach it, nor what it starts; and both ways above, and its parent, can kill all of
+the group.
 """
 
 from __future__ import annotations
 
 import _signal  # without the enums of `signal`: a forked child pays for each page it touches
+import contextlib
 import os
 import pickle
 import signal
@@ -88,6 +93,7 @@ class Setup:
     codec: bytes | None  # packed; None: pickle
     env: dict[str, str]
     niceness: int
+    kill_group: bool
     table: wire.Descriptor | None
     lifeline: wire.Descriptor | None
     portable: bool
@@ -97,12 +103,14 @@ class Setup:
 def main(conn: Any, setup: Setup) -> None:
     """Be one worker, from the first instruction to the last."""
     global _current
+    group = _lead_a_group() and setup.kill_group
     _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
     _signal.signal(signal.SIGTERM, _signal.SIG_DFL)
     _signal.set_wakeup_fd(-1)  # forked, it would write into the parent's event loop
     if hasattr(_signal, "pthread_sigmask"):
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    _die_with_parent(setup.lifeline)
+    _die_with_parent(setup.lifeline, group)
+    _let_go_when_forked(conn.fileno())
     if setup.env:
         os.environ.update(setup.env)
     if setup.niceness and hasattr(os, "nice"):
@@ -114,9 +122,14 @@ def main(conn: Any, setup: Setup) -> None:
     try:
         worker.start(setup)
         worker.serve()
+        orphaned = False
     except (EOFError, OSError):
-        pass  # the pipe is at its end: the owner is gone or has done with us
+        orphaned = True  # the pipe is at its end: the owner is gone or has done with us
+    if os.getpid() != _current.pid:
+        os._exit(1)  # a call has forked, and this is the child that returned from it
     worker.close()
+    if orphaned and group:
+        _end_all(group)
 
 
 class _Worker:
@@ -342,19 +355,54 @@ def _rss_bytes() -> int:
         return 0
 
 
-def _die_with_parent(lifeline: wire.Descriptor | None) -> None:
+def _lead_a_group() -> bool:
+    """Become the leader of a new process group; False where there is no such thing."""
+    if not hasattr(os, "setpgid"):
+        return False
+    with contextlib.suppress(OSError):  # it leads one already
+        os.setpgid(0, 0)
+    # The group is never a terminal's foreground; `stty tostop` would stop a worker that prints.
+    _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)
+    return os.getpgrp() == os.getpid()
+
+
+def _end_all(group: bool) -> None:
+    """End this process, with its group: nobody is there to do so."""
+    if group:
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def _let_go_when_forked(fd: int) -> None:
+    """Take the pipe from every child of this process: a call may fork, and both return from it."""
+    if not hasattr(os, "register_at_fork"):
+        return
+    pid = os.getpid()
+    os.set_inheritable(fd, False)  # which `spawn` made it, to pass it through `exec`
+
+    def let_go() -> None:
+        if os.getppid() == pid:  # a grandchild has let go of it already
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(null, fd, inheritable=False)  # the number is not free for another file
+                os.close(null)
+
+    os.register_at_fork(after_in_child=let_go)
+
+
+def _die_with_parent(lifeline: wire.Descriptor | None, group: bool) -> None:
     """See to it that this process does not outlive its parent by more than a moment."""
-    if lifeline is None or not _killed_on_hangup(lifeline.fd):
+    if lifeline is None or not _killed_on_hangup(lifeline.fd, group):
         import threading
 
         fd = None if lifeline is None else lifeline.fd
-        watch = threading.Thread(target=_wait_for_parent, args=(fd,), daemon=True)
+        watch = threading.Thread(target=_wait_for_parent, args=(fd, group), daemon=True)
         watch.name = "minipool-lifeline"
         watch.start()
 
 
-def _killed_on_hangup(fd: int) -> bool:
-    """Ask the kernel to kill this process when the pipe hangs up; False if it cannot."""
+def _killed_on_hangup(fd: int, group: bool) -> bool:
+    """Ask the kernel to kill this process, or its group, at the pipe's end; False if it cannot."""
     if not sys.platform.startswith("linux"):
         return False
     import fcntl
@@ -365,7 +413,7 @@ def _killed_on_hangup(fd: int) -> bool:
         return False
     try:
         fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpid() if group else os.getpid())
         fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
         if os.read(own, 1) == b"":
             os._exit(1)  # it hung up before we asked
@@ -378,7 +426,7 @@ def _killed_on_hangup(fd: int) -> bool:
     return True
 
 
-def _wait_for_parent(fd: int | None) -> None:
+def _wait_for_parent(fd: int | None, group: bool) -> None:
     if fd is not None:
         os.read(fd, 1)
     else:
@@ -387,4 +435,4 @@ def _wait_for_parent(fd: int | None) -> None:
         parent = parent_process()
         if parent is not None:
             connection.wait([parent.sentinel])
-    os._exit(1)
+    _end_all(group)

@@ -143,7 +143,7 @@ class Handle:
         # Nobody writes these words now: the last worker is dead, and this one is not there yet.
         self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
         name = f"minipool-{setup.pool}-{self.slot}"
-        self.process = WorkerProcess(context, name, main, (self._theirs, setup))
+        self.process = WorkerProcess(context, name, main, (self._theirs, setup), setup.kill_group)
         self._portable = setup.portable
 
     def start(self) -> None:

@@ -107,6 +107,7 @@ class Launcher:
             generation=generation,
             codec=self._codec,
             niceness=self.config.niceness,
+            kill_group=self.config.kill_group,
             env=dict(self.config.worker_env or {}),
             portable=self.portable,
             baggage=self.baggage,

@@ -1,11 +1,17 @@
 """One worker process: started, signalled, waited for, reaped. Knows nothing of pipes and calls.
 
 The manager alone starts and reaps; any thread may kill, and ask how it ended.
+
+A worker leads a process group of its own (see `child`), so that what it started can be ended with
+it. The group's number is the worker's pid, which the kernel gives to no new process as long as the
+worker is not reaped or the group has a member. A signal through the pidfd reaches that very group
+at any time; without it the number is used only where one of the two is known.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -14,19 +20,29 @@ import time
 from multiprocessing import connection, process
 from typing import Any, Callable
 
+_TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
 
 
 class WorkerProcess:
-    """A process; with a pidfd where the system has them."""
+    """A process; with a pidfd where the system has them.
+
+    With `kill_group`, SIGKILL and the process's own end also end what it started.
+    """
 
     def __init__(
-        self, context: Any, name: str, target: Callable[..., None], args: tuple[Any, ...]
+        self,
+        context: Any,
+        name: str,
+        target: Callable[..., None],
+        args: tuple[Any, ...],
+        kill_group: bool = False,
     ) -> None:
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
         self._last_exitcode: int | None = None
         self._process = context.Process(target=target, args=args, name=name)
         self._pidfd: int | None = None
+        self._kills_group = kill_group and hasattr(os, "killpg")
 
     def start(self) -> None:
         """Start it.
@@ -59,12 +75,44 @@ class WorkerProcess:
     def kill(self, signum: int = signal.SIGKILL) -> None:
         """Send a signal, if the process is still there. Never hits another: no stored pid."""
         with self._reaping, contextlib.suppress(OSError, ValueError):
+            if signum == signal.SIGKILL:
+                self._kill_group()  # first: afterwards its leader may be reaped
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, signum)
             elif signum == signal.SIGTERM:
                 self._process.terminate()
             else:
                 self._process.kill()
+
+    def _kill_group(self) -> None:
+        """Kill whatever is in the worker's group; does nothing where there is none (any more)."""
+        if not self._kills_group:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if not self._signal_group_by_pidfd() and self._group_is_its_own():
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _signal_group_by_pidfd(self) -> bool:
+        """Kill the group; False if this system cannot do so by pidfd."""
+        if self._pidfd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL, None, _TO_GROUP)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return False
+            raise
+        return True
+
+    def _group_is_its_own(self) -> bool:
+        """Tell whether the worker's pid cannot be the number of a stranger's group."""
+        if self._process.exitcode is None:
+            return True  # not reaped
+        try:
+            os.kill(self._process.pid, 0)
+        except ProcessLookupError:
+            return True  # a group without its leader: nobody has got the number meanwhile
+        return False
 
     def exitcode(self, timeout: float = REAP_TIMEOUT) -> int | None:
         """Return the exit code of a process that ended or is about to; None if not to be had."""
@@ -99,9 +147,10 @@ class WorkerProcess:
                 os.close(fd)
 
     def close(self) -> None:
-        """Forget a process that has ended."""
+        """Forget a process that has ended, and end what it has left behind."""
         self.exitcode(0)
         with self._reaping:
+            self._kill_group()
             with contextlib.suppress(ValueError, AssertionError):
                 self._process.join(0)
                 self._process.close()
