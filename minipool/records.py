@@ -18,6 +18,12 @@ Changes = Mapping[str, Optional[bytes]]  # key -> pickled value, None: the key i
 _serials = itertools.count(1)  # tell sessions apart that have the same id, one after the other
 
 
+class Stake:
+    """Lies in the frame of who owns a session without a worker: when it is gone, so is he."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Record:
     """One session in the parent. Changed only by who owns it in the turnstile."""
 

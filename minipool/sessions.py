@@ -31,7 +31,7 @@ from .errors import (
     SessionNotFound,
 )
 from .nearness import Nearness, checked_key
-from .records import Changes, Record, pack
+from .records import Changes, Record, Stake, pack
 from .telemetry import logger
 
 
@@ -58,7 +58,8 @@ class Sessions:
         self._affinity = desk.config.affinity
         self._records: dict[str, Record] = {}
         self._line = Turnstile("fifo")
-        self._owned: dict[str, Record] = {}  # by a thread, but without a worker: not astray
+        #: Owned by a thread, but without a worker: not astray while the thread's stake is there.
+        self._owned: dict[str, tuple[Record, weakref.ref[Stake]]] = {}
         self._astray: dict[str, float] = {}  # owned by nobody at the last sweep, and used when
         self._renewing: dict[str, object] = {}  # who renews a record, by identity
         self._last_expiry = 0.0
@@ -84,9 +85,9 @@ class Sessions:
         """
         self._desk.check_open()
         packed = pack(state or {})
-        before = self._owned.get(checked_key(key))
+        before, stake = self._owned.get(checked_key(key)), Stake()
         try:
-            made = self._new(key)
+            made = self._new(key, stake)
             if made is not None and not made[1] and packed:
                 made[0].commit(packed, by_worker=False)
         except BaseException:
@@ -105,7 +106,7 @@ class Sessions:
                 session_id=key,
             )
 
-    def _new(self, key: str) -> tuple[Record, bool] | None:
+    def _new(self, key: str, stake: Stake) -> tuple[Record, bool] | None:
         """Make the record of a session, owned by the caller, and tell whether the store had it.
 
         None: another thread has it already.
@@ -114,7 +115,7 @@ class Sessions:
         if self._line.current.setdefault(key, record) is not record:
             return None  # others can queue for it from here on
         try:
-            self._own(record)
+            self._own(record, stake)
             self._records[key] = record
             self._make_room()
             loaded = None if self._store is None else self._store.open(key)
@@ -131,9 +132,9 @@ class Sessions:
         self._desk.check_open()
         if key not in self._records and (self._store is None or not self._store.has(key)):
             return
-        before = self._owned.get(key)
+        before, stake = self._owned.get(key), Stake()
         try:
-            record = self._take(key, timeout, create=False)
+            record = self._take(key, timeout, stake, create=False)
             self._over(record)
         except SessionNotFound:
             return
@@ -155,7 +156,8 @@ class Sessions:
     def _over(self, record: Record) -> None:
         """Forget a session that the caller owns, and have its worker told."""
         if self._store is not None:
-            self._own(record)
+            stake = Stake()
+            self._own(record, stake)
             try:
                 self._store.delete(record.key)  # first: who comes next must not find it there
             except BaseException:
@@ -216,12 +218,13 @@ class Sessions:
         """Take a session, if the caller does not own it already, and whatever worker suits it."""
         start = time.monotonic()
         before = None if record is not None else self._owned.get(checked_key(key))
+        stake = Stake()
         try:
             if record is not None:
-                self._own(record)
+                self._own(record, stake)
             self._desk.check_open()
             if record is None:
-                record = self._take(key, timeout)
+                record = self._take(key, timeout, stake)
             record.strict = affinity == "strict"
             if record.strict:
                 self.nearness.tell_lost(record, start)
@@ -255,18 +258,18 @@ class Sessions:
         self.give_back(record)
         return False
 
-    def _own(self, record: Record) -> None:
+    def _own(self, record: Record, stake: Stake) -> None:
         record.thread = threading.get_ident()
-        self._owned[record.key] = record
+        self._owned[record.key] = record, weakref.ref(stake)
 
-    def _mine(self, key: str, before: Record | None) -> Record | None:
+    def _mine(self, key: str, before: object) -> Record | None:
         """Return what this thread owns of late, after an exception that came between two steps."""
-        record = self._owned.get(key)
-        if record is None or record is before or record.thread != threading.get_ident():
+        owned = self._owned.get(key)
+        if owned is None or owned is before or owned[0].thread != threading.get_ident():
             return None
-        return record
+        return owned[0]
 
-    def _let_go(self, key: str, before: Record | None) -> None:
+    def _let_go(self, key: str, before: object) -> None:
         record = self._mine(key, before)
         if record is not None:
             self.give_back(record)
@@ -277,8 +280,9 @@ class Sessions:
         Raises:
             CheckoutTimeout, TooManyWaiters, PoolClosed: the session was given back.
         """
+        stake = Stake()
         try:
-            self._own(record)
+            self._own(record, stake)
             self._desk.give_back(dead)
             handle = self._desk.acquire(timeout)
             record.holder, handle.session = handle, record
@@ -291,14 +295,14 @@ class Sessions:
             self._desk.count("sessions_lost")
         return handle
 
-    def _take(self, key: str, timeout: float | None, create: bool = True) -> Record:
+    def _take(self, key: str, timeout: float | None, stake: Stake, create: bool = True) -> Record:
         """Own a session, after those who came before; begin it if there is none."""
         if self._manager.here:
             timeout = 0.0  # a hook in the manager's thread waits for nobody
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if key not in self._records:
-                made = self._begin(key, create)
+                made = self._begin(key, stake, create)
                 if made is not None:
                     return made[0]
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -309,12 +313,12 @@ class Sessions:
                 continue  # it was ended while we waited
             if token is not None:
                 owned: Record = token[1]
-                self._own(owned)
+                self._own(owned, stake)
                 return owned
             if key in self._records:
                 raise self._busy(key, timeout)
 
-    def _begin(self, key: str, create: bool) -> tuple[Record, bool] | None:
+    def _begin(self, key: str, stake: Stake, create: bool) -> tuple[Record, bool] | None:
         create = create and not self._config.strict_sessions
         if not create and (self._store is None or not self._store.has(key)):
             raise SessionNotFound(
@@ -322,7 +326,7 @@ class Sessions:
                 f"strict_sessions=False to have it begun by its first use",
                 session_id=key,
             )
-        return self._new(key)
+        return self._new(key, stake)
 
     def _busy(self, key: str, timeout: float | None) -> SessionError | CheckoutTimeout:
         if timeout == 0:
@@ -448,6 +452,11 @@ class Sessions:
 
     def _sweep_astray(self) -> None:
         """Free a session whose owner was struck by an exception before he could."""
+        for key, owned in self._owned.copy().items():
+            if owned[1]() is None:  # he was struck on his way to a lease
+                popped = self._owned.pop(key, owned)
+                if popped is not owned:
+                    self._owned.setdefault(key, popped)  # the next owner was faster
         handles = tuple(self._manager.fleet.handles.values())
         leased = sum(handle.session is not None for handle in handles)
         if len(self._line.idle) + len(self._owned) + leased == len(self._line.current):

@@ -25,6 +25,11 @@ START_METHODS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos-seconds", type=float, default=10.0, help="how long tests/chaos rages")
+    parser.addoption("--chaos-seed", type=int, default=None, help="replay a storm of tests/chaos")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "logs_errors: the test makes minipool log at ERROR")
     faulthandler.enable()

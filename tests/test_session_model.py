@@ -18,7 +18,7 @@ import pytest
 from minipool import CheckoutTimeout, PoolConfig, SessionBusy
 from minipool.engine import turnstile as turnstile_module
 from minipool.engine.turnstile import Turnstile, Waiter
-from minipool.records import Record
+from minipool.records import Record, Stake
 from minipool.sessions import Sessions
 from minipool.telemetry import Hooks
 
@@ -257,8 +257,9 @@ class Stage:
         """Return a caller of the session."""
 
         def body() -> None:
+            stake = Stake()
             try:
-                record = self.sessions._take("a", timeout)
+                record = self.sessions._take("a", timeout, stake)
             except (CheckoutTimeout, SessionBusy):
                 assert not served, "a caller with all the time in the world was not served"
                 return

@@ -12,7 +12,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 import pytest
 
@@ -1137,6 +1137,29 @@ def test_session_whose_owner_was_struck_is_free_again(monkeypatch: pytest.Monkey
         with pytest.raises(KeyboardInterrupt):
             pool.checkout(session="a")
         assert call(pool, "a", add, timeout=20) == 2
+
+
+class StrikesAtPop(Dict[str, Any]):
+    """Raises KeyboardInterrupt the first time that something is taken out of it."""
+
+    struck = False
+
+    def pop(self, *args: Any) -> Any:
+        if not self.struck:
+            self.struck = True
+            raise KeyboardInterrupt
+        return super().pop(*args)
+
+
+def test_session_whose_owner_was_struck_as_he_got_his_worker_is_free_again() -> None:
+    """He is noted as owner without a worker, and is gone: nobody else would take the note away."""
+    with Pool(size=2, health_check_timeout=0.1) as pool:
+        sessions = sessions_of(pool)
+        sessions._owned = StrikesAtPop()
+        with pytest.raises(KeyboardInterrupt):
+            pool.checkout(session="a")
+        assert call(pool, "a", add, timeout=20) == 1
+        wait_until(pool, lambda: not sessions._owned)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in callbacks
