@@ -15,7 +15,7 @@ ROOMS = [
     "engine.turnstile", "engine.fleet", "engine.bell", "engine.care", "engine.staff",
     "engine.manager", "engine.desk",
     "store", "records", "nearness", "sessions", "status", "lease", "opening", "views", "pool", "signatures", "programs",
-    "observe.reading", "observe.score", "observe.metrics",
+    "observe.reading", "observe.score", "observe.metrics", "observe.openmetrics",
     "tools.floors", "tools.figures", "tools.procfs", "tools.peers", "tools.rounds",
     "tools.speed", "tools.costs", "tools.conversations", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip

@@ -46,6 +46,7 @@ class Fleet:
             launcher.portable = True  # the end that takes the worker's words out of its replies
         self.started = 0  # workers that became ready
         self.lost = 0  # workers that ended without being told to
+        self.create_times = [0] * t.BUCKETS  # how many became ready within such a time
         self.retired = 0  # workers that ended because they were told to
         self.start_failures = 0  # in all
         self.failures_in_a_row = 0
@@ -148,6 +149,7 @@ class Fleet:
         self.started += 1
         now = time.monotonic_ns()
         handle.ready_ns = handle.probed_ns = handle.idle_since_ns = now
+        self.create_times[t.bucket(now - handle.spawned_ns)] += 1
 
     def forgive(self, now: int) -> None:
         """End the back-off once a worker has shown that starting works again."""

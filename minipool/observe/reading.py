@@ -57,12 +57,14 @@ class Reading(NamedTuple):
     queue_depth: int
     active_sessions: int
     leases: int
-    leased: float  #: all leases together, present ones included
+    used: float  #: all leases together that have ended
+    leased: float  #: the same, with those that have not
     served: float  #: all workers together, past ones included
     calls: int  #: that were answered
     user_errors: int  #: of them, those with an exception of the user's code
     call_times: Tuple[int, ...]  #: how many calls fell into each bucket of the table
     wait_times: Tuple[int, ...]  #: the same of checkouts that got a worker
+    create_times: Tuple[int, ...]  #: the same of workers, from their start until they were ready
     errors: Dict[str, int]  #: what was the pool's fault, by type of error
     faults: int  #: of them, calls that got no reply
     workers_started: int
@@ -98,7 +100,7 @@ def read(pool: Pool[Any]) -> Reading:
     waits, calls = t.histograms(rows)
     leases = sum(row[t.LEASES] for row in rows)
     waits[0] += max(0, leases - sum(waits))  # who did not wait is not in the histogram
-    errors = dict(desk.errors)
+    errors, used = dict(desk.errors), sum(row[t.LEASED_NS] for row in rows)
     return Reading(
         **common,
         status="closed" if manager.done else "closing" if manager.closing else "open",
@@ -110,12 +112,14 @@ def read(pool: Pool[Any]) -> Reading:
         queue_depth=len(manager.turnstile.waiters),
         active_sessions=len(pool._sessions),
         leases=leases,
-        leased=_leased_ns(rows, handles, now) / 1e9,
+        used=used / 1e9,
+        leased=(used + _held_ns(handles, now)) / 1e9,
         served=fleet.served_ns(now) / 1e9,
         calls=sum(calls),
         user_errors=sum(row[t.RAISED] for row in rows),
         call_times=tuple(calls),
         wait_times=tuple(waits),
+        create_times=tuple(fleet.create_times),
         errors={**errors, **_refusals(desk)},
         faults=sum(errors.values()),
         workers_started=fleet.started,
@@ -132,8 +136,9 @@ def read(pool: Pool[Any]) -> Reading:
 
 _EMPTY = Reading(
     at=0.0, wall=0.0, name="", status="new", pool_size=0, min_size=0, max_size=0, overflow=0,
-    workers=(), queue_depth=0, active_sessions=0, leases=0, leased=0.0, served=0.0, calls=0,
-    user_errors=0, call_times=(0,) * t.BUCKETS, wait_times=(0,) * t.BUCKETS, errors={}, faults=0,
+    workers=(), queue_depth=0, active_sessions=0, leases=0, used=0.0, leased=0.0, served=0.0,
+    calls=0,    user_errors=0, call_times=(0,) * t.BUCKETS, wait_times=(0,) * t.BUCKETS,
+    create_times=(0,) * t.BUCKETS, errors={}, faults=0,
     workers_started=0, workers_lost=0, workers_recycled=0,
     affinity=dict.fromkeys(("hit", "new", "moved", "lost"), 0), descriptors=None,
 )  # fmt: skip
@@ -160,10 +165,9 @@ def _worker(handle: Handle, now: int) -> WorkerSnapshot:
     )
 
 
-def _leased_ns(rows: list[memoryview], handles: list[Handle], now: int) -> int:
-    ended = sum(row[t.LEASED_NS] for row in rows)
+def _held_ns(handles: list[Handle], now: int) -> int:
     begun = [handle.row[t.LEASED_SINCE_NS] for handle in handles]
-    return ended + sum(max(0, now - since) for since in begun if since)
+    return sum(max(0, now - since) for since in begun if since)
 
 
 def _refusals(desk: Desk) -> dict[str, int]:
