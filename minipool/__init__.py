@@ -20,6 +20,9 @@ _HOME = {
     "Pool": "pool",
     "PoolConfig": "config",
     "Lease": "lease",
+    "Backoff": "backoff",
+    "CircuitBreaker": "breaker",
+    "RetryPolicy": "retry",
     "Hooks": "telemetry",
     "EVENTS": "telemetry",
     "PoolStats": "status",
@@ -36,9 +39,9 @@ _HOME = {
     **dict.fromkeys(
         (
             "MinipoolError", "ConfigError", "CallMismatch", "PoolError", "CheckoutTimeout",
-            "TooManyWaiters", "PoolClosed", "PoolForked", "PoolStartError", "LeaseError",
-            "LeaseReleased", "LeaseRevoked", "SessionError", "SessionNotFound", "SessionExists",
-            "SessionLost", "SessionBusy", "ProgramError", "ProgramExists",
+            "TooManyWaiters", "PoolClosed", "PoolForked", "PoolStartError", "CircuitOpen",
+            "LeaseError", "LeaseReleased", "LeaseRevoked", "SessionError", "SessionNotFound",
+            "SessionExists", "SessionLost", "SessionBusy", "ProgramError", "ProgramExists",
             "ProgramNotFound", "ProgramMismatch", "WorkerError", "WorkerDied", "WorkerStartError",
             "CallTimeout", "ProtocolError", "RemoteError",
         ),
@@ -49,6 +52,8 @@ _HOME = {
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from .backoff import Backoff as Backoff
+    from .breaker import CircuitBreaker as CircuitBreaker
     from .config import PoolConfig as PoolConfig
     from .engine.child import current_session as current_session
     from .engine.child import current_worker as current_worker
@@ -56,6 +61,7 @@ if TYPE_CHECKING:
     from .errors import CallMismatch as CallMismatch
     from .errors import CallTimeout as CallTimeout
     from .errors import CheckoutTimeout as CheckoutTimeout
+    from .errors import CircuitOpen as CircuitOpen
     from .errors import ConfigError as ConfigError
     from .errors import LeaseError as LeaseError
     from .errors import LeaseReleased as LeaseReleased
@@ -87,6 +93,7 @@ if TYPE_CHECKING:
     from .pool import Pool as Pool
     from .programs import ProgramInfo as ProgramInfo
     from .programs import Programs as Programs
+    from .retry import RetryPolicy as RetryPolicy
     from .sessions import SessionInfo as SessionInfo
     from .signatures import Field as Field
     from .signatures import Signature as Signature

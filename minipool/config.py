@@ -11,9 +11,13 @@ import math
 import os
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .breaker import CircuitBreaker
+    from .retry import RetryPolicy
 
 MAX_WORKERS = 2048  # twice as many rows are in the table: old ones may end while new ones start
 AFFINITIES = ("prefer", "strict", "any")
@@ -55,6 +59,12 @@ class PoolConfig:
     health_check_interval: float | None = 30.0
     health_check_timeout: float = 5.0
     max_health_failures: int = 3
+    #: How idempotent calls of `Pool.options` are made again: a policy, or how many attempts there
+    #: may be. None: when the worker dies, on another one at once.
+    retry: int | RetryPolicy | None = None
+    #: Whether to stop starting workers for 30 s when that failed five times in a row, and to raise
+    #: CircuitOpen when none is left; or a breaker with other limits. False or None: never.
+    breaker: bool | CircuitBreaker | None = True
     #: "forkserver", "spawn" or "fork"; None: the first of these that this system offers.
     start_method: str | None = None
     #: Modules the fork server imports once, for all workers to share.
@@ -108,6 +118,7 @@ class PoolConfig:
         for name in ("health_check_interval", "lease_timeout", "leak_warn_after"):
             self._check_seconds(name, none=True, zero=False)
         self._check_choices()
+        self._check_policies()
         self._check_preload_and_env()
         self._check_context()
         if self.name is None:
@@ -227,6 +238,20 @@ class PoolConfig:
         if self.preload and self.start_method in ("spawn", "fork"):
             self._refuse("preload", f"start method {self.start_method!r} has no server that "
                          f'could import it once; use "forkserver"')  # fmt: skip
+
+    def _check_policies(self) -> None:
+        if isinstance(self.retry, int):
+            self._check_count("retry", least=1, none=True)
+        elif self.retry is not None:
+            from .retry import RetryPolicy
+
+            if not isinstance(self.retry, RetryPolicy):
+                self._refuse("retry", "give how many attempts, a RetryPolicy, or None")
+        if self.breaker is not None and not isinstance(self.breaker, bool):
+            from .breaker import CircuitBreaker
+
+            if not isinstance(self.breaker, CircuitBreaker):
+                self._refuse("breaker", "give True, False, or a CircuitBreaker")
 
     def _check_store(self) -> None:
         store = self.session_store

@@ -83,6 +83,13 @@ class PoolStartError(PoolError):
     """The pool could not start its workers and is closed again; the cause says why."""
 
 
+class CircuitOpen(PoolError):
+    """So much has failed in a row that nothing is tried for now; the cause is the last failure."""
+
+    failures: int  # in a row
+    retry_in: float  # seconds until the next trial is due
+
+
 class LeaseError(MinipoolError):
     """The lease no longer gives access to a worker."""
 

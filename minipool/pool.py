@@ -13,6 +13,7 @@ from .engine.states import WorkerState
 from .errors import CheckoutTimeout, ConfigError, PoolClosed
 from .lease import CALL_TIMEOUT, Lease, seconds
 from .opening import open_desk, ready_count, wait_started
+from .retry import policy_of
 from .sessions import SessionInfo
 from .telemetry import Hooks
 from .views import CHECKOUT_TIMEOUT, PoolOptions, SessionScope, check_affinity
@@ -20,6 +21,7 @@ from .views import CHECKOUT_TIMEOUT, PoolOptions, SessionScope, check_affinity
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
 
+    from .breaker import CircuitBreaker
     from .config import PoolConfig
     from .status import HealthReport, PoolStats, WorkerInfo
 
@@ -307,15 +309,28 @@ class Pool(Generic[W]):
         idempotent: bool = False,
         session: str | None = None,
         affinity: str | None = None,
+        retries: int | None = None,
     ) -> PoolOptions[W]:
         """Return a caller with other options: `pool.options(timeout=0.5).call("predict", x)`.
 
         Args:
             timeout: seconds for checkout and call together; None waits for ever.
-            idempotent: the call may run twice: if its worker dies it is made again on another.
+            idempotent: the call may run twice: if its worker dies it is made again on another,
+                or as the option `retry` says.
             session, affinity: as for `checkout`.
+            retries: how often an idempotent call is made again at most, with growing pauses.
+
+        Raises:
+            ValueError: they do not go together.
         """
-        return PoolOptions(self, timeout, idempotent, session, affinity)
+        policy = policy_of(self.config.retry, idempotent, retries)
+        return PoolOptions(self, timeout, idempotent, session, affinity, policy, self._pause)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait between two attempts; False if the pool is being closed."""
+        manager = (self._desk or self._open_now()).manager
+        manager.wait_for(lambda: manager.closing, seconds)
+        return not manager.closing
 
     # -- sessions ----------------------------------------------------------------------------
 
@@ -440,6 +455,14 @@ class Pool(Generic[W]):
                 lambda: not any(handle.state is WorkerState.PROBING for handle in asked),
                 self.config.health_check_timeout + 0.5,
             )
+
+    @property
+    def breaker(self) -> CircuitBreaker | None:
+        """What stops starting workers when that keeps failing; `breaker.reset()` goes on now.
+
+        None: the option `breaker` is off. Opens the pool if this is its first use.
+        """
+        return (self._desk or self._open_now()).manager.fleet.breaker
 
     @property
     def closed(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Optional, Tuple
 
+from .breaker import CLOSED
 from .config import PoolConfig
 from .engine import table as t
 from .engine.desk import Desk
@@ -57,6 +58,8 @@ class PoolStats(NamedTuple):
     workers_lost: int  #: ended without being told to
     workers_retired: int  #: ended because they were told to
     start_failures: int
+    breaker: Optional[str]  #: "closed", "open" or "half-open"; None: there is none
+    breaker_opened: int  #: how often it opened
     uptime: float
     sessions: int  #: that are alive in this process
     session_hits: int  #: checkouts of a session that got the worker that has it warm
@@ -103,7 +106,9 @@ def pool_stats(config: PoolConfig, desk: Desk | None, sessions: int = 0) -> Pool
     """Return the snapshot of a pool; of one that was never opened, all zeros."""
     if desk is None:
         zeros = dict.fromkeys(PoolStats._fields, 0)
-        empty = dict.fromkeys(("call_p50", "call_p99", "wait_p50", "wait_p99", "session_hit_rate"))
+        empty = dict.fromkeys(
+            ("call_p50", "call_p99", "wait_p50", "wait_p99", "session_hit_rate", "breaker")
+        )
         return PoolStats(**{**zeros, **empty, "name": config.name, "utilization": 0.0})  # type: ignore[arg-type]
     desk.check_process()
     manager, fleet = desk.manager, desk.manager.fleet
@@ -134,6 +139,8 @@ def pool_stats(config: PoolConfig, desk: Desk | None, sessions: int = 0) -> Pool
         workers_lost=fleet.lost,
         workers_retired=fleet.retired,
         start_failures=fleet.start_failures,
+        breaker=None if fleet.breaker is None else fleet.breaker.state,
+        breaker_opened=0 if fleet.breaker is None else fleet.breaker.opened,
         uptime=(now - manager.opened_ns) / 1e9,
         sessions=sessions,
         session_hits=hits,
@@ -182,6 +189,11 @@ def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> Health
         reasons.append(f"{len(serving)} of {manager.staff.target} workers are in service")
     if fleet.last_failure is not None:
         reasons.append(f"the last start failed: {fleet.last_failure}")
+    if fleet.breaker is not None and fleet.breaker.state != CLOSED:
+        reasons.append(
+            f"the circuit breaker is {fleet.breaker.state}; the next start is tried in "
+            f"{fleet.breaker.retry_in:.1f} s"
+        )
     waiting = len(manager.turnstile.waiters)
     if waiting:
         reasons.append(f"{waiting} callers are waiting for a worker")

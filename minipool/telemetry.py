@@ -52,6 +52,11 @@ EVENTS: dict[str, tuple[str, str, str]] = {
     "utilization": ("the manager looked round", "leased, workers, ratio", ""),
     "error": ("the pool, not the user's code, failed", "", "kind, error, worker_id"),
     "recovery": ("a lost worker was replaced", "seconds", "worker_id, pid, generation"),
+    "breaker.changed": (
+        "starting workers was given up for now, is tried again, or works",
+        "failures",
+        "state, cause",
+    ),
     "session.bound": ("a session got its first worker", "version", "session, worker_id"),
     "session.moved": ("a session went on with another worker", "version", "session, worker_id"),
     "session.lost": (

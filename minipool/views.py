@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .lease import CALL_TIMEOUT, seconds
+from .retry import RetryPolicy
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
@@ -28,9 +30,12 @@ class PoolOptions(Generic[W]):
         idempotent: bool,
         session: str | None = None,
         affinity: str | None = None,
+        policy: RetryPolicy | None = None,
+        pause: Callable[[float], bool] = bool,
     ) -> None:
         check_affinity(affinity, session, None)
         self._pool, self._idempotent = pool, idempotent
+        self._policy, self._pause = policy, pause
         self._session, self._affinity = session, affinity
         self._own_timeout = timeout != CALL_TIMEOUT
         self._timeout = pool.config.call_timeout
@@ -52,19 +57,47 @@ class PoolOptions(Generic[W]):
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """As `Pool.call`, all within the one timeout that was given."""
+        if self._policy is not None:
+            return self._call_again(self._policy, target, args, kwargs)
+        patience = self._timeout if self._own_timeout else CHECKOUT_TIMEOUT
+        return self._attempt(patience, self._own_timeout, self._timeout, target, args, kwargs)
+
+    def _call_again(
+        self, policy: RetryPolicy, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a call as often as the policy allows, all within one timeout."""
+        end = math.inf if self._timeout is None else time.monotonic() + self._timeout
+        waits = None if self._own_timeout else self._pool.config.checkout_timeout
+        pauses = policy.pauses()
+        while True:
+            left = _least(end - time.monotonic(), policy.attempt_timeout)
+            try:
+                return self._attempt(_least(left, waits), True, left, target, args, kwargs)
+            except policy.retry_on:
+                pause = next(pauses, None)
+                if pause is None or time.monotonic() + pause >= end or not self._pause(pause):
+                    raise
+
+    def _attempt(
+        self,
+        patience: float | None | str,
+        together: bool,
+        timeout: float | None,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Check out within `patience` and call; with `together` both within `timeout`."""
         start = time.monotonic()
         lease = self._pool.checkout(
-            timeout=self._timeout if self._own_timeout else CHECKOUT_TIMEOUT,
-            session=self._session,
-            affinity=self._affinity,
+            timeout=patience, session=self._session, affinity=self._affinity
         )
-        left = self._timeout
-        if left is not None and self._own_timeout:
-            left = max(0.0, left - (time.monotonic() - start))
+        if timeout is not None and together:
+            timeout = max(0.0, timeout - (time.monotonic() - start))
         try:
-            return lease.options(timeout=left, idempotent=self._idempotent).call(
-                target, *args, **kwargs
-            )
+            # A policy counts the attempts that may have begun; what had not is made again anyhow.
+            again = self._idempotent and self._policy is None
+            return lease.options(timeout=timeout, idempotent=again).call(target, *args, **kwargs)
         finally:
             lease.release()
 
@@ -98,6 +131,12 @@ class SessionScope:
         """A copy of the committed state."""
         copy: dict[str, Any] = self._pool.session_state(self.id)
         return copy
+
+
+def _least(left: float | None, limit: float | None) -> float | None:
+    """Return the shorter of two times, of which None and infinity are no limits."""
+    shorter = min(math.inf if each is None else each for each in (left, limit))
+    return None if shorter == math.inf else max(0.0, shorter)
 
 
 def check_affinity(affinity: str | None, session: str | None, hint: str | None) -> None:

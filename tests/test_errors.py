@@ -28,6 +28,7 @@ BASES: dict[str, tuple[type[BaseException], ...]] = {
     "PoolClosed": (errors.PoolError,),
     "PoolForked": (errors.PoolError,),
     "PoolStartError": (errors.PoolError,),
+    "CircuitOpen": (errors.PoolError,),
     "LeaseError": (errors.MinipoolError,),
     "LeaseReleased": (errors.LeaseError,),
     "LeaseRevoked": (errors.LeaseError,),

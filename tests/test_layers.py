@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
-    "errors", "telemetry", "config",
+    "errors", "telemetry", "backoff", "breaker", "retry", "config",
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.workerend",
     "engine.conversation", "engine.baggage", "engine.child", "engine.health", "engine.process", "engine.handle", "engine.laden", "engine.launch",
     "engine.turnstile", "engine.fleet", "engine.bell", "engine.care", "engine.staff",

@@ -112,7 +112,7 @@ class CannotStart:
     """Stands in for a launcher: no process can be started."""
 
     portable = True
-    context = None
+    context = baggage = None
 
     def setup(self, *args: Any) -> Any:
         raise OSError("no more processes")
@@ -122,7 +122,7 @@ class CannotStart:
 def test_back_off_doubles_up_to_a_cap_with_jitter(luck: float, factor: float) -> None:
     """0.1 s, 0.2 s and so on up to 30 s, each up to a quarter longer or shorter."""
     launcher: Any = CannotStart()
-    fleet = Fleet(launcher, PoolConfig(size=1), Hooks(""), jitter=lambda: luck)
+    fleet = Fleet(launcher, PoolConfig(size=1, breaker=False), Hooks(""), jitter=lambda: luck)
     for failures in range(1, 14):
         before = time.monotonic()
         assert fleet.spawn(1) == []

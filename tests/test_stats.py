@@ -25,7 +25,7 @@ KEYS = {
     "faults", "discarded", "workers_started", "workers_lost", "workers_retired",
     "start_failures", "uptime", "utilization", "call_p50", "call_p99", "wait_p50", "wait_p99",
     "sessions", "session_hits", "sessions_new", "sessions_moved", "sessions_lost",
-    "session_hit_rate",
+    "session_hit_rate", "breaker", "breaker_opened",
 }  # fmt: skip
 GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
 
@@ -55,7 +55,7 @@ def test_every_key_is_there_from_the_beginning() -> None:
 
     assert set(stats._fields) == KEYS
     assert stats.name == "p"
-    quantiles = ("call_p50", "call_p99", "wait_p50", "wait_p99", "session_hit_rate")
+    quantiles = ("call_p50", "call_p99", "wait_p50", "wait_p99", "session_hit_rate", "breaker")
     assert all(getattr(stats, key) is None for key in quantiles)
     assert not any(getattr(stats, key) for key in KEYS - {"name", *quantiles, "size"})
 

@@ -126,6 +126,15 @@ def fail_in_a_span(pool: Pool[Stateful], ear: Ear) -> None:
         raise KeyError("k")
 
 
+def give_up_starting(pool: Pool[Stateful], ear: Ear) -> None:
+    breaker = pool.open().breaker
+    assert breaker is not None
+    for permit in [breaker.permit() for _ in range(5)]:
+        assert permit is not None
+        permit.failed(OSError("no memory"))
+    breaker.reset()
+
+
 def close(pool: Pool[Stateful], ear: Ear) -> None:
     pool.open()
     pool.close()
@@ -148,6 +157,7 @@ STORIES: dict[str, tuple[Callable[[Pool[Stateful], Ear], None], dict[str, Any]]]
     "utilization": (just_open, {"workers": 1}),
     "error": (kill, {"kind": "death", "worker_id": 0}),
     "recovery": (kill, {"worker_id": 0, "generation": 2}),
+    "breaker.changed": (give_up_starting, {"state": "open", "failures": 5}),
     "session.bound": (talk, {"session": "ada", "version": 0, "worker_id": 0}),
     "session.moved": (move, {"session": "ada", "version": 0}),
     "session.lost": (lose, {"session": "ada", "version": 0, "reason": "its worker died"}),

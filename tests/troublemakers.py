@@ -52,6 +52,20 @@ class FailsWhileFileExists:
         return os.getpid()
 
 
+def fails_so_often(path: str, times: int, how: str) -> int:
+    """Note each attempt in a file; fail in one of three ways until there are more than `times`."""
+    with open(path, "a") as file:
+        file.write("!")
+    attempt = os.path.getsize(path)
+    if attempt <= times:
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "hangs":
+            signal.pause()
+        raise ConnectionError(f"attempt {attempt}")
+    return attempt
+
+
 class LeavesOnceReady:
     """Says that it is ready, and is gone: a thread of its own ends the process."""
 

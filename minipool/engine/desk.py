@@ -178,10 +178,14 @@ class Desk:
             timeout = 0.0  # a hook in the manager's thread waits for nobody but itself
         while True:
             left = None if timeout is None else timeout - (time.monotonic() - start)
+            self._check_circuit()
             try:
                 token = self._turnstile.take(left, wants, widen_after)
             except Closed:
                 self.check_open()
+                self._check_circuit()
+                if wants is None:
+                    continue  # there is hope again
                 raise  # that one worker is no more
             if token is None:
                 self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
@@ -346,6 +350,11 @@ class Desk:
             raise PoolClosed(
                 f"{self.config.name} is closed; a pool does not reopen: make a new one"
             )
+
+    def _check_circuit(self) -> None:
+        fleet = self.manager.fleet
+        if fleet.breaker is not None and fleet.hopeless:
+            raise fleet.breaker.error(f"no worker of {self.config.name} is there")
 
     def _too_many(self, waiting: int) -> TooManyWaiters:
         self.count("turned_away")

@@ -10,8 +10,10 @@ import functools
 import random
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
+from ..backoff import Backoff
+from ..breaker import CLOSED, CircuitBreaker, Permit
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
 from . import table as t
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from ..config import PoolConfig
 
 MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never really started
-BACKOFF_BASE, BACKOFF_CAP, BACKOFF_JITTER = 0.1, 30.0, 0.25
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
 
 
@@ -49,19 +50,20 @@ class Fleet:
         self.create_times = [0] * t.BUCKETS  # how many became ready within such a time
         self.retired = 0  # workers that ended because they were told to
         self.start_failures = 0  # in all
-        self.failures_in_a_row = 0
+        self.backoff = Backoff(random=jitter)
+        self.breaker: CircuitBreaker | None = _breaker(config)
         self.last_failure: BaseException | None = None
         self.not_before = 0.0  # monotonic: no start sooner than this
         self._launcher = launcher
         self._config = config
         self._hooks = hooks
-        self._jitter = jitter
         self._generation = 0
         self.baggage = launcher.baggage
         self._make_handle: Callable[..., Handle] = Handle
         if self.baggage is not None:
             self._make_handle = functools.partial(LadenHandle, self.baggage)
         self._failed_ns = 0
+        self._pause = 0.0  # after the last failure
         self._served_ns = 0
         # Whoever held a worker when it ended may be about to count its last reply.
         self._parting: list[tuple[weakref.ref[Handle], memoryview]] = []
@@ -83,6 +85,16 @@ class Fleet:
         handles = tuple(self.handles.values())
         return sum(handle.state is S.LOST and handle.since_ns > since for handle in handles)
 
+    @property
+    def failures_in_a_row(self) -> int:
+        return self.backoff.failures
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no worker is there, and none will be until the breaker allows a trial."""
+        breaker = self.breaker
+        return breaker is not None and breaker.retry_in > 0 and not self.live()
+
     def served_ns(self, now: int) -> int:
         """Return how long all workers together, past and present, have been in service."""
         handles = tuple(self.handles.values())
@@ -95,39 +107,52 @@ class Fleet:
     # -- starting ----------------------------------------------------------------------------
 
     def spawn(self, count: int) -> list[Handle]:
-        """Start workers in the lowest free slots; the first failure ends it, and is counted.
+        """Start workers in the lowest free slots, no more than the breaker allows.
+
+        The first failure ends it, and is counted.
 
         All are prepared before the first is started, and noted after the last: whatever is touched
         between two forks, the kernel must copy.
         """
         prepared: list[Handle] = []
         started: list[Handle] = []
-        failure: tuple[int, Exception] | None = None
-        try:
-            for _ in range(count):
-                prepared.append(self._prepared())
-        except Exception as error:
-            failure = self._free_slot(), error
+        failure: tuple[int, Exception, Permit | None] | None = None
+        for permit in self._permits(count):
+            try:
+                prepared.append(self._prepared(permit))
+            except Exception as error:
+                failure = self._free_slot(), error, permit
+                break
         for handle in prepared:
             try:
                 handle.start()
                 started.append(handle)
             except Exception as error:
-                failure = handle.slot, error
+                failure = handle.slot, error, handle.permit
                 break
         for handle in started:
             handle.started()
         for handle in prepared[len(started) :]:
             self._forget(handle)
         if failure is not None:
-            self._start_failed(failure[0], None, failure[1])
+            slot, problem, permit = failure
+            self._start_failed(slot, None, problem, permit=permit)
         return started
 
-    def _prepared(self) -> Handle:
+    def _permits(self, count: int) -> Iterator[Permit | None]:
+        """Return leave to start up to so many; each is None where there is no breaker."""
+        for _ in range(count):
+            permit = None if self.breaker is None else self.breaker.permit()
+            if permit is None and self.breaker is not None:
+                return
+            yield permit
+
+    def _prepared(self, permit: Permit | None) -> Handle:
         slot = self._free_slot()
         self._generation += 1
         row = self.table.row(slot)
         handle = self._make_handle(slot, self._generation, row, self._config.codec)
+        handle.permit = permit
         self.handles[slot] = handle  # at once: a process forked from now on must close its pipe
         try:
             setup = self._launcher.setup(slot, self._generation, self.table.fd)
@@ -142,6 +167,8 @@ class Fleet:
 
     def _forget(self, handle: Handle) -> None:
         handle.abandon()
+        if handle.permit is not None:
+            handle.permit.give_up()
         del self.handles[handle.slot]
 
     def ready(self, handle: Handle) -> None:
@@ -153,10 +180,27 @@ class Fleet:
 
     def forgive(self, now: int) -> None:
         """End the back-off once a worker has shown that starting works again."""
-        for handle in self.live():  # one that is older than the last failure proves nothing
-            if handle.ready_ns > self._failed_ns and self._proved(handle, now):
-                self.failures_in_a_row, self.last_failure = 0, None
-                return
+        if self.backoff.failures or (self.breaker is not None and self.breaker.state != CLOSED):
+            for handle in self.live():
+                self._vouch(handle, now)
+
+    def _vouch(self, handle: Handle, now: int) -> None:
+        """Take a worker's calls, and the seconds it lived, as proof that starting works again.
+
+        One that is older than the last failure proves nothing.
+        """
+        if handle.ready_ns <= self._failed_ns or not self._proved(handle, now):
+            return
+        self.backoff.reset()
+        self.last_failure = None
+        proofs = t.calls_done(handle.row) + (now - handle.ready_ns) // MIN_UPTIME_NS
+        if handle.permit is not None and proofs > handle.permit.successes:
+            handle.permit.succeeded(proofs - handle.permit.successes)
+
+    def start_anew(self) -> None:
+        """Forget what failed: the next start may be made now."""
+        self.backoff.reset()
+        self.not_before = 0.0
 
     def _proved(self, handle: Handle, now: int) -> bool:
         return now - handle.ready_ns > MIN_UPTIME_NS or t.calls_done(handle.row) > 0
@@ -167,13 +211,16 @@ class Fleet:
         """Forget a worker whose process has ended, and count how it ended."""
         now = time.monotonic_ns()
         booting = handle.ready_ns == 0
+        self._vouch(handle, now)
         if handle.condemned:
             self.retired += 1
         else:
             self.lost += 1
             used = handle.row[t.CALL_ID] > 0 or handle.revoked is not None
             if booting or not (used or self._proved(handle, now)):
-                self._start_failed(handle.slot, exitcode, cause, handle)
+                self._start_failed(handle.slot, exitcode, cause, handle, handle.permit)
+        if handle.permit is not None:
+            handle.permit.give_up()
         self._served_ns += now - handle.ready_ns if handle.ready_ns else 0
         lifetime = (now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0
         calls = t.calls_done(handle.row)
@@ -204,30 +251,40 @@ class Fleet:
         exitcode: int | None,
         cause: BaseException | None,
         handle: Handle | None = None,
+        permit: Permit | None = None,
     ) -> None:
-        """Count a failed start and put off the next: 0.1 s, doubling to 30 s, with jitter.
+        """Count a failed start and put off the next, longer each time.
 
         Workers that were started together and fail together are one failure in a row.
         """
+        now = time.monotonic_ns()
+        self.forgive(now)  # what succeeded since the last look has ended that row
+        alone = handle is None or handle.spawned_ns > self._failed_ns
+        if alone or not self.backoff.failures:
+            self._pause = self.backoff.next()
         self.start_failures += 1
-        if handle is None or handle.spawned_ns > self._failed_ns:
-            self.failures_in_a_row += 1
-        self._failed_ns = time.monotonic_ns()
-        delay = min(BACKOFF_CAP, BACKOFF_BASE * 2 ** min(self.failures_in_a_row - 1, 20))
-        delay *= 1 + BACKOFF_JITTER * (2 * self._jitter() - 1)
-        self.not_before = time.monotonic() + delay
+        self._failed_ns = now
+        self.not_before = time.monotonic() + self._pause
         self.last_failure = _start_error(slot, exitcode, cause, handle)
         self._hooks.emit("error", {}, kind="start", error=self.last_failure, worker_id=slot)
+        if permit is not None and alone:
+            permit.failed(self.last_failure)
 
     # -- end ---------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give back the shared memory. What was counted stays readable."""
-        failure = self.last_failure
-        while failure is not None:
-            failure.__traceback__ = None  # its frames hold a row, and that the memory
-            failure = failure.__cause__
+        for failure in (self.last_failure, None if self.breaker is None else self.breaker.cause):
+            while failure is not None:
+                failure.__traceback__ = None  # its frames hold a row, and that the memory
+                failure = failure.__cause__
         self.table.close()
+
+
+def _breaker(config: PoolConfig) -> CircuitBreaker | None:
+    if isinstance(config.breaker, CircuitBreaker):
+        return config.breaker
+    return CircuitBreaker() if config.breaker else None
 
 
 def _start_error(
@@ -258,4 +315,7 @@ def _start_error(
 
 def retry_in(fleet: Any, now: float) -> float | None:
     """Return the seconds until the next start is allowed; None if it is allowed now."""
-    return fleet.not_before - now if fleet.not_before > now else None
+    pause = fleet.not_before - now
+    if fleet.breaker is not None:
+        pause = max(pause, fleet.breaker.retry_in)
+    return pause if pause > 0 else None

@@ -33,6 +33,8 @@ from .states import WorkerEvent, WorkerState, advance
 if TYPE_CHECKING:
     import weakref
 
+    from ..breaker import Permit
+
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
 
 PROBE_ID = -1  # what a probe carries in place of a call's id
@@ -67,6 +69,7 @@ class Handle:
         "lease",
         "lost_since_ns",
         "origin",
+        "permit",
         "pid",
         "probe_failures",
         "probed_ns",
@@ -111,6 +114,7 @@ class Handle:
         self.condemned = False  # its end is wanted, however it comes
         self.abandoned = False  # this process is a fork of the owner
         self.start_error: BaseException | None = None  # what its constructor raised
+        self.permit: Permit | None = None  # the breaker's leave to start it; None: no breaker
         self.spawned_ns = self.since_ns
         self.last_begun_id: int | None = None  # known once the process has ended
         self._noted_id = 0  # where the worker has to say what has begun: maybe heard after its end

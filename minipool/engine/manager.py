@@ -17,6 +17,7 @@ import weakref
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Callable
 
+from ..breaker import CLOSED, CircuitBreaker
 from ..errors import PoolStartError
 from ..telemetry import Hooks, logger
 from . import health
@@ -48,6 +49,8 @@ class Manager:
         self.fleet = Fleet(launcher, config, hooks)
         self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)
+        if self.fleet.breaker is not None:
+            self.fleet.breaker.listeners.append(self._circuit_changed)
         self.sweepers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called once a tick
         #: Closed with the pool; weakly, because what waits there may know the pool.
         self.lines: list[weakref.ref[Turnstile]] = []
@@ -218,10 +221,18 @@ class Manager:
         self._look()
         if self._close_by is None:
             self.staff.reconcile()
+            if self.turnstile.waiters and self.fleet.hopeless:
+                self.turnstile.dismiss(None)
         else:
             self._finish()
         with self._changed:
             self._changed.notify_all()
+
+    def _circuit_changed(self, breaker: CircuitBreaker) -> None:
+        if breaker.state == CLOSED:
+            self.order(self.fleet.start_anew)
+        facts = {"state": breaker.state, "cause": breaker.cause}
+        self.hooks.emit("breaker.changed", {"failures": breaker.failures}, **facts)
 
     # -- looking and acting ------------------------------------------------------------------
 
@@ -325,6 +336,9 @@ class Manager:
     def _end(self) -> None:
         self.closed_ns = time.monotonic_ns()
         self.fleet.close()
+        breaker = self.fleet.breaker
+        if breaker is not None and self._circuit_changed in breaker.listeners:
+            breaker.listeners.remove(self._circuit_changed)
         for close in self.closers:
             try:
                 close()
