@@ -8,6 +8,11 @@ sessions of a dead owner are taken over.
 Any object with the same methods can be a store: `open`, `has`, `read`, `commit`, `delete`,
 `beat`, `close` (and `expire`, if it wants to). Any thread may call them. When they cannot do
 what they are asked, they raise a SessionError, and nothing has changed.
+
+The one connection is handed from thread to thread by a turnstile of one slot, and not guarded by a
+lock: an exception may strike its holder between any two steps, and a lock would be held for ever.
+What a struck holder has begun is rolled back by the next one; a connection that is found with
+nobody for two beats is given up for a new one, and SQLite sees to it that two cannot mix.
 """
 
 from __future__ import annotations
@@ -20,8 +25,10 @@ import struct
 import threading
 import time
 import uuid
+import weakref
 from typing import Any, Dict, Mapping, Optional, Tuple
 
+from .engine.turnstile import Closed, Turnstile
 from .errors import SessionBusy, SessionError
 
 SCHEMA_VERSION = 1
@@ -29,6 +36,7 @@ _APPLICATION_ID = 0x6D706F6F  # "mpoo": so that no other program's file is taken
 _LEASE_S = 30.0  # how long an owner on another host is believed without a sign of life
 _BEAT_S = 5.0
 _PATIENCE_S = 10.0  # how long to wait for another process that is writing
+_FILE = "file"  # the turnstile's one slot
 _CHECKED_BYTES = 1 << 24  # a smaller file is checked for damage when it is opened
 
 Loaded = Tuple[int, Optional[Dict[str, bytes]]]  # version, state by key as bytes
@@ -51,23 +59,28 @@ class SQLiteStore:
     def __init__(self, path: str) -> None:
         self.path = os.fspath(path)
         self._owner = uuid.uuid4().hex
-        self._lock = threading.RLock()
+        self._line = Turnstile("fifo", on_refused=lambda slot, db: db.close())
+        self._holder: weakref.ref[_Transaction] | None = None
+        self._astray: sqlite3.Connection | None = None  # with nobody at the last beat
         self._beaten = 0.0
         self._pid = os.getpid()
         self._check_file()
         try:
-            self._db = sqlite3.connect(
-                self.path, timeout=_PATIENCE_S, isolation_level=None, check_same_thread=False
-            )
+            db = self._connected()
         except sqlite3.Error as problem:
             raise self._unusable(problem) from problem
         try:
-            self._prepare()
+            self._prepare(db)
         except BaseException as problem:
-            self._db.close()
+            db.close()
             if isinstance(problem, sqlite3.Error):
                 raise self._unusable(problem) from problem
             raise
+
+    def _connected(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self.path, timeout=_PATIENCE_S, isolation_level=None, check_same_thread=False
+        )
 
     def _check_file(self) -> None:
         """Look at the file before SQLite does, which may tidy up what is not ours."""
@@ -91,11 +104,10 @@ class SQLiteStore:
             newer = "; use a newer minipool for it" if version > SCHEMA_VERSION else ""
             raise self._unusable(f"it has schema version {version}, not {SCHEMA_VERSION}{newer}")
 
-    def _prepare(self) -> None:
-        db = self._db
+    def _prepare(self, db: sqlite3.Connection) -> None:
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if not tables:
-            self._create()
+            self._create(db)
         (kind,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         self._check_kind(kind, version)
@@ -105,27 +117,31 @@ class SQLiteStore:
                 raise self._unusable(f"it is corrupt: {found}")
         # Only now: what was made above is in the file itself, where `_check_file` looks.
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
+        self._offer(db)
         self.beat(force=True)
         with self._transaction("dead owners could not be forgotten"):
             for owner, *facts in db.execute("SELECT id, host, pid, started, beat FROM owner"):
                 if not _alive(*facts):
                     db.execute("DELETE FROM owner WHERE id=?", (owner,))
 
-    def _create(self) -> None:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-                if not tables:  # else another process was faster
-                    for statement in _SCHEMA.strip().split(";"):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
-                    self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+    def _create(self, db: sqlite3.Connection) -> None:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not tables:  # else another process was faster
+                for statement in _SCHEMA.strip().split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            db.execute("COMMIT")
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+
+    def _offer(self, db: sqlite3.Connection) -> None:
+        db.execute("PRAGMA synchronous=NORMAL")
+        self._line.admit(_FILE, db)
+        self._line.publish(_FILE, db)
 
     # -- what a store does -------------------------------------------------------------------
 
@@ -135,34 +151,32 @@ class SQLiteStore:
         Raises:
             SessionBusy: a living process has it.
         """
-        with self._transaction(f"session {key!r} could not be opened"):
-            row = self._db.execute(
-                "SELECT version, owner FROM session WHERE id=?", (key,)
-            ).fetchone()
+        with self._transaction(f"session {key!r} could not be opened") as db:
+            row = db.execute("SELECT version, owner FROM session WHERE id=?", (key,)).fetchone()
             if row is None:
-                self._db.execute(
+                db.execute(
                     "INSERT INTO session VALUES (?, 0, ?, ?)", (key, self._owner, time.time())
                 )
                 return None
             version, owner = row
             if owner is not None and owner != self._owner:
-                self._refuse_if_alive(key, owner)
-            self._db.execute(
+                self._refuse_if_alive(db, key, owner)
+            db.execute(
                 "UPDATE session SET owner=?, used=? WHERE id=?", (self._owner, time.time(), key)
             )
-            return version, self._state_of(key)
+            return version, _state_of(db, key)
 
     def has(self, key: str) -> bool:
         """Tell whether there is such a session, whoever has it."""
-        with self._transaction(f"session {key!r} could not be looked up", "DEFERRED"):
-            found = self._db.execute("SELECT 1 FROM session WHERE id=?", (key,)).fetchone()
+        with self._transaction(f"session {key!r} could not be looked up", "DEFERRED") as db:
+            found = db.execute("SELECT 1 FROM session WHERE id=?", (key,)).fetchone()
         return found is not None
 
     def read(self, key: str) -> Loaded | None:
         """Return version and state of a session, whoever has it; None if there is none."""
-        with self._transaction(f"session {key!r} could not be read", "DEFERRED"):
-            row = self._db.execute("SELECT version FROM session WHERE id=?", (key,)).fetchone()
-            return None if row is None else (row[0], self._state_of(key))
+        with self._transaction(f"session {key!r} could not be read", "DEFERRED") as db:
+            row = db.execute("SELECT version FROM session WHERE id=?", (key,)).fetchone()
+            return None if row is None else (row[0], _state_of(db, key))
 
     def commit(self, key: str, version: int, changes: Mapping[str, bytes | None]) -> None:
         """Keep the changes, all or none.
@@ -170,8 +184,8 @@ class SQLiteStore:
         Raises:
             SessionError: the file could not be written, or another process took the session.
         """
-        with self._transaction(f"session {key!r} could not be committed"):
-            done = self._db.execute(
+        with self._transaction(f"session {key!r} could not be committed") as db:
+            done = db.execute(
                 "UPDATE session SET version=?, used=? WHERE id=? AND owner=?",
                 (version, time.time(), key, self._owner),
             )
@@ -184,62 +198,74 @@ class SQLiteStore:
                 )
             for name, data in changes.items():
                 if data is None:
-                    self._db.execute("DELETE FROM state WHERE session=? AND key=?", (key, name))
+                    db.execute("DELETE FROM state WHERE session=? AND key=?", (key, name))
                 else:
-                    self._db.execute("INSERT OR REPLACE INTO state VALUES (?,?,?)",
+                    db.execute("INSERT OR REPLACE INTO state VALUES (?,?,?)",
                                      (key, name, data))  # fmt: skip
 
     def delete(self, key: str) -> None:
         """Forget a session, if it is ours."""
-        with self._transaction(f"session {key!r} could not be deleted"):
-            done = self._db.execute(
-                "DELETE FROM session WHERE id=? AND owner=?", (key, self._owner)
-            )
+        with self._transaction(f"session {key!r} could not be deleted") as db:
+            done = db.execute("DELETE FROM session WHERE id=? AND owner=?", (key, self._owner))
             if done.rowcount:
-                self._db.execute("DELETE FROM state WHERE session=?", (key,))
+                db.execute("DELETE FROM state WHERE session=?", (key,))
 
     def expire(self, seconds: float) -> None:
         """Forget sessions that no living process has, and nobody had for so long."""
-        with self._transaction("old sessions could not be deleted", patience=0.0):
-            old = self._db.execute(
+        with self._transaction("old sessions could not be deleted", patience=0.0) as db:
+            old = db.execute(
                 "SELECT id, owner FROM session WHERE used < ? AND owner IS NOT ? LIMIT 1000",
                 (time.time() - seconds, self._owner),
             ).fetchall()
-            dead = {owner: self._owner_alive(owner) is None for owner in {o for _, o in old}}
+            dead = {owner: _owner_alive(db, owner) is None for owner in {o for _, o in old}}
             keys = [(key,) for key, owner in old if dead[owner]]
-            self._db.executemany("DELETE FROM session WHERE id=?", keys)
-            self._db.executemany("DELETE FROM state WHERE session=?", keys)
+            db.executemany("DELETE FROM session WHERE id=?", keys)
+            db.executemany("DELETE FROM state WHERE session=?", keys)
 
     def beat(self, force: bool = False) -> None:
         """Give a sign of life, now and then."""
+        self._find_astray()
         now = time.time()
         if not force and 0 <= now - self._beaten < _BEAT_S:
             return
-        with self._transaction("the sign of life could not be given", patience=0.0):
-            self._db.execute(
+        with self._transaction("the sign of life could not be given", patience=0.0) as db:
+            db.execute(
                 "INSERT OR REPLACE INTO owner VALUES (?,?,?,?,?)",
                 (self._owner, socket.gethostname(), os.getpid(), _started(os.getpid()), now),
             )
         self._beaten = now
 
+    def _find_astray(self) -> None:
+        """Give up a connection whose holder was struck before he could give it back.
+
+        If he is there after all, only very slow, his transaction fails, and nothing else.
+        """
+        holder = None if self._holder is None else self._holder()
+        current: sqlite3.Connection | None = self._line.current.get(_FILE)
+        before, self._astray = self._astray, None
+        if holder is not None or current is None or self._line.idle:
+            return
+        self._astray = current
+        if before is current:
+            self._line.fence(_FILE)
+            current.close()
+            self._offer(self._connected())
+
     def close(self) -> None:
         """Let go of our sessions and the file."""
-        with self._lock:
-            if self._pid != os.getpid():
-                return  # a fork must not touch the owner's connection
-            with contextlib.suppress(sqlite3.Error):  # else their owner is found dead, later
-                self._db.execute("UPDATE session SET owner=NULL WHERE owner=?", (self._owner,))
-                self._db.execute("DELETE FROM owner WHERE id=?", (self._owner,))
-            self._db.close()
+        if self._pid != os.getpid():
+            return  # a fork must not touch the owner's connection
+        with contextlib.suppress(SessionError):  # else their owner is found dead, later
+            with self._transaction("sessions could not be let go") as db:
+                db.execute("UPDATE session SET owner=NULL WHERE owner=?", (self._owner,))
+                db.execute("DELETE FROM owner WHERE id=?", (self._owner,))
+        for _, db in self._line.close():
+            db.close()
 
     # -- how ---------------------------------------------------------------------------------
 
-    def _state_of(self, key: str) -> dict[str, bytes] | None:
-        rows = self._db.execute("SELECT key, value FROM state WHERE session=?", (key,))
-        return dict(rows.fetchall()) or None
-
-    def _refuse_if_alive(self, key: str, owner: str) -> None:
-        found = self._owner_alive(owner)
+    def _refuse_if_alive(self, db: sqlite3.Connection, key: str, owner: str) -> None:
+        found = _owner_alive(db, owner)
         if found is not None:
             host, pid = found
             raise SessionBusy(
@@ -249,13 +275,6 @@ class SQLiteStore:
                 owner_pid=pid,
             )
 
-    def _owner_alive(self, owner: str | None) -> tuple[str, int] | None:
-        """Return host and pid of a session's owner, if he is alive."""
-        row = self._db.execute(
-            "SELECT host, pid, started, beat FROM owner WHERE id=?", (owner,)
-        ).fetchone()
-        return None if row is None or not _alive(*row) else (row[0], row[1])
-
     def _transaction(
         self, what: str, mode: str = "IMMEDIATE", patience: float = _PATIENCE_S
     ) -> _Transaction:
@@ -263,7 +282,7 @@ class SQLiteStore:
             raise SessionError(
                 f"{what}: the store was opened by process {self._pid}; open one of your own here"
             )
-        return _Transaction(self._db, self._lock, f"{what} in {self.path!r}", mode, patience)
+        return _Transaction(self, f"{what} in {self.path!r}", mode, patience)
 
     def _unusable(self, problem: Any) -> SessionError:
         return SessionError(
@@ -273,47 +292,82 @@ class SQLiteStore:
 
 
 class _Transaction:
-    """One transaction under the lock; what SQLite raises becomes a SessionError."""
+    """One transaction on the connection; what SQLite raises becomes a SessionError.
 
-    def __init__(
-        self, db: sqlite3.Connection, lock: Any, what: str, mode: str, patience: float
-    ) -> None:
-        self._db, self._lock, self._what, self._mode = db, lock, what, mode
-        self._patience = patience
+    It lives as long as the `with` block's frame, which tells whether its thread is still at it.
+    """
 
-    def __enter__(self) -> None:
-        if not self._lock.acquire(timeout=self._patience):
-            raise SessionError(f"{self._what}: it is being written to; try again")
+    def __init__(self, store: SQLiteStore, what: str, mode: str, patience: float) -> None:
+        self._store, self._what, self._mode, self._patience = store, what, mode, patience
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> sqlite3.Connection:
+        self._db = db = self._taken()
         try:
-            if self._patience != _PATIENCE_S:
-                self._db.execute(f"PRAGMA busy_timeout={int(self._patience * 1000)}")
+            if db.in_transaction:
+                db.execute("ROLLBACK")  # its last holder was struck
+            self._be_patient(self._patience)
             try:
-                self._db.execute(f"BEGIN {self._mode}")
+                db.execute(f"BEGIN {self._mode}")
             finally:
-                if self._patience != _PATIENCE_S:
-                    self._db.execute(f"PRAGMA busy_timeout={int(_PATIENCE_S * 1000)}")
+                self._be_patient(_PATIENCE_S)
         except sqlite3.Error as problem:
-            self._lock.release()
+            self._give_back()
             raise SessionError(f"{self._what}: {problem}; nothing was changed") from problem
         except BaseException:
-            self._lock.release()
+            self._give_back()
             raise
+        return db
+
+    def _taken(self) -> sqlite3.Connection:
+        """Take the connection, after those who came before."""
+        store, me = self._store, weakref.ref(self)
+        holder = None if store._holder is None else store._holder()
+        if holder is not None and holder.thread == self.thread:
+            patience = 0.0  # a signal handler in the midst of it: it would wait for itself
+        else:
+            patience = self._patience
+        try:
+            token = store._line.take(patience)
+        except Closed:
+            raise SessionError(f"{self._what}: the store is closed") from None
+        if token is None:
+            raise SessionError(f"{self._what}: it is being written to; try again")
+        store._holder = me
+        db: sqlite3.Connection = token[1]
+        return db
+
+    def _be_patient(self, seconds: float) -> None:
+        if self._patience != _PATIENCE_S:
+            self._db.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
+
+    def _give_back(self) -> None:
+        self._store._holder = None
+        self._store._line.publish(_FILE, self._db)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             self._db.execute("COMMIT" if error is None else "ROLLBACK")
         except sqlite3.Error as problem:
             if error is None:
-                self._roll_back()
+                with contextlib.suppress(sqlite3.Error):  # SQLite may have done it itself
+                    self._db.execute("ROLLBACK")
                 raise SessionError(f"{self._what}: {problem}; nothing was changed") from problem
         finally:
-            self._lock.release()
+            self._give_back()
         if isinstance(error, sqlite3.Error):
             raise SessionError(f"{self._what}: {error}; nothing was changed") from error
 
-    def _roll_back(self) -> None:
-        with contextlib.suppress(sqlite3.Error):  # SQLite may have done it itself
-            self._db.execute("ROLLBACK")
+
+def _state_of(db: sqlite3.Connection, key: str) -> dict[str, bytes] | None:
+    rows = db.execute("SELECT key, value FROM state WHERE session=?", (key,))
+    return dict(rows.fetchall()) or None
+
+
+def _owner_alive(db: sqlite3.Connection, owner: str | None) -> tuple[str, int] | None:
+    """Return host and pid of a session's owner, if he is alive."""
+    row = db.execute("SELECT host, pid, started, beat FROM owner WHERE id=?", (owner,)).fetchone()
+    return None if row is None or not _alive(*row) else (row[0], row[1])
 
 
 def _alive(host: str, pid: int, started: str | None, beat: float) -> bool:

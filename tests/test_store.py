@@ -307,7 +307,7 @@ def test_pool_that_cannot_start_leaves_no_store_open(store: Path) -> None:
 def test_full_disk_fails_the_call_and_not_the_pool(store: Path) -> None:
     with Pool(size=1, session_store=store) as pool:
         call(pool, "a", put, "n", 1)
-        db = sessions_store(pool)._db
+        db = connection_of(pool)
         (pages,) = db.execute("PRAGMA page_count").fetchone()
         db.execute(f"PRAGMA max_page_count={pages}")
         pid = pool.workers()[0].pid
@@ -352,7 +352,7 @@ def test_file_size_limit_fails_the_call_and_not_the_pool(tmp_path: Path, store: 
 def test_read_only_store_fails_the_call_and_not_the_pool(store: Path, caplog: Any) -> None:
     with Pool(size=1, session_store=store, session_ttl=0.3) as pool:
         call(pool, "a", put, "n", 1)
-        db = sessions_store(pool)._db
+        db = connection_of(pool)
         db.execute("PRAGMA query_only=ON")
         with pool.checkout(session="a") as w:
             with pytest.raises(SessionError, match=r"readonly|read-only"):
@@ -386,8 +386,68 @@ def test_locked_store_does_not_hold_up_the_manager(store: Path) -> None:
         assert call(pool, "a", add) == 2
 
 
+def test_transaction_of_a_struck_thread_is_rolled_back(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception between BEGIN and what is done there leaves nothing open."""
+    kept = SQLiteStore(str(store))
+    kept.open("a")
+    begun = iter([None, KeyboardInterrupt()])
+
+    def be_patient(self: Any, seconds: float) -> None:
+        struck = next(begun, None)
+        if struck is not None:
+            raise struck
+
+    monkeypatch.setattr("minipool.store._Transaction._be_patient", be_patient)
+    with pytest.raises(KeyboardInterrupt):
+        kept.commit("a", 1, {"n": b"1"})
+    kept.commit("a", 1, {"n": b"2"})
+    assert kept.read("a") == (1, {"n": b"2"})
+    kept.close()
+
+
+def test_connection_of_a_struck_thread_is_replaced(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception as the connection was handed over: two beats later there is another."""
+    kept = SQLiteStore(str(store))
+    kept.open("a")
+    taken = kept._line.take
+
+    def take(timeout: float) -> Any:
+        taken(timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept._line, "take", take)
+    with pytest.raises(KeyboardInterrupt):
+        kept.commit("a", 1, {"n": b"1"})
+    monkeypatch.undo()
+    kept.beat()
+    assert not kept._line.idle
+    kept.beat()
+    kept.commit("a", 1, {"n": b"2"})
+    assert kept.read("a") == (1, {"n": b"2"})
+    kept.close()
+
+
+def test_store_is_no_trap_for_a_signal_handler(store: Path) -> None:
+    """In the midst of a transaction its thread is told at once that it would wait for itself."""
+    kept = SQLiteStore(str(store))
+    with kept._transaction("nothing happened"):
+        with pytest.raises(SessionError, match="being written to"):
+            kept.open("a")
+    kept.open("a")
+    kept.close()
+
+
 def sessions_store(pool: Pool[Any]) -> Any:
     return pool._sessions._store
+
+
+def connection_of(pool: Pool[Any]) -> sqlite3.Connection:
+    db: sqlite3.Connection = sessions_store(pool)._line.current["file"]
+    return db
 
 
 class DictStore:
