@@ -14,6 +14,7 @@ from ledger import Ledger
 from minipool import (
     CallTimeout,
     CheckoutTimeout,
+    CircuitOpen,
     LeaseRevoked,
     Pool,
     PoolClosed,
@@ -24,7 +25,7 @@ from minipool import (
 
 THREADS, SESSIONS = 32, 40
 #: What a call may end in while its worker is shot at. Whatever else comes is a violation.
-SHOT = (WorkerDied, CallTimeout, ProtocolError, CheckoutTimeout, LeaseRevoked)
+SHOT = (WorkerDied, CallTimeout, ProtocolError, CheckoutTimeout, CircuitOpen, LeaseRevoked)
 
 
 class Strike(BaseException):

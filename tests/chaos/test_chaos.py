@@ -20,7 +20,7 @@ from storm import Clock, Storm
 from subjects import Subject
 
 from ears import wait_until
-from minipool import Pool
+from minipool import CircuitBreaker, Pool
 
 PATIENCE = 60.0  # seconds for anything to come to its end; it never takes that long
 
@@ -82,6 +82,9 @@ def options(dice: random.Random) -> dict[str, Any]:
         "affinity_wait": dice.choice([0.0, 0.01]),
         "checkout_timeout": 20.0,
         "call_timeout": dice.choice([0.5, 2.0]),
+        "breaker": dice.choice([False, CircuitBreaker(retry_after=0.3)]),
+        "kill_group": dice.choice([True, False]),
+        "retry": dice.choice([None, 3]),
         "health_check_interval": dice.choice([0.1, 1.0]),
         "health_check_timeout": 0.5,
         "close_timeout": 10.0,
