@@ -93,6 +93,18 @@ def ready_count(manager: Manager) -> int:
     return manager.fleet.count(WorkerState.IDLE, WorkerState.PROBING)
 
 
+def note_pool(pool: Any) -> None:
+    """Remember a pool that was opened, weakly."""
+    _pools.add(pool)
+
+
+def live_pools() -> list[Any]:
+    """Return the pools that were opened in this process and have not ended, oldest first."""
+    managers = set(live_managers())
+    pools = [pool for pool in tuple(_pools) if pool._desk.manager in managers]
+    return sorted(pools, key=lambda pool: pool._desk.manager.opened_ns)
+
+
 def _close_all() -> None:
     """At interpreter exit: end every pool that was left open, before multiprocessing joins."""
     managers = live_managers()
@@ -117,4 +129,5 @@ def _end_with_process() -> None:
 
 
 _ends_with = 0
+_pools: weakref.WeakSet[Any] = weakref.WeakSet()
 atexit.register(_close_all)  # registered later than multiprocessing's handler, so called before

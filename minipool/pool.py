@@ -12,7 +12,7 @@ from .engine.manager import Manager
 from .engine.states import WorkerState
 from .errors import CheckoutTimeout, ConfigError, PoolClosed
 from .lease import CALL_TIMEOUT, Lease, seconds
-from .opening import open_desk, ready_count, wait_started
+from .opening import note_pool, open_desk, ready_count, wait_started
 from .retry import policy_of
 from .sessions import SessionInfo
 from .telemetry import Hooks
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .breaker import CircuitBreaker
     from .config import PoolConfig
+    from .observe import Dashboard
     from .status import HealthReport, PoolStats, WorkerInfo
 
     P = ParamSpec("P")
@@ -130,6 +131,7 @@ class Pool(Generic[W]):
                 raise PoolClosed(f"{self.config.name} is closed; make a new pool")
             desk, self._sessions = open_desk(self._launcher, self.config, self.hooks)
             self._desk = desk
+        note_pool(self)
         if self._closed:  # by a signal handler, which the lock does not keep out
             desk.manager.close(0.0, kill=True)
         self.hooks.emit("pool.init", {"size": self.config.size})
@@ -455,6 +457,22 @@ class Pool(Generic[W]):
                 lambda: not any(handle.state is WorkerState.PROBING for handle in asked),
                 self.config.health_check_timeout + 0.5,
             )
+
+    def dashboard(
+        self, port: int = 0, *, host: str = "127.0.0.1", token: str | None = None
+    ) -> Dashboard:
+        """Serve a web page that shows this pool, and all others of this process; see its `url`.
+
+        Opens the pool. The page is served until `close()`, or the end of this pool. Port 0 is any
+        free one. Where `host` is not of this machine alone, visitors must show the token.
+
+        Raises:
+            OSError: the address is taken, or not this machine's.
+            ValueError: the token has more in it than letters, digits and ._~-
+        """
+        from .observe import serve
+
+        return serve(self, self._open(0).manager, host, port, token)
 
     @property
     def breaker(self) -> CircuitBreaker | None:

@@ -1,0 +1,81 @@
+"""News: the newest reading of a board, for any number of visitors who wait for it.
+
+A board is what a dashboard shows: the pools of this process, or those of another one. It is read
+by one thread, once a second; what visitors are sent is drawn from it once for all who want the
+same. Nothing is queued for anybody: who comes late finds the newest reading, and no older one.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any, Dict, Protocol
+
+
+class Board(Protocol):
+    """What a dashboard shows. `tick` is called in its thread, the others in those of visitors."""
+
+    def tick(self) -> None:
+        """Take a reading of every pool."""
+
+    def reading(self, pool_id: str, window: float) -> dict[str, Any]:
+        """Return what the page draws: all pools by name, and one of them with its history."""
+
+    def pools(self) -> list[dict[str, Any]]:
+        """Return what is known of each pool now."""
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Return whether every pool serves, and the particulars."""
+
+    def exposition(self) -> str:
+        """Return the metrics of all pools as OpenMetrics text."""
+
+    def close(self) -> None:
+        """Stop watching."""
+
+
+class News:
+    """Readings of a board, numbered from 1. Any thread may ask; one takes them."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.over = False
+        self._turns = 0
+        self._changed = threading.Condition()
+        self._drawing = threading.Lock()  # never held while anything is sent
+        self._drawn: Dict[tuple[int, str, float], bytes] = {}
+
+    def turn(self) -> None:
+        """Take a reading, and wake all who wait for it."""
+        self.board.tick()
+        with self._changed:
+            self._turns += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self.over = True
+            self._changed.notify_all()
+        self._drawn.clear()
+
+    def wait(self, seen: int, timeout: float) -> int:
+        """Wait for a reading later than the one seen; return its number, or the same one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.over or self._turns > seen, timeout)
+            return self._turns
+
+    def draw(self, turn: int, pool_id: str, window: float) -> bytes:
+        """Return the reading of a turn as JSON."""
+        key = (turn, pool_id, window)
+        with self._drawing:
+            if any(drawn[0] != turn for drawn in self._drawn):
+                self._drawn.clear()
+            if key not in self._drawn:
+                self._drawn[key] = as_json(self.board.reading(pool_id, window))
+            return self._drawn[key]
+
+
+def as_json(value: Any) -> bytes:
+    """Return a value as JSON on one line."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
