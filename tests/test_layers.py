@@ -16,8 +16,9 @@ ROOMS = [
     "engine.manager", "engine.desk",
     "store", "records", "nearness", "sessions", "status", "lease", "opening", "views", "pool", "signatures", "programs",
     "observe.reading", "observe.score", "observe.metrics", "observe.openmetrics",
+    "tools.procfs", "observe.onlooker", "observe.watch", "observe.top",
     "observe.portrait", "observe.inside", "observe.news", "observe.script", "observe.page", "observe.visitors", "observe.dashboard",
-    "tools.floors", "tools.figures", "tools.procfs", "tools.peers", "tools.rounds",
+    "tools.floors", "tools.figures", "tools.peers", "tools.rounds",
     "tools.speed", "tools.costs", "tools.conversations", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
 HALLS = {"", "engine", "observe", "tools"}  # packages: their __init__ may name anything, lazily

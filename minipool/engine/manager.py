@@ -284,11 +284,25 @@ class Manager:
             if handle.sessions_over:
                 self.care.probe(handle)
         self._seat = self.turnstile.unseat(self._seat)
+        self._tell()
         if self.hooks["utilization"]:
             live = self.fleet.live()
             leased = sum(handle.live_lease is not None for handle in live)
             ratio = leased / len(live) if live else 0.0
             self.hooks.emit("utilization", {"leased": leased, "workers": len(live), "ratio": ratio})
+
+    def _tell(self) -> None:
+        """Put into the table what onlookers from other processes cannot know else."""
+        fleet = self.fleet
+        fleet.table.tell(
+            self.staff.target,
+            len(self.turnstile.waiters),
+            self.closing,
+            fleet.started,
+            fleet.lost,
+            fleet.retired,
+            fleet.start_failures,
+        )
 
     def _act(self, action: health.Action, handle: Handle) -> None:
         if isinstance(action, health.Probe):

@@ -19,14 +19,17 @@ import errno
 import mmap
 import os
 import sys
+import time
 from typing import Callable, Iterable, Sequence
 
 MAGIC = 0x6D696E69706F6F6C  # "minipool"
-LAYOUT = 1  # raise it whenever a word moves
+LAYOUT = 2  # raise it whenever a word moves
 
-# Header words; the pool's name follows as bytes.
-H_MAGIC, H_LAYOUT, H_ROW_WORDS, H_ROWS, H_PID, H_STARTED_NS, H_NAME_BYTES = range(7)
-H_NAME = 8
+# Header words, written when the table is made; the pool's name follows as bytes.
+H_MAGIC, H_LAYOUT, H_ROW_WORDS, H_ROWS, H_PID, H_OPENED_NS, H_NAME_BYTES = range(7)
+# What only the parent knows, for onlookers: the manager writes it once a tick. TOLD_NS is when.
+H_TOLD_NS, H_SIZE, H_WAITING, H_CLOSING, H_STARTED, H_LOST, H_RETIRED, H_FAILED = range(8, 16)
+H_NAME = 32
 
 # Owner line: who holds the slot, and what the pool counts about it. An IDLE worker is leased while
 # LEASED_SINCE_NS is not 0. LEASES numbers the leases as well; how many replies came, and how many
@@ -121,6 +124,7 @@ class Table:
         words = self._words
         words[H_LAYOUT], words[H_ROW_WORDS], words[H_ROWS] = LAYOUT, ROW_WORDS, 0
         words[H_PID], words[H_NAME_BYTES] = os.getpid(), len(name)
+        words[H_OPENED_NS] = time.monotonic_ns()
         self._map[H_NAME * 8 : H_NAME * 8 + len(name)] = name
         words[H_MAGIC] = MAGIC  # last: an onlooker who sees it sees the rest
 
@@ -128,6 +132,12 @@ class Table:
     def fd(self) -> int | None:
         """The descriptor a worker can attach to, or None where memory cannot be shared."""
         return self._fd
+
+    def tell(self, *facts: int) -> None:
+        """Write the words from H_SIZE on, for onlookers, and that they are of this moment."""
+        for word, fact in enumerate(facts, H_SIZE):
+            self._words[word] = fact
+        self._words[H_TOLD_NS] = time.monotonic_ns()
 
     def row(self, slot: int) -> memoryview:
         """Return the words of one slot, reserving memory for it first.

@@ -28,7 +28,7 @@ EVENTS_KEPT = 50
 _UNTOLD = {
     "worker.checkout", "worker.checkin", "worker.health_check", "operation.start",
     "operation.stop", "operation.exception", "queue.depth", "utilization", "session.bound",
-    "session.moved",
+    "session.moved", "span.start", "span.stop",
 }  # fmt: skip
 _BAD = {"error", "session.lost", "lease.leaked"}
 

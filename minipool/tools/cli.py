@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Sequence
 
 from .. import __version__
+from ..observe import top
 from . import bench
 
-COMMANDS: dict[str, ModuleType] = {"bench": bench}
+COMMANDS: dict[str, ModuleType] = {"bench": bench, "top": top}
 
 _INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 

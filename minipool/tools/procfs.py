@@ -25,8 +25,12 @@ def _threads(pid: int) -> list[int]:
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
 
 
-def _stat(pid: int) -> list[str]:
-    """Return the fields of a process's stat after its name: state, parent and so on."""
+def stat(pid: int) -> list[str]:
+    """Return the fields of a process's stat after its name: state, parent and so on.
+
+    Raises:
+        OSError: there is no such process (any more).
+    """
     return _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
@@ -36,7 +40,7 @@ def descendants() -> set[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                parents[int(name)] = int(_stat(int(name))[1])
+                parents[int(name)] = int(stat(int(name))[1])
     found: set[int] = set()
     family = {os.getpid()}
     while True:
@@ -98,7 +102,7 @@ def activity(pids: list[int]) -> Activity:
     """Add up what these processes have done."""
     wakeups = ticks = cpu_ns = 0
     for pid in pids:
-        user, system = _stat(pid)[11:13]
+        user, system = stat(pid)[11:13]
         ticks += int(user) + int(system)
         for thread in _threads(pid):
             cpu_ns += int(_text(f"/proc/{pid}/task/{thread}/schedstat").split()[0])
