@@ -48,6 +48,8 @@ class PoolConfig:
     lazy: bool = False
     #: Which idle worker is next: the last used ("lifo", its caches are warm) or the first.
     strategy: str = "lifo"
+    #: Bytes that one request or reply may have.
+    max_message: int = 4 << 30
     #: Seconds for a worker to become ready; to wait for a worker; for one call. None: for ever.
     init_timeout: float | None = 30.0
     checkout_timeout: float | None = 5.0
@@ -186,6 +188,7 @@ class PoolConfig:
             self._check_count(name, least=1, none=False)
         self._check_count("max_overflow", least=0, none=False)
         self._check_count("niceness", least=0, none=False)
+        self._check_count("max_message", least=1 << 16, none=False)
         low, high = self.min_size, self.max_size
         if low is not None and high is not None and low > high:
             self._refuse("min_size", f"it is larger than max_size={high}; exchange them")

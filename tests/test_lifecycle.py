@@ -82,7 +82,7 @@ def test_defaults_are_as_documented() -> None:
     assert (config.lazy, config.strategy, config.startup_batch) == (False, "lifo", 8)
     assert (config.health_check_interval, config.health_check_timeout) == (30.0, 5.0)
     assert (config.max_health_failures, config.max_waiting) == (3, None)
-    assert config.kill_group is True
+    assert (config.kill_group, config.max_message) == (True, 4 << 30)
     assert (config.close_timeout, config.lease_timeout, config.leak_warn_after) == (
         30.0,
         None,
@@ -95,7 +95,8 @@ def test_defaults_are_as_documented() -> None:
     [
         {"size": 0}, {"size": -1}, {"size": 2.0}, {"size": True}, {"min_size": 3, "max_size": 2},
         {"size": 1, "min_size": 2}, {"call_timeout": -1}, {"close_timeout": float("nan")},
-        {"init_timeout": "soon"}, {"close_timeout": None}, {"sise": 2},
+        {"init_timeout": "soon"}, {"close_timeout": None}, {"sise": 2}, {"max_message": 65535},
+        {"kill_group": None},
     ],
 )  # fmt: skip
 def test_wrong_sizes_and_durations_are_refused_by_the_constructor(options: dict[str, Any]) -> None:

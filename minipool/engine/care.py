@@ -7,6 +7,7 @@ says or does next is heard on a later turn.
 from __future__ import annotations
 
 import collections
+import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ..config import PoolConfig
 
 _EXITCODE_PATIENCE_NS = health.SECOND_NS  # a fork server may tell it late, or never
+
+
+_UNPACKING = 1.0  # seconds that an exception of the user's may take to become one here
 
 
 class Care:
@@ -64,7 +68,7 @@ class Care:
             if status == wire.READY:
                 return self._ready(handle)
             if status == wire.START_FAILED:
-                handle.start_error = wire.unpack_error(body)
+                handle.start_error = _in_time(body)
                 return self.condemn(handle, "its object could not be made")
         elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
             return self._probed(handle, status == wire.RETURNED)
@@ -203,3 +207,22 @@ class Care:
             handle.slot, self._config.name, seconds, handle.origin,
         )  # fmt: skip
         self._hooks.emit("lease.leaked", {"seconds": seconds}, worker_id=handle.slot)
+
+
+def _in_time(body: bytes | memoryview) -> BaseException:
+    """Return the exception that a start failed with, or, if it takes too long, what stands for it.
+
+    To unpickle it runs the user's code, which may never return; the manager must.
+    """
+    made: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            made.append(wire.unpack_error(body))
+        except BaseException as problem:
+            made.append(problem)
+
+    thread = threading.Thread(target=make, name="minipool-unpack", daemon=True)
+    thread.start()
+    thread.join(_UNPACKING)
+    return made[0] if made else wire.unpack_error(body, load=False)

@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 from typing import Any, Callable
@@ -47,6 +48,10 @@ class Garbled(Exception):
     """What came is no frame. The pipe must not be used again."""
 
 
+class TooLong(Exception):
+    """The request is longer than `max_message`. Nothing was sent; the pipe is as good as before."""
+
+
 class _QuietSocket(socket.socket):
     """Closes itself when it is collected: a lease may outlive its worker, and then has the last
     hold of the pipe. That is no reason for a ResourceWarning."""
@@ -55,7 +60,76 @@ class _QuietSocket(socket.socket):
         self.close()
 
 
-class FastEnd:
+class _End:
+    """What both kinds share: frames are put together from whatever pieces they come in."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit  # bytes in a frame; one that claims more is garbage
+        self._got = bytearray()  # what came and was not yet taken
+
+    def _receive_piece(self, most: int, deadline: float | None) -> bytes:
+        """Wait for some bytes; b"" is the end of the pipe."""
+        raise NotImplementedError
+
+    def _piece_now(self) -> bytes | None:
+        """Return the bytes that are there, b"" at the end of the pipe; None if there are none."""
+        raise NotImplementedError
+
+    def receive_now(self) -> memoryview | None:
+        """Return the frame that is there, or None if it is not there whole. Never waits.
+
+        Raises:
+            PeerGone, Garbled: the worker is of no more use.
+        """
+        while self._missing():
+            piece = self._piece_now()
+            if piece is None:
+                return None
+            self._add(piece)
+        frame = self._take()
+        self._expect_no_more()
+        return frame
+
+    def _receive(self, call_id: int, deadline: float | None) -> tuple[int, bytes | memoryview]:
+        """Wait until a whole frame is here, and take it; return its status and body.
+
+        What is no reply to this call is found by its header: the length before it means nothing.
+        """
+        while True:
+            missing = self._missing()
+            if not missing:
+                return _checked(call_id, self._take())
+            start = length_of(self._got, self._limit)[0] - 4
+            if len(self._got) >= start + _REPLY_HEADER:
+                _checked(call_id, bytes(self._got[start : start + _REPLY_HEADER]))
+            self._add(self._receive_piece(max(CHUNK, min(PIECE, missing)), deadline))
+
+    def _check(self, size: int) -> None:
+        if size > self._limit:
+            raise TooLong(size)
+
+    def _add(self, piece: bytes) -> None:
+        if not piece:
+            raise PeerGone
+        self._got += piece
+
+    def _missing(self) -> int:
+        """Return how many bytes must come before there is a whole frame."""
+        head, size = length_of(self._got, self._limit)
+        return max(0, head + (size or 0) - len(self._got)) if size is not None else 1
+
+    def _take(self) -> memoryview:
+        head, size = length_of(self._got, self._limit)
+        end = head + (size or 0)
+        whole, self._got = self._got, self._got[end:]
+        return memoryview(whole)[head - 4 : end]
+
+    def _expect_no_more(self) -> None:
+        if self._got:
+            raise Garbled("more came than one reply")
+
+
+class FastEnd(_End):
     """The parent's end, on a socket. `death_fd` becomes readable when the worker is gone.
 
     `socket.recv` with a timeout polls and reads in one C call, keeps its deadline through signals,
@@ -64,14 +138,14 @@ class FastEnd:
     not end, the manager sees the death and calls `hang_up`, which ends the wait.
     """
 
-    def __init__(self, sock: socket.socket, death_fd: int) -> None:
+    def __init__(self, sock: socket.socket, death_fd: int, limit: int) -> None:
+        super().__init__(limit)
         self._sock = sock  # owns the descriptor
         self.fd = sock.fileno()
         self._death_fd = death_fd
         self._timeout: float | None = -1.0
         self._set_timeout(None)
         self._recv = sock.recv
-        self._partial = bytearray()  # of a frame that `receive_now` saw the beginning of
 
     def _set_timeout(self, timeout: float | None) -> None:
         """Let `recv` wait so long. It costs a system call, and most calls have the same."""
@@ -80,19 +154,23 @@ class FastEnd:
         self._timeout = timeout
 
     def exchange(
-        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
+        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
     ) -> tuple[int, bytes | memoryview]:
         """Send one request; return status and body of the one reply. The way of every call.
 
+        `start` is when it began, in monotonic nanoseconds: the `timeout` counts from there.
+
         Raises:
             PeerGone, TimedOut, Garbled: the worker is of no more use.
+            TooLong: nothing was sent.
         """
         size = _REQUEST_HEADER + len(name) + len(body)
         if size > SMALL:
-            deadline = _deadline(timeout)
+            deadline = _deadline(timeout, start)
+            self._check(size)
             head = wire.REQUEST.pack(0, call_id, kind, len(name))[4:]
             self._send_long(head + name, body, deadline)
-            return _checked(call_id, self._receive(deadline))
+            return self._reply_to(call_id, deadline)
         try:
             if timeout != self._timeout:
                 self._set_timeout(timeout)
@@ -105,10 +183,16 @@ class FastEnd:
         except OSError:
             raise PeerGone from None
         except struct.error:
-            size = got_id = -1
+            size = got_id = -1  # less than a header, or the end
         if size + 4 != len(reply) or got_id != call_id:
-            return _checked(call_id, self._receive(_deadline(timeout), reply))
+            self._add(reply)
+            return self._reply_to(call_id, _deadline(timeout, start))
         return status, reply[_REPLY_HEADER:]
+
+    def _reply_to(self, call_id: int, deadline: float | None) -> tuple[int, bytes | memoryview]:
+        reply = self._receive(call_id, deadline)
+        self._expect_no_more()
+        return reply
 
     def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
         """Send a small request without a name, without waiting for anything.
@@ -122,26 +206,13 @@ class FastEnd:
         except OSError:
             raise PeerGone from None
 
-    def receive_now(self) -> bytes | memoryview | None:
-        """Return the frame that is there, or None if it is not there whole. Never waits.
-
-        Raises:
-            PeerGone, Garbled: the worker is of no more use.
-        """
-        while True:
-            try:
-                piece = os.read(self.fd, CHUNK)
-            except BlockingIOError:
-                return None
-            except OSError:
-                raise PeerGone from None
-            if not piece:
-                raise PeerGone
-            self._partial += piece
-            head, size = length_of(self._partial)
-            if size is not None and len(self._partial) >= head + size:
-                whole, self._partial = self._partial, bytearray()
-                return memoryview(whole)[head - 4 : head + size]
+    def _piece_now(self) -> bytes | None:
+        try:
+            return os.read(self.fd, CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            raise PeerGone from None
 
     def disturbed(self) -> bool:
         """Tell whether an idle worker's pipe has something to read, or the worker is dead."""
@@ -152,22 +223,6 @@ class FastEnd:
             return True  # closed
         poll.register(self._death_fd, select.POLLIN)
         return bool(poll.poll(0))
-
-    def _receive(self, deadline: float | None, got: bytes | None = None) -> memoryview:
-        """Read until a whole frame is here."""
-        buffer = bytearray(got or b"")
-        ended = got == b""
-        while not ended:
-            head, size = length_of(buffer)
-            if size is not None and len(buffer) >= head + size:
-                if len(buffer) > head + size:
-                    raise Garbled("more came than one reply")
-                return memoryview(buffer)[head - 4 :]
-            missing = CHUNK if size is None else min(PIECE, head + size - len(buffer))
-            piece = self._receive_piece(max(missing, CHUNK), deadline)
-            buffer += piece
-            ended = not piece
-        raise PeerGone
 
     def _receive_piece(self, most: int, deadline: float | None) -> bytes:
         left = None if deadline is None else deadline - time.monotonic()
@@ -213,10 +268,11 @@ class FastEnd:
         self._sock.close()
 
 
-class PortableEnd:
+class PortableEnd(_End):
     """The parent's end, on `multiprocessing.Connection`; made for platforms without `poll`."""
 
-    def __init__(self, conn: Any, sentinel: int) -> None:
+    def __init__(self, conn: Any, sentinel: int, limit: int) -> None:
+        super().__init__(limit)
         self._conn = conn
         self._open = [conn]  # whoever pops it closes it
         self._closed = self._sending = False
@@ -226,27 +282,31 @@ class PortableEnd:
         self.on_words: Callable[[bytes | memoryview], None] = lambda words: None
 
     def exchange(
-        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
+        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
     ) -> tuple[int, bytes | memoryview]:
-        deadline = _deadline(timeout)
+        deadline = _deadline(timeout, start)
         payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
         if len(payload) > SMALL:
+            self._check(len(payload))
             self._send_watched(payload, deadline)
         else:
             self._send(payload)
         while True:
-            status, reply = _checked(call_id, self._receive(deadline))
+            status, reply = self._receive(call_id, deadline)
             if status & wire.WITH_WORDS:
+                if len(reply) < wire.WORDS.size:
+                    raise Garbled("a reply without the words it should have")
                 self.on_words(reply)
                 status, reply = status & ~wire.WITH_WORDS, reply[wire.WORDS.size :]
             if status != wire.BEGUN:
+                self._expect_no_more()
                 return status, reply
 
     def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
         self._send(wire.REQUEST.pack(0, call_id, kind, 0)[4:] + body)
 
-    def receive_now(self) -> memoryview | None:
-        return self._receive(_deadline(0)) if self._readable() else None
+    def _piece_now(self) -> bytes | None:
+        return self._receive_piece(CHUNK, time.monotonic()) if self._readable() else None
 
     def hang_up(self) -> None:
         pass  # `_receive` watches the sentinel itself
@@ -292,20 +352,19 @@ class PortableEnd:
         if not done.wait(_left(deadline)):
             raise TimedOut
 
-    def _receive(self, deadline: float | None) -> memoryview:
+    def _receive_piece(self, most: int, deadline: float | None) -> bytes:
         try:
             ready = _ready([self._conn, self._sentinel], _left(deadline))
             if not ready:
                 raise TimedOut
             if self._conn not in ready and not self._conn.poll(0):
                 raise PeerGone
-            return memoryview(b"\0\0\0\0" + self._conn.recv_bytes(wire.MAX_FRAME))
-        except (EOFError, ValueError, TypeError):
-            raise PeerGone from None
-        except OSError as error:
-            # Connection has no errno for this, nor for an end in mid-message or a closed handle.
-            if error.args == ("bad message length",):
-                raise Garbled(str(error)) from None
+            if sys.platform != "win32":  # there a message comes whole, here it may never end
+                return os.read(self._conn.fileno(), most)
+            message: bytes = self._conn.recv_bytes()
+            short = len(message) <= wire.SHORT_FRAME
+            return (wire.LENGTH.pack if short else long_length)(len(message)) + message
+        except (EOFError, OSError, ValueError, TypeError):  # at its end, or closed meanwhile
             raise PeerGone from None
 
     def close(self) -> None:
@@ -330,8 +389,12 @@ def _checked(call_id: int, frame: bytes | memoryview) -> tuple[int, bytes | memo
     return status, frame[_REPLY_HEADER:]
 
 
-def length_of(buffer: bytes | bytearray) -> tuple[int, int | None]:
-    """Return the size of the length field and the payload's size, None if not here yet."""
+def length_of(buffer: bytes | bytearray, limit: int) -> tuple[int, int | None]:
+    """Return the size of the length field and the payload's size, None if not here yet.
+
+    Raises:
+        Garbled: it claims to be longer than `limit` bytes.
+    """
     if len(buffer) < 4:
         return 4, None
     (size,) = wire.LENGTH.unpack_from(buffer)
@@ -340,7 +403,7 @@ def length_of(buffer: bytes | bytearray) -> tuple[int, int | None]:
         if len(buffer) < wire.LONG_LENGTH.size:
             return wire.LONG_LENGTH.size, None
         head, size = wire.LONG_LENGTH.size, wire.LONG_LENGTH.unpack_from(buffer)[1]
-    if not 0 <= size <= wire.MAX_FRAME:
+    if not 0 <= size <= limit:
         raise Garbled(f"a frame claims to be {size} bytes long")
     return head, size
 
@@ -349,8 +412,8 @@ def long_length(size: int) -> bytes:
     return wire.LONG_LENGTH.pack(-1, size)
 
 
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
+def _deadline(timeout: float | None, start: int) -> float | None:
+    return None if timeout is None else start / 1e9 + timeout
 
 
 def _left(deadline: float | None) -> float | None:

@@ -94,6 +94,7 @@ class Setup:
     env: dict[str, str]
     niceness: int
     kill_group: bool
+    max_message: int
     table: wire.Descriptor | None
     lifeline: wire.Descriptor | None
     portable: bool
@@ -117,7 +118,7 @@ def main(conn: Any, setup: Setup) -> None:
         os.nice(setup.niceness)
     _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
     words = _row(setup)
-    end = PortableWorkerEnd(conn) if setup.portable else FastWorkerEnd(conn)
+    end = (PortableWorkerEnd if setup.portable else FastWorkerEnd)(conn, setup.max_message)
     worker = _Worker(end, words, shared=setup.table is not None)
     try:
         worker.start(setup)
@@ -287,13 +288,15 @@ class _Worker:
             return status, result
         try:
             changes = session.changes()
+            packed = pickle.dumps(changes, 5) if changes else b""
+            if packed:
+                self._end.check(4 + len(packed) + len(result))  # the commit must not be refused
         except BaseException as error:
             self._sessions.undo(session)
             return self._failure(error)
         session.commit(changes)
         if not changes:
             return status, result
-        packed = pickle.dumps(changes, 5)
         return wire.COMMITTED, len(packed).to_bytes(4, "big") + packed + result
 
     def _answer_probe(self, call_id: int, body: Any) -> None:

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from . import table as t
 from . import wire
-from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, pair
+from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, TooLong, pair
 from .child import Setup, main
 from .process import WorkerProcess, describe_exit, signal_name
 from .states import WorkerEvent, WorkerState, advance
@@ -48,6 +48,7 @@ class Handle:
         "__weakref__",
         "_dumps",
         "_exchange",
+        "_limit",
         "_loads",
         "_noted_id",
         "_portable",
@@ -148,7 +149,7 @@ class Handle:
         self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
         name = f"minipool-{setup.pool}-{self.slot}"
         self.process = WorkerProcess(context, name, main, (self._theirs, setup), setup.kill_group)
-        self._portable = setup.portable
+        self._portable, self._limit = setup.portable, setup.max_message
 
     def start(self) -> None:
         """Start the process, and nothing else: see `started`.
@@ -172,10 +173,10 @@ class Handle:
         row[t.GENERATION], row[t.PID], row[t.LEASED_SINCE_NS] = self.generation, self.pid or 0, 0
         self.move(WorkerEvent.SPAWNED)
         if self._portable:
-            self.channel = PortableEnd(self.conn, self.process.sentinel)
+            self.channel = PortableEnd(self.conn, self.process.sentinel, self._limit)
             self.channel.on_words = self._note
         else:
-            self.channel = FastEnd(self.conn, self.process.death_fd)
+            self.channel = FastEnd(self.conn, self.process.death_fd, self._limit)
         self._exchange = self.channel.exchange
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
@@ -270,31 +271,40 @@ class Handle:
         self.in_call = True
         start = _monotonic_ns()
         try:
-            status, reply = self._exchange(call_id, kind, name, body, timeout)
+            status, reply = self._exchange(call_id, kind, name, body, timeout, start)
         except (PeerGone, TimedOut, Garbled) as problem:
             error = self._failed(problem, name, timeout)
             error.sent_ns = start
             raise error from None
+        except TooLong as problem:
+            raise self._too_long(problem, name) from None
         self.in_call = False
         took = _monotonic_ns() - start
-        if status == wire.NOT_HERE:
+        if status == wire.NOT_HERE and session is not None:
             return self._repeat(session, kind, name, args, kwargs, timeout, took)
         octave = took.bit_length()  # `table.bucket`, written out: it is on the way of every call
         if 9 <= octave <= 38:
             self.row[t.CALL_TIMES - 72 + (octave << 3) + ((took >> (octave - 4)) & 7)] += 1
         else:
             self.row[t.CALL_TIMES + t.bucket(took)] += 1
-        if status == wire.COMMITTED:
-            end = 4 + int.from_bytes(reply[:4], "big")
-            result = self._result(reply[end:])  # first: what cannot be read is no success
-            session.commit(pickle.loads(reply[4:end]))
-            return result
+        if status == wire.COMMITTED and session is not None:
+            return self._committed(session, reply, name)
         if status:
-            raise self._remote_error(status, reply)
+            raise self._remote_error(status, reply, name)
         try:
             return self._loads(reply)
         except Exception as problem:
             raise wire.unreadable_result(problem) from problem
+
+    def _committed(self, session: Any, reply: bytes | memoryview, name: bytes) -> Any:
+        end = 4 + int.from_bytes(reply[:4], "big")
+        result = self._result(reply[end:])  # first: what cannot be read is no success
+        try:
+            changes = pickle.loads(reply[4:end])
+        except Exception as problem:
+            raise self._nonsense(problem, name) from problem
+        session.commit(changes)
+        return result
 
     def _result(self, reply: bytes | memoryview) -> Any:
         try:
@@ -326,10 +336,29 @@ class Handle:
             target, args, kwargs = args
         return wire.explain_unpicklable(problem, self._dumps, target, args, kwargs)
 
-    def _remote_error(self, status: int, body: bytes | memoryview) -> BaseException:
+    def _too_long(self, problem: TooLong, name: bytes) -> CallMismatch:
+        self.calls_sent, self.in_call = self.calls_sent - 1, False
+        return CallMismatch(
+            f"the call to {name.decode(errors='replace')!r} takes {problem} bytes, more than "
+            f"`max_message`; nothing was sent; pass less, or raise it"
+        )
+
+    def _nonsense(self, problem: Exception, name: bytes) -> WorkerError:
+        """End a worker whose reply is one by its header only; return the error that tells so."""
+        self.in_call = True
+        error = self._failed(Garbled(f"its body is none: {problem!r}"), name, None)
+        error.sent_ns = time.monotonic_ns()  # as good as any: it is not made again
+        return error
+
+    def _remote_error(self, status: int, body: bytes | memoryview, name: bytes) -> BaseException:
         """Return the exception that a reply brought."""
+        try:
+            if status not in wire.ERRORS:
+                raise ValueError(f"status {status}")
+            error = wire.unpack_error(body)
+        except Exception as problem:
+            return self._nonsense(problem, name)
         self.row[t.RAISED] += 1
-        error = wire.unpack_error(body)
         if status == wire.RAISED_AND_TAINTED:
             self.tainted = f"the call ended in {type(error).__name__}"
         return error

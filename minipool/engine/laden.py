@@ -41,6 +41,6 @@ class _LadenExchange:
         self.packed = b""
 
     def __call__(
-        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None
+        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
     ) -> Any:
-        return self._exchange(call_id, kind, name, self.packed + body, timeout)
+        return self._exchange(call_id, kind, name, self.packed + body, timeout, start)

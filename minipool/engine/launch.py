@@ -108,6 +108,7 @@ class Launcher:
             codec=self._codec,
             niceness=self.config.niceness,
             kill_group=self.config.kill_group,
+            max_message=self.config.max_message,
             env=dict(self.config.worker_env or {}),
             portable=self.portable,
             baggage=self.baggage,

@@ -25,7 +25,6 @@ from ..errors import CallMismatch, RemoteError
 if TYPE_CHECKING:
     from .shape import Shape  # imported where it is used, which is never in a worker
 
-MAX_FRAME = 4 << 30  # a longer declared length is garbage
 MAX_NAME = 0xFFFF  # bytes; what the header can tell
 SHORT_FRAME = 0x7FFFFFFF  # beyond it, Connection writes -1 and then an 8-byte length
 
@@ -44,6 +43,7 @@ RETURNED, RAISED, RAISED_AND_TAINTED, REFUSED, BEGUN, READY, START_FAILED = rang
 # COMMITTED: before the result, behind their length in 4 bytes, the changes of the session's state.
 # NOT_HERE: nothing has run, because the worker lacks the session's state.
 COMMITTED, NOT_HERE = range(7, 9)
+ERRORS = (RAISED, RAISED_AND_TAINTED, REFUSED)  # what may be told of a call that did not return
 WITH_WORDS = 0x80  # flag: the worker's words lie between header and body (no shared table)
 WORDS = struct.Struct("=9q")
 
@@ -324,10 +324,15 @@ def pack_error(error: BaseException) -> bytes:
     return pickle.dumps(envelope, 5)
 
 
-def unpack_error(body: bytes | memoryview) -> BaseException:
-    """Return the exception a worker packed, or the `RemoteError` that stands in for it."""
+def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
+    """Return the exception a worker packed, or the `RemoteError` that stands in for it.
+
+    Without `load` it is always the latter, and no code of the exception's own is run.
+    """
     envelope = pickle.loads(body)
     pickled, exits = envelope.pop("pickled"), envelope.pop("exits")
+    if pickled is not None and not load:
+        return _stand_in(envelope, "takes too long to unpickle here")
     if pickled is not None:
         try:
             error = pickle.loads(pickled)
@@ -356,6 +361,18 @@ def unpicklable_result(problem: BaseException, type_name: str) -> RemoteError:
         type_name=type_name,
         message=_message(problem),
         traceback=_text(problem),
+    )
+
+
+def too_long_result(size: int, limit: int) -> RemoteError:
+    """Build the error for a reply that is longer than `max_message`."""
+    message = f"it takes {size} bytes, more than max_message={limit}"
+    return RemoteError(
+        f"the call's result or exception cannot be sent back: {message}; return less, or raise "
+        f"`max_message`",
+        type_name="bytes",
+        message=message,
+        traceback="",
     )
 
 

@@ -15,11 +15,23 @@ _NAME = wire.REQUEST.size  # where the name begins
 _REPLY_HEADER = wire.REPLY.size
 
 
-class FastWorkerEnd:
+class _WorkerEnd:
+    """What both kinds share: the longest message that may be sent."""
+
+    def __init__(self, conn: Any, limit: int) -> None:
+        self._conn, self._limit = conn, limit
+
+    def check(self, size: int) -> None:
+        """Raise RemoteError if a reply with a body of `size` bytes would be too long."""
+        if _REPLY_HEADER + wire.WORDS.size + size > self._limit:
+            raise wire.too_long_result(size, self._limit)
+
+
+class FastWorkerEnd(_WorkerEnd):
     """The worker's end, on the descriptor: blocking, because a worker has nothing else to do."""
 
-    def __init__(self, conn: Any) -> None:
-        self._conn = conn
+    def __init__(self, conn: Any, limit: int) -> None:
+        super().__init__(conn, limit)
         self._fd = conn.fileno()
 
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
@@ -41,7 +53,7 @@ class FastWorkerEnd:
             raise EOFError
         buffer = bytearray(frame)
         while True:
-            head, size = length_of(buffer)
+            head, size = length_of(buffer, self._limit)
             if size is not None and len(buffer) >= head + size:
                 return _parsed(memoryview(buffer)[head - 4 :])
             piece = os.read(self._fd, CHUNK if size is None else max(CHUNK, min(PIECE, size)))
@@ -57,7 +69,9 @@ class FastWorkerEnd:
             sent = _write(self._fd, frame)
             if sent != size + 4:
                 self._send_all(frame[sent:])
-            return
+            return None
+        if size > self._limit:
+            return self.send(call_id, *_refusal(status, words, size, self._limit))
         length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
         self._send_all(length + _pack_reply(0, call_id, status)[4:] + words)
         self._send_all(body)
@@ -68,17 +82,25 @@ class FastWorkerEnd:
             rest = rest[os.write(self._fd, rest) :]
 
 
-class PortableWorkerEnd:
+class PortableWorkerEnd(_WorkerEnd):
     """The worker's end, on `multiprocessing.Connection`."""
-
-    def __init__(self, conn: Any) -> None:
-        self._conn = conn
 
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
         return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
 
     def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
+        size = _REPLY_HEADER - 4 + len(words) + len(body)
+        if size > self._limit:
+            return self.send(call_id, *_refusal(status, words, size, self._limit))
         self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + words + body)
+
+
+def _refusal(status: int, words: bytes, size: int, limit: int) -> tuple[int, bytes, bytes]:
+    """Return what is sent in place of a reply that is too long."""
+    flag, status = status & wire.WITH_WORDS, status & ~wire.WITH_WORDS
+    if status not in (*wire.ERRORS, wire.START_FAILED):
+        status = wire.REFUSED
+    return status | flag, words, wire.pack_error(wire.too_long_result(size, limit))
 
 
 def _parsed(frame: memoryview) -> tuple[int, int, bytes, memoryview]:
