@@ -42,7 +42,9 @@ WRONG: dict[str, list[Any]] = {
     "startup_batch": [None, 0, *NO_COUNT],
     "worker_env": [5, "A=1", [("A", "1")], {"A": 1}, {1: "A"}, {"A=B": "1"}, {"": "1"},
                    {"A": "1\0"}, {"A\0": "1"}],
+    "max_message": [None, 0, 65535, *NO_COUNT],
     "niceness": [None, *NO_COUNT],
+    "kill_group": [None, 0, 1, "yes"],
     "codec": [5, "json", math],
     "context": ["json:x", None, 5, [1], ["no colon"]],
     "close_timeout": [None, *NO_SECONDS],
@@ -75,7 +77,7 @@ def test_defaults_are_as_documented() -> None:
         "health_check_interval": 30.0, "health_check_timeout": 5.0, "max_health_failures": 3,
         "retry": None, "breaker": True,
         "start_method": None, "preload": (), "startup_batch": 8,
-        "worker_env": None, "niceness": 1, "codec": None, "context": (),
+        "worker_env": None, "niceness": 1, "kill_group": True, "max_message": 4 << 30, "codec": None, "context": (),
         "close_timeout": 30.0, "lease_timeout": None, "leak_warn_after": None,
         "name": "p",
     }  # fmt: skip
