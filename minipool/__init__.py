@@ -24,6 +24,7 @@ _HOME = {
     "CircuitBreaker": "breaker",
     "RetryPolicy": "retry",
     "Hooks": "telemetry",
+    **dict.fromkeys(("WarmUpReport", "CommandReport"), "warmup"),
     "EVENTS": "telemetry",
     "PoolStats": "status",
     "WorkerInfo": "status",
@@ -102,6 +103,8 @@ if TYPE_CHECKING:
     from .status import WorkerInfo as WorkerInfo
     from .telemetry import EVENTS as EVENTS
     from .telemetry import Hooks as Hooks
+    from .warmup import CommandReport as CommandReport
+    from .warmup import WarmUpReport as WarmUpReport
 
 
 def __getattr__(name: str) -> Any:

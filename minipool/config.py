@@ -67,6 +67,9 @@ class PoolConfig:
     #: Whether to stop starting workers for 30 s when that failed five times in a row, and to raise
     #: CircuitOpen when none is left; or a breaker with other limits. False or None: never.
     breaker: bool | CircuitBreaker | None = True
+    #: Calls that each worker makes before it is offered, within `init_timeout`: a list of targets
+    #: or (target, args, kwargs). One that raises is a failed start.
+    warm_up: tuple[Any, ...] = ()
     #: "forkserver", "spawn" or "fork"; None: the first of these that this system offers.
     start_method: str | None = None
     #: Modules the fork server imports once, for all workers to share.
@@ -243,6 +246,12 @@ class PoolConfig:
                          f'could import it once; use "forkserver"')  # fmt: skip
 
     def _check_policies(self) -> None:
+        from .commands import commands_of
+
+        try:
+            self._set("warm_up", commands_of(self.warm_up))
+        except ValueError as problem:
+            self._refuse("warm_up", str(problem))
         if isinstance(self.retry, int):
             self._check_count("retry", least=1, none=True)
         elif self.retry is not None:

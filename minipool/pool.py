@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, Iterable, Mapping, TypeVar, overload
 
 from .engine.desk import Desk
 from .engine.handle import Handle
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .config import PoolConfig
     from .observe import Dashboard
     from .status import HealthReport, PoolStats, WorkerInfo
+    from .warmup import WarmUpReport
 
     P = ParamSpec("P")
 
@@ -240,6 +241,34 @@ class Pool(Generic[W]):
         previous = manager.staff.target
         manager.command(lambda: manager.staff.resize(size))
         self.hooks.emit("pool.resized", {"size": size, "previous": previous})
+
+    def warm_up(
+        self,
+        commands: Iterable[Any],
+        strategy: str = "parallel",
+        timeout: float | None = 30.0,
+        stage_timeout: float | None = 15.0,
+        command_timeout: float | None = 10.0,
+    ) -> WarmUpReport:
+        """Make the same calls on every worker there is, each by its slot; tell how it went.
+
+        A command is a target, as for `call`, or (target, args, kwargs). Workers are taken all at
+        once ("parallel"), one by one ("sequential"), or a third of them at a time ("staged").
+        One that is leased is waited for. Workers that start later are not warmed up: see the
+        option `warm_up`.
+
+        Args:
+            timeout: seconds for all; stage_timeout: for each stage of "staged"; command_timeout:
+                for each call. None is no limit. A worker in mid-call when its time is over is
+                killed and replaced; the report then tells what was done.
+
+        Raises:
+            ValueError, CallMismatch: a command is none, or cannot be sent. Nothing has run.
+            PoolClosed: the pool was closed meanwhile.
+        """
+        from .warmup import warm_up
+
+        return warm_up(self._opened(), commands, strategy, timeout, stage_timeout, command_timeout)
 
     # -- using -------------------------------------------------------------------------------
 

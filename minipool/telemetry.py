@@ -32,6 +32,7 @@ EVENTS: dict[str, tuple[str, str, str]] = {
     "pool.init": ("the pool was opened", "size", ""),
     "pool.terminate": ("the last worker is gone", "uptime", ""),
     "pool.resized": ("resize() changed the size", "size, previous", ""),
+    "pool.warmup": ("warm_up() has ended", "seconds, workers, succeeded", "strategy"),
     "worker.init": ("a worker became ready", "seconds", "worker_id, pid, generation"),
     "worker.checkout": ("a lease began", "wait", "worker_id, pid, generation"),
     "worker.checkin": ("a lease ended", "seconds", "worker_id, pid, generation"),

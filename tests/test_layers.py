@@ -9,12 +9,12 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
-    "errors", "telemetry", "backoff", "breaker", "retry", "config",
+    "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.workerend",
     "engine.conversation", "engine.baggage", "engine.child", "engine.health", "engine.process", "engine.handle", "engine.laden", "engine.launch",
     "engine.turnstile", "engine.fleet", "engine.bell", "engine.care", "engine.staff",
     "engine.manager", "engine.desk",
-    "store", "records", "nearness", "sessions", "status", "lease", "opening", "views", "pool", "signatures", "programs",
+    "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views", "pool", "signatures", "programs",
     "observe.reading", "observe.score", "observe.metrics", "observe.openmetrics",
     "tools.procfs", "observe.onlooker", "observe.watch", "observe.top",
     "observe.portrait", "observe.inside", "observe.news", "observe.script", "observe.page", "observe.visitors", "observe.dashboard",

@@ -126,6 +126,10 @@ def fail_in_a_span(pool: Pool[Stateful], ear: Ear) -> None:
         raise KeyError("k")
 
 
+def warm(pool: Pool[Stateful], ear: Ear) -> None:
+    pool.warm_up([("add", (1,))], strategy="sequential")
+
+
 def give_up_starting(pool: Pool[Stateful], ear: Ear) -> None:
     breaker = pool.open().breaker
     assert breaker is not None
@@ -145,6 +149,7 @@ STORIES: dict[str, tuple[Callable[[Pool[Stateful], Ear], None], dict[str, Any]]]
     "pool.init": (just_open, {"size": 1}),
     "pool.terminate": (close, {}),
     "pool.resized": (resize, {"size": 2, "previous": 1}),
+    "pool.warmup": (warm, {"workers": 1, "succeeded": 1, "strategy": "sequential"}),
     "worker.init": (just_open, {"worker_id": 0, "generation": 1}),
     "worker.checkout": (call, {"worker_id": 0, "generation": 1, "wait": 0.0}),
     "worker.checkin": (call, {"worker_id": 0, "generation": 1}),

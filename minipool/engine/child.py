@@ -91,6 +91,7 @@ class Setup:
     generation: int
     spec: Any  # (worker, args, kwargs), pickled unless the process is forked
     codec: bytes | None  # packed; None: pickle
+    warm_up: list[tuple[int, bytes, bytes]]  # kind, name and body of calls to begin with
     env: dict[str, str]
     niceness: int
     kill_group: bool
@@ -170,6 +171,11 @@ class _Worker:
         except BaseException as error:
             self._end.send(0, wire.START_FAILED, b"", wire.pack_error(error))
             raise SystemExit(1) from None
+        for kind, name, body in setup.warm_up:
+            status, reply = self._run(kind, name, body)
+            if status in (wire.RAISED, wire.RAISED_AND_TAINTED):
+                self._end.send(0, wire.START_FAILED, b"", reply)
+                raise SystemExit(1)
         words[t.PHASE] = t.PHASE_SERVING
         words[t.READY_GENERATION] = setup.generation
         if not self._shared:  # else it is told a moment later, and nobody waits for it

@@ -15,7 +15,8 @@ import tempfile
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
-from ..errors import ConfigError, PoolStartError
+from ..commands import Command
+from ..errors import CallMismatch, ConfigError, PoolStartError
 from . import wire
 from .baggage import baggage_of
 from .child import Setup
@@ -66,6 +67,7 @@ class Launcher:
         spec = (worker, tuple(args), dict(kwargs or {}))
         self._spec: Any = spec if self.method == "fork" else _pickled(spec, worker)
         self.baggage = baggage_of(config.context, self.method == "fork")
+        self._warm_up = _packed_warm_up(worker, config, self.method == "fork")
         self._codec = None if config.codec is None else _packed_codec(config.codec)
         self.context: Any = None
         self.lifeline: Lifeline | None = None
@@ -106,6 +108,7 @@ class Launcher:
             slot=slot,
             generation=generation,
             codec=self._codec,
+            warm_up=self._warm_up,
             niceness=self.config.niceness,
             kill_group=self.config.kill_group,
             max_message=self.config.max_message,
@@ -163,6 +166,38 @@ def _pickled(spec: tuple[Any, ...], worker: Any) -> bytes:
             worker,
             f"it or its arguments cannot be sent to a worker process: {problem}; define the class "
             f"at the top of a module and pass plain data",
+        ) from problem
+
+
+def packed_command(targets: wire.Targets, codec: Any, command: Command) -> tuple[int, bytes, bytes]:
+    """Return kind, name and body of a call, as a worker reads them.
+
+    Raises:
+        CallMismatch: there is no such target, or the arguments do not fit or cannot be sent.
+    """
+    target, args, kwargs = command
+    kind, name, counts, shape = targets.resolve(target)
+    if kwargs or len(args) not in counts:
+        shape.check(args, kwargs)
+    words: Any = args
+    if kind == wire.SHIPPED:
+        words = command
+    elif kwargs:
+        kind, words = kind | wire.KEYWORDS, (args, kwargs)
+    dumps = wire.functions_of(codec)[0]
+    try:
+        return kind, name, dumps(tuple(words), 5)
+    except Exception as problem:
+        raise wire.explain_unpicklable(problem, dumps, target, args, kwargs) from problem
+
+
+def _packed_warm_up(worker: Any, config: PoolConfig, forks: bool) -> list[tuple[int, bytes, bytes]]:
+    targets = wire.Targets(worker, forks, config.codec is not None)
+    try:
+        return [packed_command(targets, config.codec, command) for command in config.warm_up]
+    except CallMismatch as problem:
+        raise ConfigError(
+            f"warm_up={config.warm_up!r}: {problem}", option="warm_up", value=config.warm_up
         ) from problem
 
 
