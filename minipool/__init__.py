@@ -36,6 +36,7 @@ _HOME = {
     **dict.fromkeys(("Programs", "ProgramInfo"), "programs"),
     **dict.fromkeys(("Metrics", "Snapshot"), "observe.metrics"),
     "WorkerSnapshot": "observe.reading",
+    "recommended_size": "observe.optimizer",
     **dict.fromkeys(("Signature", "Field"), "signatures"),
     **dict.fromkeys(
         (
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from .lease import Lease as Lease
     from .observe.metrics import Metrics as Metrics
     from .observe.metrics import Snapshot as Snapshot
+    from .observe.optimizer import recommended_size as recommended_size
     from .observe.reading import WorkerSnapshot as WorkerSnapshot
     from .pool import Pool as Pool
     from .programs import ProgramInfo as ProgramInfo

@@ -44,6 +44,10 @@ class PoolConfig:
     overflow_idle: float = 30.0
     #: A worker above `min_size` that was idle for so long is retired, one per `max_idle` seconds.
     max_idle: float | None = None
+    #: Fit the size to the load, between `min_size` and `max_size`: once in each
+    #: `optimization_interval` it is decided by what was seen in the last one, or the last five.
+    autoscale: bool = False
+    optimization_interval: float = 60.0
     #: Start workers when they are first needed (from `min_size`, if given, up to `size`).
     lazy: bool = False
     #: Which idle worker is next: the last used ("lifo", its caches are warm) or the first.
@@ -117,7 +121,8 @@ class PoolConfig:
             "affinity_wait",
         ):
             self._check_seconds(name, none=False)
-        self._check_seconds("session_ttl", none=False, zero=False)
+        for name in ("session_ttl", "optimization_interval"):
+            self._check_seconds(name, none=False, zero=False)
         for name in ("max_idle", "init_timeout", "checkout_timeout", "call_timeout"):
             self._check_seconds(name, none=True)
         for name in ("health_check_interval", "lease_timeout", "leak_warn_after"):
@@ -232,9 +237,12 @@ class PoolConfig:
             self._refuse("start_method", f"give one of {START_METHODS}, or None")
         if self.affinity not in AFFINITIES:
             self._refuse("affinity", f"give one of {AFFINITIES}")
-        for name in ("lazy", "strict_sessions", "kill_group"):
+        for name in ("lazy", "strict_sessions", "kill_group", "autoscale"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "give True or False")
+        if self.autoscale and self.min_size == self.max_size:
+            self._refuse("autoscale", f"min_size and max_size are both {self.max_size}; it needs "
+                         f"room between them")  # fmt: skip
         self._check_store()
         if self.codec is not None:
             for function in ("dumps", "loads"):

@@ -101,6 +101,10 @@ class Pool(Generic[W]):
         self._opening = threading.RLock()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
+        if config.autoscale:
+            from .observe import fit_to_load
+
+            fit_to_load(self)
 
     # -- opening and closing -----------------------------------------------------------------
 
@@ -150,7 +154,7 @@ class Pool(Generic[W]):
         desk = self._open(0)
         manager = desk.manager
         wanted = manager.staff.target if workers is None else workers
-        most = manager.staff.ceiling + self.config.max_overflow
+        most = manager.staff.ceiling + manager.staff.overflow
         if wanted > most:
             raise ValueError(f"workers={workers!r}: the pool has {most} at most")
         limit = self.config.init_timeout if timeout is None else seconds(timeout, "timeout")
@@ -211,12 +215,13 @@ class Pool(Generic[W]):
         manager = self._open(0).manager
         manager.command(manager.staff.drain)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int, gentle: bool = False) -> None:
         """Keep `size` workers from now on.
 
         More are started in the background. What is too many goes: booting ones, idle ones, then
         busy ones when they are given back. A fixed pool takes any size, an elastic one what is
-        between `min_size` and `max_size`.
+        between `min_size` and `max_size`. With `gentle` only idle workers go that have no session
+        warm, and the size sinks no further than that.
 
         Raises:
             ConfigError: it is not a size this pool can have; nothing has changed.
@@ -228,7 +233,7 @@ class Pool(Generic[W]):
                               value=size)  # fmt: skip
         from .config import MAX_WORKERS
 
-        if size + self.config.max_overflow > MAX_WORKERS:
+        if size + manager.staff.overflow > MAX_WORKERS:
             raise ConfigError(f"size={size!r}: with max_overflow it may be {MAX_WORKERS} at most",
                               option="size", value=size)  # fmt: skip
         if not fixed and not manager.staff.floor <= size <= manager.staff.ceiling:
@@ -239,7 +244,9 @@ class Pool(Generic[W]):
                 value=size,
             )
         previous = manager.staff.target
-        manager.command(lambda: manager.staff.resize(size))
+        resize = manager.staff.shrink if gentle and size < previous else manager.staff.resize
+        manager.command(lambda: resize(size))
+        size = manager.staff.target if gentle else size
         self.hooks.emit("pool.resized", {"size": size, "previous": previous})
 
     def warm_up(

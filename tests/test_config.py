@@ -26,6 +26,8 @@ WRONG: dict[str, list[Any]] = {
     "max_overflow": [None, *NO_COUNT],
     "overflow_idle": [None, *NO_SECONDS],
     "max_idle": NO_SECONDS,
+    "autoscale": [None, 0, 1, "yes", True],
+    "optimization_interval": [None, 0, *NO_SECONDS],
     "lazy": [None, 0, 1, "yes"],
     "strategy": [None, "LIFO", "random", 1, []],
     "init_timeout": NO_SECONDS,
@@ -69,7 +71,7 @@ def test_defaults_are_as_documented() -> None:
     assert dataclasses.asdict(config) == {
         "size": cpus, "min_size": cpus, "max_size": cpus,
         "max_overflow": 0, "overflow_idle": 30.0, "max_idle": None,
-        "lazy": False, "strategy": "lifo",
+        "autoscale": False, "optimization_interval": 60.0, "lazy": False, "strategy": "lifo",
         "init_timeout": 30.0, "checkout_timeout": 5.0, "call_timeout": 60.0,
         "affinity": "prefer", "affinity_wait": 0.0,
         "session_ttl": 3600.0, "max_sessions": 10_000,

@@ -26,6 +26,7 @@ class Staff:
     def __init__(self, config: PoolConfig, turnstile: Turnstile, fleet: Fleet, care: Care) -> None:
         self.target = config.initial_size
         self.floor, self.ceiling = config.min_size or 0, config.max_size or 0
+        self.overflow = config.max_overflow
         self.may_grow = True  # there is room for one more
         self.wished = False  # somebody wanted a worker and did not wait for it
         self.last_shrink_ns = time.monotonic_ns()
@@ -47,7 +48,7 @@ class Staff:
         live = self._fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
         dying = self._fleet.dying()  # each is replaced in its own slot, a moment from now
-        self.may_grow = len(live) < self.ceiling + self._config.max_overflow
+        self.may_grow = len(live) < self.ceiling + self.overflow
         waiting = len(self._turnstile.waiters)  # after that: who queues sees it, or is seen
         wanted = self.target
         wished, self.wished = max(waiting, self.wished), False
@@ -68,7 +69,7 @@ class Staff:
             self.target = live + 1
             self.last_shrink_ns = time.monotonic_ns()
             return self.target
-        return min(live + 1, self.ceiling + self._config.max_overflow)
+        return min(live + 1, self.ceiling + self.overflow)
 
     def resize(self, size: int) -> None:
         """Want `size` workers from now on; what is too much goes. Manager's thread only."""
@@ -81,6 +82,19 @@ class Staff:
         live.sort(key=lambda h: 0 if h.condemned else 2 if h.slot in idle else order[h.state])
         for handle in live[: max(0, len(live) - size)]:
             self.dismiss(handle, "the pool was made smaller")
+
+    def shrink(self, size: int) -> None:
+        """Want fewer workers: idle ones go that have no session warm, and no more than there are.
+
+        Manager's thread only.
+        """
+        left = len(self._fleet.live())
+        for slot, handle in self._turnstile.idle.copy().items():  # the longest idle one first
+            if left > size and not handle.sessions and self._turnstile.claim(slot, handle):
+                handle.tainted = "the pool has more workers than its load needs"
+                self._care.retire(handle)
+                left -= 1
+        self.target = max(size, min(self.target, left))
 
     def dismiss(self, handle: Handle, reason: str) -> None:
         """Let a worker go: at once if it is idle or booting, else when it is given back."""

@@ -11,16 +11,14 @@ The thread starts when the pool is opened and ends with it; the pool is held wea
 from __future__ import annotations
 
 import collections
-import contextlib
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from ..engine import table as t
-from ..telemetry import logger
 from .reading import Reading, WorkerSnapshot, read
 from .score import health_score, health_word
+from .ticker import Ticker
 
 if TYPE_CHECKING:
     from ..pool import Pool
@@ -99,7 +97,7 @@ class Metrics:
         if interval is not None and not interval > 0:
             raise ValueError(f"interval={interval!r}: give seconds, more than 0, or None")
         self._pool = weakref.ref(pool)
-        self._interval, self._target, self._read = interval, target, read
+        self._target, self._read = target, read
         self._sampling = threading.Lock()
         self._before: Reading | None = None
         self._lately: Deque[Reading] = collections.deque()  # of the last WINDOW, a step apart
@@ -108,10 +106,9 @@ class Metrics:
         self._fine: Deque[Snapshot] = collections.deque()
         self._rolls: Deque[Snapshot] = collections.deque()
         self._latest: Snapshot | None = None
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._hooks, self._pid = pool.hooks, os.getpid()
-        self._listen(pool)
+        self._ticker: Ticker | None = None
+        if interval is not None:
+            self._ticker = Ticker(pool, interval, self.sample, "minipool-metrics")
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -190,56 +187,12 @@ class Metrics:
             workers=(),
         )
 
-    # -- the thread --------------------------------------------------------------------------
-
-    def _listen(self, pool: Pool[Any]) -> None:
-        """Sample from the opening of the pool to its end."""
-        if self._interval is None:
-            return
-        self._hooks["pool.init"].append(self._begin)
-        self._hooks["pool.terminate"].append(self._end)
-        if pool._desk is not None:
-            self._begin()
-
-    def _begin(self, *event: Any) -> None:
-        with self._sampling:
-            if self._thread is not None or self._over.is_set():
-                return
-            self._thread = threading.Thread(target=self._run, name="minipool-metrics", daemon=True)
-        self._thread.start()
-
-    def _end(self, *event: Any) -> None:
-        """End with the pool, in whose manager's thread this is called; see the last of it."""
-        self._stop()
-        if self._pool() is not None:
-            self.sample()
-
-    def _run(self) -> None:
-        assert self._interval is not None
-        while True:
-            try:
-                self.sample()
-            except ReferenceError:
-                return
-            except Exception:
-                logger().exception("metrics missed a sample and go on")
-            if self._over.wait(self._interval):
-                return
+    # -- the end -----------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop sampling. What was seen stays readable."""
-        for event, listener in (("pool.init", self._begin), ("pool.terminate", self._end)):
-            with contextlib.suppress(ValueError):
-                self._hooks[event].remove(listener)
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._pid != os.getpid():
-            return  # the thread is the other process's, and a lock may have been copied as held
-        self._over.set()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(1.0)
+        if self._ticker is not None:
+            self._ticker.close()
 
     def __enter__(self) -> Metrics:
         return self

@@ -107,7 +107,7 @@ def read(pool: Pool[Any]) -> Reading:
         pool_size=manager.staff.target,
         min_size=manager.staff.floor,
         max_size=manager.staff.ceiling,
-        overflow=config.max_overflow,
+        overflow=manager.staff.overflow,
         workers=tuple([_worker(handle, now) for handle in handles]),
         queue_depth=len(manager.turnstile.waiters),
         active_sessions=len(pool._sessions),
