@@ -29,6 +29,7 @@ _HOME = {
     "PoolStats": "status",
     "WorkerInfo": "status",
     "HealthReport": "status",
+    "Death": "engine.inquest",
     "current_worker": "engine.child",
     "current_session": "engine.child",
     "Session": "engine.conversation",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .engine.child import current_session as current_session
     from .engine.child import current_worker as current_worker
     from .engine.conversation import Session as Session
+    from .engine.inquest import Death as Death
     from .errors import CallMismatch as CallMismatch
     from .errors import CallTimeout as CallTimeout
     from .errors import CheckoutTimeout as CheckoutTimeout

@@ -167,30 +167,43 @@ class WorkerDied(WorkerError):
 
     `started` tells whether your call had begun: if not, it may safely be made again. `exitcode`
     is the process's (negative: minus the signal; None: not known), `signal` its signal's name.
+    `out_of_memory`: the kernel killed it for want of memory, by the kernel's own counters.
+    `call_age` is how many seconds the call had been running (None: it had not begun), `rss_bytes`
+    the memory as the worker said last. `stack` shows the Python stacks of a worker that crashed.
     """
 
     exitcode: int | None
     signal: str | None
     started: bool
     target: str
+    out_of_memory: bool = False
+    call_age: float | None = None
+    rss_bytes: int = 0
+    stack: str = ""
 
 
 class WorkerStartError(WorkerError):
-    """A worker did not become ready. The cause, if any, is what its constructor raised."""
+    """A worker did not become ready. The cause, if any, is what its constructor raised.
+
+    `stack` shows the Python stacks of one that crashed, or that was not ready in time.
+    """
 
     exitcode: int | None
     signal: str | None
+    stack: str = ""
 
 
 class CallTimeout(WorkerError, TimeoutError):
     """The call did not end in time. Its worker was killed; others are untouched.
 
-    `started` tells whether the call had begun in the worker.
+    `started` tells whether the call had begun in the worker; `stack` where it was when it was
+    killed, most recent call first: one stack for each thread, empty if it could not be told.
     """
 
     timeout: float
     started: bool
     target: str
+    stack: str = ""
 
 
 class ProtocolError(WorkerError):

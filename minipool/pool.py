@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .breaker import CircuitBreaker
     from .config import PoolConfig
+    from .engine.inquest import Death
     from .observe import Dashboard
     from .status import HealthReport, PoolStats, WorkerInfo
     from .warmup import WarmUpReport
@@ -454,6 +455,21 @@ class Pool(Generic[W]):
             return {}
         desk.check_process()
         return dict(desk.manager.fleet.handles)
+
+    def deaths(self) -> list[Death]:
+        """Return how the last 100 workers ended that nobody had told to, oldest first."""
+        self._handles()
+        return [] if self._desk is None else list(self._desk.manager.fleet.deaths)
+
+    def dump(self) -> dict[int, str]:
+        """Return the Python stacks of every worker, by its id, and stop none of them.
+
+        Also of workers that are busy in C. Takes half a second at most; the text is empty for one
+        that did not answer: it is booting, or was stopped.
+        """
+        from .engine.blackbox import stacks_of
+
+        return stacks_of(self._handles().values())
 
     def stats(self) -> PoolStats:
         """Return what the pool did so far and how it stands; also after it was closed."""

@@ -17,7 +17,7 @@ from . import table as t
 from .channel import Garbled, PeerGone
 from .fleet import Fleet
 from .handle import PROBE_ID, Handle
-from .process import describe_exit
+from .inquest import describe
 from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
@@ -125,13 +125,19 @@ class Care:
 
     # -- ends of workers ---------------------------------------------------------------------
 
-    def condemn(self, handle: Handle, reason: str) -> None:
-        """Make a worker's tokens worthless and kill it; its death is dealt with when it comes."""
+    def condemn(self, handle: Handle, reason: str, last_words: bool = False) -> None:
+        """Make a worker's tokens worthless and kill it; its death is dealt with when it comes.
+
+        With `last_words` it may say where it is; who does not die of that is killed a moment later.
+        """
         handle.tainted = handle.tainted or reason
         self._turnstile.fence(handle.slot)
-        if handle.state is not S.LOST:
+        if handle.state is S.LOST:
+            last_words = False  # it has had its moment
+        else:
             handle.move(E.DIED)
-        handle.kill()
+        if not (last_words and handle.ask_last_words()):
+            handle.kill()
 
     def ended(self, handle: Handle) -> None:
         """Deal with a process that has ended, once its exit code is known or given up."""
@@ -149,17 +155,17 @@ class Care:
         if code is None and patience > 0:
             return
         if handle.ready_ns and not handle.condemned:
-            self._mourn(handle, code)
+            self._mourn(handle)
         self._fleet.bury(handle, code, handle.start_error)
 
-    def _mourn(self, handle: Handle, code: int | None) -> None:
+    def _mourn(self, handle: Handle) -> None:
         """Tell of a worker that ended though nobody wanted it to."""
         self._lost_at.append(handle.ended_ns / 1e9)
         why = handle.tainted or "by itself"
         log = logger().info if handle.tainted else logger().warning  # who tainted it was told
         log(
             "worker %d (pid %s) of %s died %s (%s) and is replaced",
-            handle.slot, handle.pid, self._config.name, describe_exit(code), why,
+            handle.slot, handle.pid, self._config.name, describe(handle.process), why,
         )  # fmt: skip
         self._hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot)
 
@@ -197,7 +203,7 @@ class Care:
 
     def revoke(self, handle: Handle, reason: str) -> None:
         handle.revoked = reason
-        self.condemn(handle, reason)
+        self.condemn(handle, reason, last_words=not self.closing)
 
     def warn_leak(self, handle: Handle) -> None:
         seconds = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9

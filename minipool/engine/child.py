@@ -26,8 +26,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable
 
+from . import blackbox, wire
 from . import table as t
-from . import wire
 from .conversation import NotHere, Session, WarmSessions
 from .workerend import FastWorkerEnd, PortableWorkerEnd
 
@@ -98,6 +98,7 @@ class Setup:
     max_message: int
     table: wire.Descriptor | None
     lifeline: wire.Descriptor | None
+    box: wire.Descriptor | None
     portable: bool
     baggage: Baggage | None  # what travels with each call
 
@@ -113,6 +114,8 @@ def main(conn: Any, setup: Setup) -> None:
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     _die_with_parent(setup.lifeline, group)
     _let_go_when_forked(conn.fileno())
+    if setup.box is not None:
+        blackbox.install(setup.box.fd)
     if setup.env:
         os.environ.update(setup.env)
     if setup.niceness and hasattr(os, "nice"):

@@ -6,6 +6,7 @@ worker keeps its slot until its process is gone, because the row has one writer 
 
 from __future__ import annotations
 
+import collections
 import functools
 import random
 import time
@@ -19,6 +20,7 @@ from ..telemetry import Hooks
 from . import table as t
 from .handle import Handle
 from .health import SECOND_NS
+from .inquest import Death, hold, reason_of
 from .laden import LadenHandle
 from .launch import Launcher
 from .process import describe_exit, signal_name
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ..config import PoolConfig
 
 MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never really started
+REMEMBERED = 100  # deaths
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
 
 
@@ -48,6 +51,7 @@ class Fleet:
         self.started = 0  # workers that became ready
         self.lost = 0  # workers that ended without being told to
         self.create_times = [0] * t.BUCKETS  # how many became ready within such a time
+        self.deaths: collections.deque[Death] = collections.deque(maxlen=REMEMBERED)
         self.retired = 0  # workers that ended because they were told to
         self.start_failures = 0  # in all
         self.backoff = Backoff(random=jitter)
@@ -216,6 +220,7 @@ class Fleet:
             self.retired += 1
         else:
             self.lost += 1
+            self.deaths.append(hold(handle))
             used = handle.row[t.CALL_ID] > 0 or handle.revoked is not None
             if booting or not (used or self._proved(handle, now)):
                 self._start_failed(handle.slot, exitcode, cause, handle, handle.permit)
@@ -224,6 +229,7 @@ class Fleet:
         self._served_ns += now - handle.ready_ns if handle.ready_ns else 0
         lifetime = (now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0
         calls = t.calls_done(handle.row)
+        reason = (handle.condemned and handle.tainted) or reason_of(handle)
         handle.reap()
         del self.handles[handle.slot]
         self._part(handle)
@@ -234,7 +240,7 @@ class Fleet:
             pid=handle.pid,
             generation=handle.generation,
             exitcode=exitcode,
-            reason=handle.tainted or describe_exit(exitcode),
+            reason=reason,
         )
 
     def _part(self, handle: Handle) -> None:
@@ -308,6 +314,7 @@ def _start_error(
         pid=handle.pid if handle else None,
         exitcode=exitcode,
         signal=signal_name(exitcode),
+        stack=handle.box.last() if handle and handle.box else "",
     )
     error.__cause__ = cause
     return error

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     CallMismatch,
-    CallTimeout,
     PoolForked,
     ProtocolError,
-    WorkerDied,
     WorkerError,
 )
+from . import blackbox, inquest, wire
 from . import table as t
-from . import wire
+from .blackbox import LAST_WORDS, SHOW
 from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, TooLong, pair
 from .child import Setup, main
-from .process import WorkerProcess, describe_exit, signal_name
+from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 
 if TYPE_CHECKING:
@@ -36,6 +35,9 @@ if TYPE_CHECKING:
     from ..breaker import Permit
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
+_LAST_WORDS = 0.03  # seconds; it takes one in thirty, unless the worker is stopped
+_FAULTS = {PeerGone: "died", TimedOut: "too late", Garbled: "garbled its reply"}
+_IN_SERVICE = (WorkerState.IDLE, WorkerState.PROBING)
 
 PROBE_ID = -1  # what a probe carries in place of a call's id
 _monotonic_ns = time.monotonic_ns
@@ -55,6 +57,7 @@ class Handle:
         "_telling",
         "_theirs",
         "abandoned",
+        "box",
         "calls_before",
         "calls_sent",
         "channel",
@@ -103,7 +106,8 @@ class Handle:
         self.ready_ns = 0
         self.idle_since_ns = 0
         self.tainted: str | None = None  # why it must not be used again
-        self.in_call = False  # between a request and its reply: nobody else may use the pipe
+        # Between a request and its reply, when nobody else may use the pipe: what was called.
+        self.in_call: bool | bytes = False
         self.failed = False  # while `in_call`: nobody waits for the reply (any more)
         self.lease: weakref.ref[Any] | None = None
         self.probe_failures = 0
@@ -131,6 +135,7 @@ class Handle:
         self.calls_sent = 0
         self._dumps, self._loads = wire.functions_of(codec)
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
+        self.box: blackbox.BlackBox | None = None
         self.process: Any = None
         self.conn: Any = None
         self._theirs: Any = None  # the worker's end, until it is started
@@ -150,6 +155,8 @@ class Handle:
         name = f"minipool-{setup.pool}-{self.slot}"
         self.process = WorkerProcess(context, name, main, (self._theirs, setup), setup.kill_group)
         self._portable, self._limit = setup.portable, setup.max_message
+        self.box = blackbox.make()
+        setup.box = None if self.box is None else self.box.theirs
 
     def start(self) -> None:
         """Start the process, and nothing else: see `started`.
@@ -158,6 +165,7 @@ class Handle:
             OSError, EOFError, RuntimeError: no process was started; everything is given back.
         """
         theirs, self._theirs = self._theirs, None  # the process that is forked now must keep it
+        lent = None if self.box is None else self.box.lend()
         try:
             self.process.start()
         except BaseException:
@@ -165,6 +173,8 @@ class Handle:
             raise
         finally:
             theirs.close()
+            if lent is not None:
+                lent.close()
 
     def started(self) -> None:
         """Note that it was started. It is booting now; its ready frame comes by itself."""
@@ -179,10 +189,9 @@ class Handle:
             self.channel = FastEnd(self.conn, self.process.death_fd, self._limit)
         self._exchange = self.channel.exchange
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
+    def kill(self, signum: int = signal.SIGKILL) -> bool:
         """Send a signal, if the process is still there. Never hits another: no stored pid."""
-        if not self.abandoned:
-            self.process.kill(signum)
+        return not self.abandoned and bool(self.process.kill(signum))
 
     def move(self, event: WorkerEvent) -> None:
         """Change the state, here and in the table. Manager only."""
@@ -202,6 +211,8 @@ class Handle:
         self.end_lease(time.monotonic_ns())
         self.row = t.parting_copy(self.row)
         self.process.close()
+        if self.box is not None:
+            self.box.close()
         self.hang_up_for_good()
 
     def hang_up_for_good(self) -> None:
@@ -235,6 +246,8 @@ class Handle:
         for end in (self.channel or self.conn, self._theirs):
             if end is not None:
                 end.close()
+        if self.box is not None:
+            self.box.abandon()
 
     @property
     def live_lease(self) -> Any:
@@ -268,7 +281,7 @@ class Handle:
             kind |= wire.SESSION
             body = session.head(self) + body
         self.calls_sent = call_id = self.calls_sent + 1
-        self.in_call = True
+        self.in_call = name
         start = _monotonic_ns()
         try:
             status, reply = self._exchange(call_id, kind, name, body, timeout, start)
@@ -377,45 +390,52 @@ class Handle:
                 f"from; open a pool of your own here",
                 owner_pid=os.getppid(),
             )
-        target, begun_id = name.decode(errors="replace"), self.row[t.CALL_ID]
-        if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
-            begun_id = max(self.last_begun_id, self._noted_id)
-        started = begun_id >= self.calls_sent
+        target, started = name.decode(errors="replace"), self.has_begun
         self.failed = True
         self.hang_up_for_good()
-        self.tainted = self.tainted or f"{type(problem).__name__} during {target!r}"
-        if isinstance(problem, PeerGone):  # dying by itself: do not spoil its exit code
-            self.process.exitcode(_DYING)
-        self.kill()
-        common = {"worker_id": self.slot, "pid": self.pid}
-        if isinstance(problem, TimedOut):
-            begun = "it was killed" if started else "it had not begun; its worker was killed"
-            return CallTimeout(
-                f"{target!r} did not end within {timeout} s on worker {self.slot} (pid "
-                f"{self.pid}); {begun}; raise `call_timeout` or make the call shorter",
-                timeout=timeout, started=started, target=target, **common,
-            )  # fmt: skip
-        if isinstance(problem, Garbled):
-            return ProtocolError(
+        self.tainted = self.tainted or f"{_FAULTS[type(problem)]} during {target!r}"
+        if isinstance(problem, PeerGone):
+            self.process.exitcode(_DYING)  # dying by itself: do not spoil its exit code
+            error: WorkerError = inquest.obituary(self, target, started)
+        elif isinstance(problem, TimedOut):
+            self._hear_last_words()
+            error = inquest.verdict(self, target, started, timeout)
+        else:
+            error = ProtocolError(
                 f"worker {self.slot} (pid {self.pid}) answered {target!r} with something that is "
                 f"no reply ({problem}); it was killed; does the call write to descriptors that "
                 f"are not its own?",
-                **common,
+                worker_id=self.slot,
+                pid=self.pid,
             )
-        return self.obituary(target, started)
+        self.kill()
+        return error
 
-    def obituary(self, target: str, started: bool) -> WorkerDied:
-        """Describe the death of this worker to the one who held it."""
-        code = self.process.exitcode()
-        name = signal_name(code)
-        begun = "the call had begun" if started else "the call had not begun"
-        advice = "retry only if it may run twice" if started else "it may be made again"
-        return WorkerDied(
-            f"worker {self.slot} (pid {self.pid}) died {describe_exit(code)} during {target!r}; "
-            f"{begun}: {advice}, on a new lease",
-            worker_id=self.slot, pid=self.pid, exitcode=code, signal=name,
-            started=started, target=target,
-        )  # fmt: skip
+    @property
+    def has_begun(self) -> bool:
+        """Whether the last call that was sent has begun."""
+        begun_id = self.row[t.CALL_ID]
+        if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
+            begun_id = max(self.last_begun_id, self._noted_id)
+        return begun_id >= self.calls_sent
+
+    def _hear_last_words(self) -> None:
+        """Have the worker tell where it is, of which it dies, and give it a moment for it."""
+        if self.ask_last_words():
+            self.process.wait_ended(_LAST_WORDS)
+
+    def ask_last_words(self) -> bool:
+        """Ask the worker to tell where it is, of which it dies; False if it cannot be asked."""
+        return self.box is not None and self.box.ask(self.kill, LAST_WORDS) is not None
+
+    def show(self, times: int) -> object:
+        """Ask a worker in service for its stacks, which its black box will take.
+
+        None: it cannot be asked. The signal would end one that is booting or stopping.
+        """
+        if self.box is None or self.ended_ns or self.state not in _IN_SERVICE:
+            return None
+        return self.box.ask(self.kill, SHOW, times)
 
     # -- manager's conversation --------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from .care import Care
 from .fleet import Fleet, retry_in
 from .handle import Handle
 from .launch import Launcher
+from .oom import OOM_KILLS
 from .staff import Staff
 from .states import WorkerState as S
 from .turnstile import Turnstile
@@ -275,6 +276,7 @@ class Manager:
             if handle.slot not in lost:
                 handle.sweeps_lost = 0
         self.fleet.forgive(now_ns)
+        OOM_KILLS.look()
         for reference in self.sweepers:
             sweep = reference()
             if sweep is not None:
@@ -310,7 +312,7 @@ class Manager:
         elif isinstance(action, health.CountFailure):
             self.care.count_failure(handle)
         elif isinstance(action, health.Replace):
-            self.care.condemn(handle, action.reason)
+            self.care.condemn(handle, action.reason, last_words=True)
         elif isinstance(action, health.Terminate):
             handle.terminated = True
             handle.kill(15)

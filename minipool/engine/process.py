@@ -20,6 +20,9 @@ import time
 from multiprocessing import connection, process
 from typing import Any, Callable
 
+from .blackbox import LAST_WORDS
+from .oom import OOM_KILLS
+
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
 
@@ -40,6 +43,8 @@ class WorkerProcess:
     ) -> None:
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
         self._last_exitcode: int | None = None
+        self.killed = False  # by us
+        self._starved: bool | None = None  # None: not known yet
         self._process = context.Process(target=target, args=args, name=name)
         self._pidfd: int | None = None
         self._kills_group = kill_group and hasattr(os, "killpg")
@@ -72,17 +77,36 @@ class WorkerProcess:
         """
         return self._pidfd if self._pidfd is not None else self.sentinel
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Send a signal, if the process is still there. Never hits another: no stored pid."""
+    def kill(self, signum: int = signal.SIGKILL) -> bool:
+        """Send a signal, if the process is still there. Never hits another: no stored pid.
+
+        False: it has ended, or this signal cannot be sent here.
+        """
         with self._reaping, contextlib.suppress(OSError, ValueError):
+            if self._last_exitcode is None and signum in (signal.SIGKILL, LAST_WORDS):
+                self.killed = True
             if signum == signal.SIGKILL:
                 self._kill_group()  # first: afterwards its leader may be reaped
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, signum)
             elif signum == signal.SIGTERM:
                 self._process.terminate()
-            else:
+            elif signum == signal.SIGKILL:
                 self._process.kill()
+            else:
+                return False
+            return True
+        return False
+
+    def wait_ended(self, timeout: float) -> None:
+        """Wait until the process has ended, whether its exit code can be had or not."""
+        with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
+            with self._reaping:
+                watched = os.dup(self.death_fd)  # see `_wait_exitcode`
+            try:
+                connection.wait([watched], timeout)
+            finally:
+                os.close(watched)
 
     def _kill_group(self) -> None:
         """Kill whatever is in the worker's group; does nothing where there is none (any more)."""
@@ -118,12 +142,24 @@ class WorkerProcess:
         """Return the exit code of a process that ended or is about to; None if not to be had."""
         with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
             if timeout and self._last_exitcode is None:
-                self._wait_ended(timeout)
+                self._wait_exitcode(timeout)
             with self._reaping:  # two readers would spoil each other's answer
-                self._last_exitcode = self._process.exitcode
+                code = self._process.exitcode
+                if code and code == -LAST_WORDS:  # who asked for them wanted it killed
+                    code = -signal.SIGKILL
+                self._last_exitcode = code
         return self._last_exitcode
 
-    def _wait_ended(self, timeout: float) -> None:
+    @property
+    def starved(self) -> bool:
+        """Whether the kernel killed it for want of memory. Ask soon, and before killing it."""
+        with self._reaping:
+            if self._starved is None and self._last_exitcode is not None:
+                killed = self._last_exitcode == -signal.SIGKILL and not self.killed
+                self._starved = killed and OOM_KILLS.explain()
+            return bool(self._starved)
+
+    def _wait_exitcode(self, timeout: float) -> None:
         """Wait until the exit code can be had, on descriptors of our own.
 
         When the manager reaps the process meanwhile, the numbers of the old ones go to whatever

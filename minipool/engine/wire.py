@@ -266,7 +266,7 @@ class Targets(Dict[Any, "Target"]):
         if why is not None and not self._own_codec:
             raise CallMismatch(f"a worker cannot find {target!r}: {why}")
         if path is None or why is not None:
-            return SHIPPED, str(getattr(target, "__qualname__", target)).encode()[:200]
+            return SHIPPED, str(getattr(target, "__qualname__", target)).encode()[:200] or b"?"
         return FUNCTION, _encoded(path)
 
 
@@ -276,6 +276,8 @@ Target = Tuple[int, bytes, range, "Shape"]
 
 def _encoded(name: str) -> bytes:
     """Return a name as bytes, if it fits into a request."""
+    if not name:
+        raise CallMismatch("'' is the name of nothing; give a method's name")
     try:
         data = name.encode()
     except UnicodeEncodeError as problem:

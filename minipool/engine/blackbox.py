@@ -1,0 +1,230 @@
+"""The black box of a worker: a pipe into which it writes where it was when it crashed or was asked.
+
+`faulthandler` writes in C, without the GIL, so it tells also of a worker that sits in a C function
+or has crashed in one. The pipe takes what fits and never makes a worker wait; nothing is on disk.
+The parent reads what is there once the process has ended. It does not wait for the end of the
+pipe: processes that user code forked may hold it open. Two signals ask:
+
+* LAST_WORDS: the worker writes and then dies, because `faulthandler` hands on to the signal's
+  default action, which ends a process. So the end of the process is the end of its words.
+* SHOW: the worker writes and goes on. Nothing marks the end of what it writes, so the signal is
+  sent twice: it is held back while it is being handled, and the second stacks begin where the
+  first are whole.
+
+Real-time signals, because they queue and hardly anybody uses them. Where there are none (macOS)
+crashes are told of all the same. `install` runs in the worker, everything else in the parent.
+"""
+
+from __future__ import annotations
+
+import _signal
+import os
+import signal
+import threading
+import time
+from typing import Any, Callable, Iterable
+
+from .wire import Descriptor
+
+_TOP = getattr(signal, "SIGRTMAX", 0)
+LAST_WORDS, SHOW = (int(_TOP) - 5, int(_TOP) - 6) if _TOP else (0, 0)  # 0: there are none
+PATIENCE = 0.5  # seconds; a worker that is stopped, or blocks signals, does not answer
+_PIECE, _MOST = 1 << 16, 1 << 20  # bytes; a pipe holds one piece, unless it is filled meanwhile
+_FATAL = "Fatal Python error"
+_LINES = 8  # of a short form
+_OURS = f'{os.sep}engine{os.sep}child.py"'  # as it stands in stacks
+_asking = threading.RLock()  # of two who ask one worker, neither would get the whole answer
+
+
+# -- in the worker -------------------------------------------------------------------------------
+
+
+def install(fd: int) -> None:
+    """Write this process's stacks to `fd` when it crashes, and when it is asked to."""
+    import faulthandler
+
+    faulthandler.enable(file=fd)
+    if LAST_WORDS:
+        faulthandler.register(LAST_WORDS, file=fd, chain=True)
+        faulthandler.register(SHOW, file=fd)
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (LAST_WORDS, SHOW))
+    os.register_at_fork(after_in_child=_uninstall)  # what user code forks has no say in this
+
+
+def _uninstall() -> None:
+    import faulthandler
+
+    faulthandler.disable()
+    if LAST_WORDS:
+        faulthandler.unregister(LAST_WORDS)
+        faulthandler.unregister(SHOW)
+
+
+# -- in the parent -------------------------------------------------------------------------------
+
+
+def make() -> BlackBox | None:
+    """Return a black box for a worker that is about to be started; None if there can be none.
+
+    Raises:
+        OSError: out of descriptors.
+    """
+    import faulthandler
+
+    return BlackBox() if hasattr(faulthandler, "register") else None
+
+
+class BlackBox:
+    """The parent's end. Any thread may read; one at a time does."""
+
+    def __init__(self) -> None:
+        self._fd: int | None
+        self._fd, fd = os.pipe()
+        self.theirs: Descriptor | None = Descriptor(fd)  # travels to the worker
+        os.set_blocking(self._fd, False)
+        os.set_blocking(fd, False)
+        self.ended = False  # nothing more will come
+        self._said = b""
+        self._question: object = None  # to which what was said is the answer
+        self._reading = threading.RLock()  # a signal handler may come in between
+
+    def lend(self) -> Descriptor | None:
+        """Return the worker's end, which is the caller's to close once the worker is started."""
+        theirs, self.theirs = self.theirs, None
+        return theirs
+
+    def ask(self, kill: Callable[[int], bool], signum: int, times: int = 1) -> object:
+        """Ask a worker for its stacks by a signal; what it said before is forgotten.
+
+        Returns what `take_back` takes; None if it could not be asked.
+        """
+        if not signum:
+            return None
+        with self._reading:
+            self._listen()
+            self._said = b""
+            self._question = question = object()
+        return question if all(kill(signum) for _ in range(times)) else None
+
+    def take_back(self, question: object) -> None:
+        """Take what was said for no answer any more: it does not tell of the worker's end."""
+        if self._question is question:
+            self._question = None
+
+    def stacks(self) -> list[str]:
+        """Return the stacks that the worker has written since it was asked, or as it crashed.
+
+        The last are those of its end. Unless it has ended, they may be only half there.
+        """
+        with self._reading:
+            self._listen()
+        said = self._said.decode(errors="replace")
+        _, fatal, crash = said.rpartition(_FATAL)
+        if fatal:
+            return [_trimmed((fatal + crash).partition("\n\nExtension modules:")[0])]
+        return [] if self._question is None else _apart(said)
+
+    def last(self) -> str:
+        """Return the stacks of a worker that has ended; empty if it had no time to write them."""
+        return "".join(self.stacks()[-1:])
+
+    def _listen(self) -> None:
+        """Read what is there."""
+        for _ in range(0, _MOST, _PIECE):
+            try:
+                piece = b"" if self._fd is None else os.read(self._fd, _PIECE)
+            except BlockingIOError:
+                return
+            if not piece:
+                self.ended = True
+                return
+            self._said += piece
+
+    def watch(self) -> int | None:
+        """Return a descriptor that tells of news, the caller's to close; None if there is none."""
+        with self._reading:
+            return None if self._fd is None else os.dup(self._fd)
+
+    def close(self) -> None:
+        """Close the pipe, after a last reading. What was read stays readable."""
+        with self._reading:
+            self._listen()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the pipe without a look: a process that was forked from the owner must not read."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+        theirs = self.lend()
+        if theirs is not None:
+            theirs.close()
+
+
+def _apart(said: str) -> list[str]:
+    """Take several stacks apart: a thread that is told of again begins the next."""
+    import re
+
+    found: list[str] = []
+    seen: set[str] = set()
+    start = 0
+    for header in re.finditer(r"^(?:Current t|T)hread (0x[0-9a-f]+)", said, re.MULTILINE):
+        if header[1] in seen:
+            found.append(said[start : header.start()])
+            seen, start = set(), header.start()
+        seen.add(header[1])
+    return [_trimmed(text) for text in (*found, said[start:]) if text]
+
+
+def _trimmed(stacks: str) -> str:
+    """Leave out by which way the worker came to the loop that runs the calls."""
+    kept, below = [], False
+    for line in stacks.strip("\n").splitlines():
+        if not (below and line.startswith("  ")):
+            kept.append(line)
+            below = _OURS in line
+    return "\n".join(kept)
+
+
+def stacks_of(handles: Iterable[Any], timeout: float = PATIENCE) -> dict[int, str]:
+    """Ask workers, all at once, where they are; return it by slot. None of them is stopped.
+
+    Who does not answer in time has an empty text.
+    """
+    from multiprocessing import connection
+
+    deadline = time.monotonic() + timeout
+    found: dict[int, str] = {}
+    asked: dict[int, tuple[int, BlackBox, object]] = {}
+    with _asking:
+        for handle in handles:
+            found[handle.slot] = ""
+            question = handle.show(times=2)
+            fd = None if question is None else handle.box.watch()
+            if fd is not None:
+                asked[fd] = handle.slot, handle.box, question
+        while asked:
+            left = max(0.0, deadline - time.monotonic())
+            ready = set(connection.wait(list(asked), left))
+            for fd in [fd for fd in asked if fd in ready or not ready]:
+                slot, box, question = asked[fd]
+                stacks = box.stacks()
+                if len(stacks) > 1 or box.ended or not ready:
+                    found[slot] = "".join(stacks[:1])
+                    box.take_back(question)
+                    del asked[fd]
+                    os.close(fd)
+    return found
+
+
+def brief(stacks: str) -> str:
+    """Return the few lines that matter: of the thread that runs the calls, those of user code."""
+    _, current, lines = stacks.rpartition("Current thread")
+    if not current:  # a C library's thread took the signal: the main thread is the last
+        lines = stacks.rpartition("hread 0x")[2]
+    frames: list[str] = []
+    for line in lines.splitlines()[1:]:
+        if not line.startswith("  ") or _OURS in line:
+            break
+        frames.append(line)
+    return "\n".join(frames[:_LINES] + ["  ..."] * (len(frames) > _LINES))

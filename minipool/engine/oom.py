@@ -1,0 +1,73 @@
+"""Whether the kernel has killed for want of memory, as far as its counters tell.
+
+The kernel counts each process that it kills so, for the control group and for the whole machine;
+not which. So a worker that ended by a SIGKILL which is not ours was killed so if the counter rose
+within the last moment, and each count explains one death. In the parent; any thread may ask.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+_MOMENT = 1.0  # seconds; what was counted before the last but one look is old
+
+_ROOT = "/sys/fs/cgroup"
+# Name of the file for a control group; where the whole of it is said, how the group's path begins.
+_GROUPS = (("0::", "", "memory.events"), (":memory:", "/memory", "memory.oom_control"))
+
+
+class OomKills:
+    """The counter of the killed. `path` None: that of this process's group, else the machine's."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self._path = path
+        self._explaining = threading.RLock()
+        self._before = self._latest = 0
+        self._looked = float("-inf")
+
+    def look(self) -> None:
+        """Note how it stands. Called once a tick, so that what is old explains nothing."""
+        now = time.monotonic()
+        if now - self._looked < _MOMENT:
+            return
+        with self._explaining:
+            first = self._looked == float("-inf")
+            self._looked = now
+            count = self._count()
+            self._before = count if first else max(self._before, self._latest)
+            self._latest = count
+
+    def explain(self) -> bool:
+        """Tell whether a death of this moment is one of those counted; takes it as explained."""
+        with self._explaining:
+            if self._count() <= self._before:
+                return False
+            self._before += 1
+            return True
+
+    def _count(self) -> int:
+        try:
+            self._path = self._path or _path()
+            with open(self._path, "rb") as file:
+                words = file.read().split()
+            return int(words[words.index(b"oom_kill") + 1])
+        except (OSError, ValueError):
+            return 0  # none here, and none later
+
+
+def _path() -> str:
+    """Return the file that counts for this process: the nearest there is."""
+    with open("/proc/self/cgroup") as file:
+        lines = file.read().splitlines()
+    for mark, mount, name in _GROUPS:
+        groups = [line.partition(mark)[2] for line in lines if mark in line]
+        for group in (*groups, ""):  # in a container the mount may be that of the group itself
+            path = f"{_ROOT}{mount}{group.rstrip('/')}/{name}"
+            if os.path.exists(path):
+                return path
+    return "/proc/vmstat"
+
+
+OOM_KILLS = OomKills()  # one for all pools, so that each count explains one death
