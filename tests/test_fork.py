@@ -72,6 +72,8 @@ USES: dict[str, Callable[[Pool[Any]], Any]] = {
     "options.call": lambda pool: pool.options(timeout=5, idempotent=True).call("add"),
     "stats": lambda pool: pool.stats(),
     "workers": lambda pool: pool.workers(),
+    "deaths": lambda pool: pool.deaths(),
+    "dump": lambda pool: pool.dump(),
     "worker": lambda pool: pool.worker(0),
     "health_check": lambda pool: pool.health_check(),
     "health_check(probe)": lambda pool: pool.health_check(probe=True),

@@ -162,18 +162,14 @@ class BlackBox:
 
 
 def _apart(said: str) -> list[str]:
-    """Take several stacks apart: a thread that is told of again begins the next."""
+    """Take several stacks apart: threads have an empty line between them, whole stacks have none.
+
+    The end of an earlier answer may come first; what of it has no heading is left out.
+    """
     import re
 
-    found: list[str] = []
-    seen: set[str] = set()
-    start = 0
-    for header in re.finditer(r"^(?:Current t|T)hread (0x[0-9a-f]+)", said, re.MULTILINE):
-        if header[1] in seen:
-            found.append(said[start : header.start()])
-            seen, start = set(), header.start()
-        seen.add(header[1])
-    return [_trimmed(text) for text in (*found, said[start:]) if text]
+    pieces = re.split(r"(?:(?<!\n)\n|^)(?=Thread 0x|Current thread 0x)", said)
+    return [_trimmed(piece) for piece in pieces[1:] if piece]
 
 
 def _trimmed(stacks: str) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from typing import Callable
 
 _MOMENT = 1.0  # seconds; what was counted before the last but one look is old
-
 _ROOT = "/sys/fs/cgroup"
 # Name of the file for a control group; where the whole of it is said, how the group's path begins.
 _GROUPS = (("0::", "", "memory.events"), (":memory:", "/memory", "memory.oom_control"))
@@ -21,15 +21,18 @@ _GROUPS = (("0::", "", "memory.events"), (":memory:", "/memory", "memory.oom_con
 class OomKills:
     """The counter of the killed. `path` None: that of this process's group, else the machine's."""
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(
+        self, path: str | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._path = path
+        self._clock = clock
         self._explaining = threading.RLock()
         self._before = self._latest = 0
         self._looked = float("-inf")
 
     def look(self) -> None:
         """Note how it stands. Called once a tick, so that what is old explains nothing."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._looked < _MOMENT:
             return
         with self._explaining:
