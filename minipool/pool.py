@@ -459,7 +459,7 @@ class Pool(Generic[W]):
     def deaths(self) -> list[Death]:
         """Return how the last 100 workers ended that nobody had told to, oldest first."""
         self._handles()
-        return [] if self._desk is None else list(self._desk.manager.fleet.deaths)
+        return [] if self._desk is None else self._desk.manager.fleet.known_deaths()
 
     def dump(self) -> dict[int, str]:
         """Return the Python stacks of every worker, by its id, and stop none of them.

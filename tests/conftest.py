@@ -32,6 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "logs_errors: the test makes minipool log at ERROR")
+    config.addinivalue_line(
+        "markers", "impatient: the test times the wait for a worker's last words"
+    )
     faulthandler.enable()
 
 

@@ -30,6 +30,7 @@ SHELL = [(comment, code) for comment, language, code in BLOCKS if language == "s
 POOL = """\
 import math
 import os
+import time
 
 import minipool
 

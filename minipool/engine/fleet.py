@@ -83,6 +83,12 @@ class Fleet:
         """Return how many workers are in one of these states (IDLE includes leased ones)."""
         return sum(handle.state in states for handle in tuple(self.handles.values()))
 
+    def known_deaths(self) -> list[Death]:
+        """Return how the last workers ended, with those who are not buried yet, oldest first."""
+        unburied = [handle.death for handle in tuple(self.handles.values())]
+        deaths = {death.generation: death for death in (*unburied, *tuple(self.deaths)) if death}
+        return sorted(deaths.values(), key=lambda death: death.time)[-REMEMBERED:]
+
     def dying(self) -> int:
         """Return how many workers were killed so lately that their slots will soon be free."""
         since = time.monotonic_ns() - SECOND_NS

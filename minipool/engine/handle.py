@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..breaker import Permit
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
-_LAST_WORDS = 0.03  # seconds; it takes one in thirty, unless the worker is stopped
+_LAST_WORDS = 0.05  # seconds; it takes one in fifty, unless the worker is stopped
 _FAULTS = {PeerGone: "died", TimedOut: "too late", Garbled: "garbled its reply"}
 _IN_SERVICE = (WorkerState.IDLE, WorkerState.PROBING)
 
@@ -63,6 +63,7 @@ class Handle:
         "channel",
         "condemned",
         "conn",
+        "death",
         "ended_ns",
         "failed",
         "generation",
@@ -136,6 +137,7 @@ class Handle:
         self._dumps, self._loads = wire.functions_of(codec)
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
         self.box: blackbox.BlackBox | None = None
+        self.death: inquest.Death | None = None  # once the caller whose call failed knows of it
         self.process: Any = None
         self.conn: Any = None
         self._theirs: Any = None  # the worker's end, until it is started
@@ -399,6 +401,7 @@ class Handle:
             error: WorkerError = inquest.obituary(self, target, started)
         elif isinstance(problem, TimedOut):
             self._hear_last_words()
+            self.kill()
             error = inquest.verdict(self, target, started, timeout)
         else:
             error = ProtocolError(

@@ -37,10 +37,12 @@ class Death(NamedTuple):
 
 
 def hold(handle: Any, started: bool | None = None) -> Death:
-    """Return what is known of the end of a worker; `started` if the caller knows better."""
+    """Return what is known of the end of a worker; `started` if whoever made the call knows."""
     words = _words(handle)
     call = handle.in_call.decode(errors="replace") if isinstance(handle.in_call, bytes) else None
-    if started is None:
+    if started is None and handle.death is not None:
+        started = handle.death.started
+    elif started is None:
         started = call is not None and handle.has_begun
     code, ended_ns = handle.process.exitcode(0), handle.ended_ns or time.monotonic_ns()
     age = (ended_ns - _word(words, t.CALL_STARTED_NS)) / 1e9
@@ -89,7 +91,7 @@ def describe(process: Any) -> str:
 
 def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
     """Describe the death of a worker to the one who held it."""
-    death = hold(handle, started)
+    handle.death = death = hold(handle, started)
     begun = "the call had begun" if started else "the call had not begun"
     advice = "retry only if it may run twice" if started else "it may be made again"
     error = WorkerDied(
@@ -105,7 +107,7 @@ def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
 
 def verdict(handle: Any, target: str, started: bool, timeout: float | None) -> CallTimeout:
     """Describe the end of a worker that was killed because it was too late."""
-    death = hold(handle, started)
+    handle.death = death = hold(handle, started)
     begun = "it was killed" if started else "it had not begun; its worker was killed"
     error = CallTimeout(
         f"{target!r} did not end within {timeout} s on worker {handle.slot} (pid {handle.pid}); "

@@ -56,7 +56,7 @@ class OomKills:
             with open(self._path, "rb") as file:
                 words = file.read().split()
             return int(words[words.index(b"oom_kill") + 1])
-        except (OSError, ValueError):
+        except (OSError, ValueError, IndexError):
             return 0  # none here, and none later
 
 
