@@ -27,6 +27,7 @@ from minipool import (
     WorkerDied,
     WorkerStartError,
 )
+from minipool.engine import blackbox as blackbox_module
 from minipool.engine import handle as handle_module
 from minipool.engine import manager as manager_module
 from minipool.engine import process as process_module
@@ -44,6 +45,7 @@ def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Give workers on a loaded machine all the time to answer, but where it is the time we test."""
     if not request.node.get_closest_marker("impatient"):
         monkeypatch.setattr(handle_module, "_LAST_WORDS", LAST)
+        monkeypatch.setattr(blackbox_module, "PATIENCE", LAST)
 
 
 @pytest.fixture
@@ -296,6 +298,7 @@ def test_dumps_of_many_threads_at_once_are_whole(callers: ThreadPoolExecutor) ->
         assert pool.deaths() == []
 
 
+@pytest.mark.impatient
 def test_dump_waits_for_a_stopped_worker_only_so_long(pool: Pool[Stateful]) -> None:
     """And does not take its late answer for anything."""
     pid = pool.workers()[0].pid

@@ -182,14 +182,14 @@ def _trimmed(stacks: str) -> str:
     return "\n".join(kept)
 
 
-def stacks_of(handles: Iterable[Any], timeout: float = PATIENCE) -> dict[int, str]:
+def stacks_of(handles: Iterable[Any]) -> dict[int, str]:
     """Ask workers, all at once, where they are; return it by slot. None of them is stopped.
 
     Who does not answer in time has an empty text.
     """
     from multiprocessing import connection
 
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE
     found: dict[int, str] = {}
     asked: dict[int, tuple[int, BlackBox, object]] = {}
     with _asking:

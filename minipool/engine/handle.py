@@ -425,7 +425,7 @@ class Handle:
     def _hear_last_words(self) -> None:
         """Have the worker tell where it is, of which it dies, and give it a moment for it."""
         if self.ask_last_words():
-            self.process.wait_ended(_LAST_WORDS)
+            self.process.exitcode(_LAST_WORDS)
 
     def ask_last_words(self) -> bool:
         """Ask the worker to tell where it is, of which it dies; False if it cannot be asked."""

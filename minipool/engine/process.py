@@ -98,16 +98,6 @@ class WorkerProcess:
             return True
         return False
 
-    def wait_ended(self, timeout: float) -> None:
-        """Wait until the process has ended, whether its exit code can be had or not."""
-        with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
-            with self._reaping:
-                watched = os.dup(self.death_fd)  # see `_wait_exitcode`
-            try:
-                connection.wait([watched], timeout)
-            finally:
-                os.close(watched)
-
     def _kill_group(self) -> None:
         """Kill whatever is in the worker's group; does nothing where there is none (any more)."""
         if not self._kills_group:
@@ -142,7 +132,7 @@ class WorkerProcess:
         """Return the exit code of a process that ended or is about to; None if not to be had."""
         with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
             if timeout and self._last_exitcode is None:
-                self._wait_exitcode(timeout)
+                self._wait_ended(timeout)
             with self._reaping:  # two readers would spoil each other's answer
                 code = self._process.exitcode
                 if code and code == -LAST_WORDS:  # who asked for them wanted it killed
@@ -159,7 +149,7 @@ class WorkerProcess:
                 self._starved = killed and OOM_KILLS.explain()
             return bool(self._starved)
 
-    def _wait_exitcode(self, timeout: float) -> None:
+    def _wait_ended(self, timeout: float) -> None:
         """Wait until the exit code can be had, on descriptors of our own.
 
         When the manager reaps the process meanwhile, the numbers of the old ones go to whatever
