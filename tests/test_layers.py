@@ -19,8 +19,8 @@ ROOMS = [
     "observe.reading", "observe.score", "observe.ticker", "observe.metrics", "observe.openmetrics",
     "observe.optimizer", "observe.autoscale",
     "tools.procfs", "observe.onlooker", "observe.watch", "observe.top",
-    "observe.portrait", "observe.inside", "observe.news", "observe.script", "observe.page", "observe.visitors", "observe.dashboard",
-    "tools.floors", "tools.figures", "tools.peers", "tools.rounds",
+    "observe.portrait", "observe.board", "observe.inside", "observe.outside", "observe.news", "observe.script", "observe.page", "observe.visitors", "observe.dashboard",
+    "tools.floors", "tools.figures", "tools.peers", "tools.rounds", "tools.dashboard",
     "tools.speed", "tools.costs", "tools.conversations", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
 HALLS = {"", "engine", "observe", "tools"}  # packages: their __init__ may name anything, lazily

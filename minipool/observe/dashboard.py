@@ -17,7 +17,8 @@ import time
 import weakref
 
 from ..telemetry import logger
-from .news import Board, News
+from .board import Board
+from .news import News
 from .visitors import PATIENCE, Server
 
 INTERVAL = 1.0  # seconds between two readings

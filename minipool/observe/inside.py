@@ -1,8 +1,7 @@
 """Seen from inside: every live pool of this process, as a dashboard shows it.
 
-A pool gets a post when it is first seen: metrics, which are sampled with each tick, and an ear
-for the events that an operator wants to hear of. Pools are held weakly, and a post is given up
-when its pool has ended.
+Besides its metrics, a post has an ear for the events that an operator wants to hear of. Pools are
+held weakly.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ import os
 import sys
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Deque, Dict
+from typing import TYPE_CHECKING, Any, Deque, Dict, List
 
 from ..errors import PoolForked
 from ..opening import live_pools
-from . import openmetrics, portrait
-from .metrics import Metrics, Snapshot
+from . import openmetrics
+from .board import Board, Post
+from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..pool import Pool
@@ -33,83 +33,43 @@ _UNTOLD = {
 _BAD = {"error", "session.lost", "lease.leaked"}
 
 
-class Inside:
-    """Watches every live pool of this process. One thread calls `tick`, any the others."""
+class Inside(Board):
+    """Watches every live pool of this process."""
 
     def __init__(self) -> None:
-        self._posts: Dict[int, Post] = {}
+        super().__init__()
+        self.source = f"Process {os.getpid()}, {_program()}"
         self._numbers = itertools.count(1)
-        self._placed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._placed: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
 
     def place(self, pool: Pool[Any]) -> None:
         """Begin to watch a pool; the first one is shown to who names none."""
-        number = next(self._numbers)
-        self._placed[pool] = number
-        self._posts[number] = Post(str(number), pool)
+        self._placed.add(pool)
+        post = Insider(str(next(self._numbers)), pool)
+        self.posts[post.id] = post
 
-    def tick(self) -> None:
-        """Take a reading of every pool; take up those that are new, give up those that ended."""
+    def find(self) -> None:
+        """Take up the pools that were opened since."""
         for pool in live_pools():
             if pool not in self._placed:
                 self.place(pool)
-        for number, post in tuple(self._posts.items()):
-            if not post.look():
-                del self._posts[number]
-                post.close()
-
-    def reading(self, pool_id: str, window: float) -> dict[str, Any]:
-        """Return what the page draws; without a pool of that id, none of them."""
-        posts = self._seen()
-        chosen = [post for post in posts if post.id == pool_id or not pool_id][:1]
-        return {
-            "time": time.time(),
-            "source": f"Process {os.getpid()}, {_program()}",
-            "pools": [post.title() for post in posts],
-            "pool": chosen[0].full(window) if chosen else None,
-        }
-
-    def pools(self) -> list[dict[str, Any]]:
-        """Return what is known of each pool now."""
-        return [post.told() for post in self._seen()]
-
-    def health(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether there are pools and all can serve, and what ails those that do not."""
-        reports = [(post, post.health()) for post in self._seen()]
-        serves = bool(reports) and all(status != "unhealthy" for _, (status, _) in reports)
-        return serves, {
-            "status": "serving" if serves else "not serving",
-            "pools": [
-                {"id": post.id, "name": post.name, "status": status, "reasons": reasons}
-                for post, (status, reasons) in reports
-            ],
-        }
 
     def exposition(self) -> str:
         """Return the metrics of all pools as OpenMetrics text."""
         return openmetrics.exposition(live_pools())
 
-    def close(self) -> None:
-        """Stop watching."""
-        while self._posts:
-            self._posts.popitem()[1].close()
 
-    def _seen(self) -> list[Post]:
-        return [post for post in tuple(self._posts.values()) if post.snapshot is not None]
+class Insider(Post):
+    """A pool of this process."""
 
-
-class Post:
-    """One pool under watch: its latest snapshot, its history, and what happened to it lately."""
-
-    def __init__(self, number: str, pool: Pool[Any]) -> None:
-        self.id = number
-        self.name = pool.config.name or ""
-        self.snapshot: Snapshot | None = None
+    def __init__(self, post_id: str, pool: Pool[Any]) -> None:
+        super().__init__(post_id, pool.config.name or "")
+        self.metrics = Metrics(pool, interval=None)
         self._pool = weakref.ref(pool)
-        self._opened = 0.0
-        self._metrics = Metrics(pool, interval=None)
+        self._uptime: float | None = None
+        self._reasons: list[str] = []
         self._events: Deque[Dict[str, Any]] = collections.deque(maxlen=EVENTS_KEPT)
         self._deaths: Dict[int, str] = {}
-        self._reasons: list[str] = []
         self._hooks = pool.hooks
         for event in self._hooks:
             if event not in _UNTOLD:
@@ -118,68 +78,47 @@ class Post:
     def look(self) -> bool:
         """Take a snapshot; return False if there is no pool to look at any more."""
         pool = self._pool()
-        if pool is None:
+        if pool is None or pool._desk is None:
             return False
         try:
-            self.snapshot = self._metrics.sample()
+            snapshot = self.metrics.sample()
             self._reasons = list(pool.health_check().reasons)
-        except (ReferenceError, PoolForked):
+        except PoolForked:
             return False
-        return self.snapshot.status != "closed"
+        self._uptime = snapshot.at - pool._desk.manager.opened_ns / 1e9
+        self.snapshot = snapshot
+        return snapshot.status != "closed"
 
     def close(self) -> None:
         """Stop listening."""
-        self._metrics.close()
+        self.metrics.close()
         for listeners in self._hooks.values():
             if self._hear in listeners:
                 listeners.remove(self._hear)
 
     def health(self) -> tuple[str, list[str]]:
-        """Return how the pool is at this moment, as `Pool.health_check` says it, and why."""
+        """Return what `Pool.health_check` says."""
         pool = self._pool()
         if pool is None:
             return "unhealthy", [f"{self.name} has ended"]
         report = pool.health_check()
         return report.status, list(report.reasons)
 
-    # -- told --------------------------------------------------------------------------------
+    def reasons(self) -> list[str]:
+        """Return what `Pool.health_check` said."""
+        return self._reasons
 
-    def title(self) -> dict[str, Any]:
-        """Return what names the pool."""
-        assert self.snapshot is not None
-        return {"id": self.id, "name": self.name, "word": portrait.word(self.snapshot)}
+    def uptime(self) -> float | None:
+        """Return for how long the pool had been open."""
+        return self._uptime
 
-    def told(self) -> dict[str, Any]:
-        """Return what is known of the pool now."""
-        snapshot = self.snapshot
-        assert snapshot is not None
-        said = portrait.strains(snapshot)
-        return {
-            **self.title(),
-            "score": portrait.score(snapshot),
-            "reasons": [*self._reasons, *(one for one in said if one not in self._reasons)],
-            "now": {**portrait.figures(snapshot), "uptime": self._uptime(snapshot)},
-            "workers": [
-                {**worker._asdict(), "last_death": self._deaths.get(worker.worker_id)}
-                for worker in snapshot.workers
-            ],
-        }
+    def last_death(self, worker_id: int) -> str | None:
+        """Return why the worker before ended."""
+        return self._deaths.get(worker_id)
 
-    def full(self, window: float) -> dict[str, Any]:
-        """Return that, the lines of a window, and the events, newest first."""
-        return {
-            **self.told(),
-            "series": portrait.series(self._metrics.history(window), window),
-            "events": list(reversed(self._events.copy())),
-        }
-
-    def _uptime(self, snapshot: Snapshot) -> float | None:
-        pool = self._pool()
-        if pool is None or pool._desk is None:
-            return None
-        return snapshot.at - pool._desk.manager.opened_ns / 1e9
-
-    # -- heard -------------------------------------------------------------------------------
+    def events(self) -> List[Dict[str, Any]]:
+        """Return what happened lately, newest first."""
+        return list(reversed(self._events.copy()))
 
     def _hear(self, event: str, numbers: dict[str, Any], facts: dict[str, Any]) -> None:
         if event == "worker.terminate":

@@ -1,37 +1,17 @@
 """News: the newest reading of a board, for any number of visitors who wait for it.
 
-A board is what a dashboard shows: the pools of this process, or those of another one. It is read
-by one thread, once a second; what visitors are sent is drawn from it once for all who want the
-same. Nothing is queued for anybody: who comes late finds the newest reading, and no older one.
+The board is read by one thread, once a second; what visitors are sent is drawn from it once for
+all who want the same. Nothing is queued for anybody: who comes late finds the newest reading, and
+no older one.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from typing import Any, Dict, Protocol
+from typing import Any, Dict
 
-
-class Board(Protocol):
-    """What a dashboard shows. `tick` is called in its thread, the others in those of visitors."""
-
-    def tick(self) -> None:
-        """Take a reading of every pool."""
-
-    def reading(self, pool_id: str, window: float) -> dict[str, Any]:
-        """Return what the page draws: all pools by name, and one of them with its history."""
-
-    def pools(self) -> list[dict[str, Any]]:
-        """Return what is known of each pool now."""
-
-    def health(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether every pool serves, and the particulars."""
-
-    def exposition(self) -> str:
-        """Return the metrics of all pools as OpenMetrics text."""
-
-    def close(self) -> None:
-        """Stop watching."""
+from .board import Board
 
 
 class News:

@@ -78,7 +78,7 @@ _DOCUMENT = """\
 <section class="panel" aria-labelledby="lately">
 <h2 id="lately">Recent events</h2>
 <ol id="events" class="events" aria-labelledby="lately" tabindex="0"></ol>
-<p id="quiet" class="quiet">None since the dashboard began to watch.</p>
+<p id="quiet" class="quiet"></p>
 </section>
 </div>
 </main>
@@ -168,9 +168,9 @@ h1 { font-size: 1.05rem; grid-column: 1 / -1; }
 .card { display: flex; flex-direction: column; min-width: 0; }
 h2 { font-size: 1rem; }
 h3 { font-size: .95rem; color: var(--quiet); font-weight: 500; }
-.value { font-size: 1.55rem; font-weight: 600; line-height: 1.3; }
+.value { font-size: 1.45rem; font-weight: 600; line-height: 1.3; }
 .value span, .ends span { white-space: nowrap; display: inline-block; }
-.value .also { color: var(--quiet); font-size: .95rem; font-weight: 400; margin-left: .5rem; }
+.value .also { color: var(--quiet); font-size: .9rem; font-weight: 400; margin-left: .4rem; }
 #card-latency .also { border-bottom: 2px dashed var(--second); }
 .card .quiet { margin-bottom: .5rem; }
 svg {

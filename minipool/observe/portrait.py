@@ -6,10 +6,11 @@ at from outside. Names are those of `Snapshot`.
 
 from __future__ import annotations
 
+import collections
 from typing import Any, Dict, List, Optional, Sequence
 
 from .metrics import Snapshot
-from .reading import STATES
+from .reading import WorkerSnapshot
 from .score import EASY
 
 WORDS = {"green": "healthy", "yellow": "degraded", "red": "unhealthy"}
@@ -18,26 +19,23 @@ LINES = ("utilization", "throughput", "call_p50", "call_p99", "error_rate", "que
 
 
 def word(snapshot: Snapshot) -> str:
-    """Return how a pool is: healthy, degraded or unhealthy; or closing, closed, not open."""
-    if snapshot.status == "open":
-        return WORDS[snapshot.health]
-    return "not open" if snapshot.status == "new" else snapshot.status
+    """Return how a pool is: healthy, degraded or unhealthy; else its status."""
+    return WORDS[snapshot.health] if snapshot.status == "open" else snapshot.status
 
 
 def score(snapshot: Snapshot) -> float | None:
-    """Return the health score, if the pool is in service."""
-    return round(snapshot.health_score, 1) if snapshot.status == "open" else None
+    """Return the health score; None of a pool that is not meant to be in service."""
+    idle = snapshot.status in ("new", "closing", "closed")
+    return None if idle else round(snapshot.health_score, 1)
 
 
 def figures(snapshot: Snapshot) -> dict[str, Any]:
     """Return the numbers of a pool; None where there is nothing to tell a number of."""
     told = snapshot._asdict()
     del told["workers"]
-    told["states"] = {
-        state: count
-        for state in STATES
-        if (count := sum(worker.state == state for worker in snapshot.workers))
-    }
+    told["states"] = dict(
+        sorted(collections.Counter(worker.state for worker in snapshot.workers).items())
+    )
     told["error_rate"] = _error_rate(snapshot)
     return told
 
@@ -56,9 +54,14 @@ def strains(snapshot: Snapshot) -> list[str]:
     return found
 
 
+def serves(worker: WorkerSnapshot) -> bool:
+    """Tell whether a worker is in service."""
+    return worker.state in ("idle", "leased", "probing")
+
+
 def missing(snapshot: Snapshot) -> list[str]:
     """Return, in words, that workers are missing, if they are."""
-    there = sum(worker.state in ("idle", "leased", "probing") for worker in snapshot.workers)
+    there = sum(map(serves, snapshot.workers))
     if there >= snapshot.pool_size:
         return []
     return [f"{there} of {snapshot.pool_size} workers are in service"]

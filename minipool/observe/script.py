@@ -91,11 +91,12 @@ const CARDS = [
      : p.queue_depth ? "callers wait for a worker" : "nobody waits"},
 ];
 function calls(p) {
-  if (p.call_count) return plural(p.call_count, "call") + " in the last minute";
+  if (p.call_count) return plural(p.call_count, "call") + " in a minute";
   return p.calls ? "no calls in the last minute" : "no calls yet";
 }
 const there = (p) => Object.values(p.states).reduce((a, b) => a + b, 0);
 function errors(p) {
+  if (unknown(p.errors)) return "not seen from outside";
   const found = Object.entries(p.errors).map(([name, n]) => `${count(n)} ${name}`);
   if (p.user_errors) found.push(plural(p.user_errors, "exception") + " of your code");
   return found.join(", ") || (p.calls ? "no errors" : "no calls yet");
@@ -182,7 +183,8 @@ function drawHero(pool) {
   say($("counts"), `${count(pool.workers.length)} of ${plural(n.pool_size, "worker")}: ` +
     (states.map(([state, k]) => `${count(k)} ${state}`).join(", ") || "none"));
   say($("totals"), [`${plural(n.workers_started, "worker")} started`, `${count(n.crashes)} lost`,
-    `${count(n.workers_recycled)} retired`, plural(n.active_sessions, "session"),
+    `${count(n.workers_recycled)} retired`,
+    ...(unknown(n.active_sessions) ? [] : [plural(n.active_sessions, "session")]),
     "up " + age(n.uptime)].join(" \u00b7 "));
 }
 
@@ -211,8 +213,10 @@ function lastCall(worker) {
   return unknown(last) ? "none yet" : last < 1 ? "just now" : age(last) + " ago";
 }
 
-function drawEvents(events) {
+function drawEvents(told) {
+  const events = told || [];
   $("quiet").hidden = events.length > 0;
+  say($("quiet"), told ? "None since the dashboard began to watch." : "Not seen from outside.");
   const items = keep($("events"), events.length, () => {
     const item = make("li");
     item.append(make("time"), make("span", "", "kind"), make("span", "", "what"));

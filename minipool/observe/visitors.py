@@ -223,7 +223,10 @@ class Visit(BaseHTTPRequestHandler):
             seen = turn
 
     def _metrics(self, query: dict[str, str]) -> None:
-        self._send(200, CONTENT_TYPE, self.server.news.board.exposition().encode())
+        text = self.server.news.board.exposition()
+        if text is None:
+            return self._text(404, "Not all of them can be seen from outside.\n")
+        self._send(200, CONTENT_TYPE, text.encode())
 
     def _pools(self, query: dict[str, str]) -> None:
         self._send(200, "application/json", as_json(self.server.news.board.pools()))

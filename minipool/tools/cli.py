@@ -13,9 +13,9 @@ from typing import Sequence
 
 from .. import __version__
 from ..observe import top
-from . import bench
+from . import bench, dashboard
 
-COMMANDS: dict[str, ModuleType] = {"bench": bench, "top": top}
+COMMANDS: dict[str, ModuleType] = {"bench": bench, "top": top, "dashboard": dashboard}
 
 _INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
 
