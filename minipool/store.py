@@ -11,8 +11,8 @@ what they are asked, they raise a SessionError, and nothing has changed.
 
 The one connection is handed from thread to thread by a turnstile of one slot, and not guarded by a
 lock: an exception may strike its holder between any two steps, and a lock would be held for ever.
-What a struck holder has begun is rolled back by the next one; a connection that is found with
-nobody for two beats is given up for a new one, and SQLite sees to it that two cannot mix.
+What a struck holder has begun is rolled back by the next one; a connection that nobody has for two
+seconds is given up for a new one, and SQLite sees to it that two cannot mix.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _APPLICATION_ID = 0x6D706F6F  # "mpoo": so that no other program's file is taken
 _LEASE_S = 30.0  # how long an owner on another host is believed without a sign of life
 _BEAT_S = 5.0
 _PATIENCE_S = 10.0  # how long to wait for another process that is writing
+_ASTRAY_S = 2.0  # nobody takes so long from getting the connection to saying so
 _FILE = "file"  # the turnstile's one slot
 _CHECKED_BYTES = 1 << 24  # a smaller file is checked for damage when it is opened
 
@@ -61,7 +62,7 @@ class SQLiteStore:
         self._owner = uuid.uuid4().hex
         self._line = Turnstile("fifo", on_refused=lambda slot, db: db.close())
         self._holder: weakref.ref[_Transaction] | None = None
-        self._astray: sqlite3.Connection | None = None  # with nobody at the last beat
+        self._astray: tuple[sqlite3.Connection, float] | None = None  # with nobody, since when
         self._beaten = 0.0
         self._pid = os.getpid()
         self._check_file()
@@ -245,8 +246,9 @@ class SQLiteStore:
         before, self._astray = self._astray, None
         if holder is not None or current is None or self._line.idle:
             return
-        self._astray = current
-        if before is current:
+        now = time.monotonic()
+        self._astray = before if before is not None and before[0] is current else (current, now)
+        if now - self._astray[1] > _ASTRAY_S:
             self._line.fence(_FILE)
             current.close()
             self._offer(self._connected())
