@@ -24,6 +24,7 @@ from .costs import idle, imports, memory, recovery, startup
 from .figures import Group, Result
 from .rounds import Plan
 from .speed import latency, sleepers, throughput
+from .watching import watching
 
 HELP = "measure speed, memory and idle cost beside the floor"
 
@@ -36,6 +37,7 @@ GROUPS: dict[str, Callable[[Plan], list[Group]]] = {
     "recovery": recovery,
     "memory": memory,
     "idle": idle,
+    "watching": watching,
     "import": imports,
 }
 

@@ -1,0 +1,110 @@
+"""Watching: what it costs a pool's callers that somebody looks. Measured by turns.
+
+Nobody looks; then metrics are taken each second; then a dashboard is shown and `top` runs, too.
+The same pool, lease and call each time; the stretches are long enough for what comes each second.
+All times are in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, Callable, ContextManager, Iterator
+
+from ..observe.metrics import Metrics
+from ..pool import Pool
+from .figures import Group, Result, Series, over
+from .floors import identity
+from .rounds import Plan, Rounds
+
+_clock_ns = time.perf_counter_ns
+_READER = "import sys, urllib.request as u\nfor line in u.urlopen(sys.argv[1], timeout=60): pass"
+_ABOUT = {
+    "alone": "nobody looks",
+    "metrics": "Metrics(pool, interval=1.0)",
+    "all": "the same, a dashboard that is shown, and top",
+}
+
+
+def watching(plan: Plan) -> list[Group]:
+    """Make calls in a lease, one after the other, while nobody looks, and while all do."""
+    latencies: Rounds = {name: [] for name in _ABOUT}
+    rates: Rounds = {name: [] for name in _ABOUT}
+    notes = () if os.name == "posix" else ("top is not for this system, and not measured",)
+    with plan.pool(1) as pool:
+        watchers: dict[str, Callable[[], ContextManager[Any]]] = {
+            "alone": contextlib.nullcontext,
+            "metrics": lambda: Metrics(pool, interval=1.0),
+            "all": lambda: _everything(pool),
+        }
+        with pool.checkout() as w:
+            for _ in range(plan.repeats):
+                for name, watcher in watchers.items():
+                    with watcher():
+                        _stretch(lambda: w.call(identity, 1), 3 * plan.stretch)  # all are there
+                        median, rate = _stretch(lambda: w.call(identity, 1), 10 * plan.stretch)
+                    latencies[name].append(median)
+                    rates[name].append(1 / rate)
+    series: list[Series] = []
+    results: list[Result] = []
+    for what, found in (("p50", latencies), ("time", rates)):
+        of = {
+            name: Series(f"watched_{what}_{name}", f"{what} of a call, {about}", "s",
+                         tuple(found[name]))
+            for name, about in _ABOUT.items()
+        }  # fmt: skip
+        series += of.values()
+        for name, about in (("metrics", "metrics"), ("all", "metrics, dashboard, top")):
+            about = f"{what} of a call: {about} / nobody looks"
+            results.append(over(f"watched_{what}_{name}", about, of[name], of["alone"], 1.03))
+    about = "calls in a lease while somebody looks; time is 1 / throughput"
+    return [Group("watching", about, tuple(series), tuple(results), notes)]
+
+
+def _stretch(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Call for some time; return the median time of a call, and the calls per second."""
+    clock, times = _clock_ns, []
+    begin = start = clock()
+    end = begin + int(seconds * 1e9)
+    while start < end:
+        call()
+        now = clock()
+        times.append(now - start)
+        start = now
+    return statistics.median(times) / 1e9, len(times) / ((start - begin) / 1e9)
+
+
+@contextlib.contextmanager
+def _everything(pool: Pool[Any]) -> Iterator[None]:
+    """Look at a pool in every way there is: from within, through a browser, from outside."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Metrics(pool, interval=1.0))
+        dashboard = pool.dashboard()
+        stack.callback(dashboard.close)
+        _reader(stack, [sys.executable, "-c", _READER, dashboard.url + "events"])
+        if os.name == "posix":
+            _top(stack)
+        yield
+
+
+def _reader(stack: contextlib.ExitStack, command: list[str], **files: Any) -> None:
+    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **files}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **files)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+
+
+def _top(stack: contextlib.ExitStack) -> None:
+    """Run `top` on a terminal of its own, which somebody reads."""
+    import pty  # not on every system
+
+    ours, theirs = pty.openpty()
+    stack.callback(os.close, ours)
+    _reader(stack, ["cat"], stdin=ours)
+    command = [sys.executable, "-m", __package__.rpartition(".")[0], "top", str(os.getpid())]
+    _reader(stack, command, stdin=theirs, stdout=theirs, env={"TERM": "xterm", **os.environ})
+    os.close(theirs)
