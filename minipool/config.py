@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Mapping
@@ -23,6 +24,9 @@ MAX_WORKERS = 2048  # twice as many rows are in the table: old ones may end whil
 AFFINITIES = ("prefer", "strict", "any")
 STORE_METHODS = ("open", "has", "read", "commit", "delete", "beat", "close")  # see store.py
 START_METHODS = ("forkserver", "spawn", "fork")
+_SWITCHES = (
+    "lazy", "strict_sessions", "kill_group", "autoscale", "forward_logs", "capture_output",
+)  # fmt: skip
 _pool_numbers = itertools.count(1)
 
 
@@ -92,6 +96,10 @@ class PoolConfig:
     #: Context variables (or their names, "module:name") whose values travel with each call: they
     #: are set in the worker while it runs.
     context: tuple[Any, ...] = ()
+    #: The workers' log records go to this process's handlers; so does, line by line, what they
+    #: write to standard output and standard error. Not on Windows.
+    forward_logs: bool = False
+    capture_output: bool = False
     #: How long `close()` lets leases finish, and a retiring worker its `close()`.
     close_timeout: float = 30.0
     #: A lease older than this is revoked and its worker killed. None: never.
@@ -237,12 +245,15 @@ class PoolConfig:
             self._refuse("start_method", f"give one of {START_METHODS}, or None")
         if self.affinity not in AFFINITIES:
             self._refuse("affinity", f"give one of {AFFINITIES}")
-        for name in ("lazy", "strict_sessions", "kill_group", "autoscale"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "give True or False")
         if self.autoscale and self.min_size == self.max_size:
             self._refuse("autoscale", f"min_size and max_size are both {self.max_size}; it needs "
                          f"room between them")  # fmt: skip
+        for name in ("forward_logs", "capture_output"):
+            if getattr(self, name) and sys.platform == "win32":
+                self._refuse(name, "Windows has no pipes for it; leave it out there")
         self._check_store()
         if self.codec is not None:
             for function in ("dumps", "loads"):

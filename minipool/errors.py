@@ -170,6 +170,7 @@ class WorkerDied(WorkerError):
     `out_of_memory`: the kernel killed it for want of memory, by the kernel's own counters.
     `call_age` is how many seconds the call had been running (None: it had not begun), `rss_bytes`
     the memory as the worker said last. `stack` shows the Python stacks of a worker that crashed.
+    `output` is the last it said, with `capture_output` or `forward_logs`: up to 20 lines.
     """
 
     exitcode: int | None
@@ -180,6 +181,7 @@ class WorkerDied(WorkerError):
     call_age: float | None = None
     rss_bytes: int = 0
     stack: str = ""
+    output: Sequence[str] = ()
 
 
 class WorkerStartError(WorkerError):
@@ -191,6 +193,7 @@ class WorkerStartError(WorkerError):
     exitcode: int | None
     signal: str | None
     stack: str = ""
+    output: Sequence[str] = ()
 
 
 class CallTimeout(WorkerError, TimeoutError):

@@ -50,6 +50,8 @@ WRONG: dict[str, list[Any]] = {
     "kill_group": [None, 0, 1, "yes"],
     "codec": [5, "json", math],
     "context": ["json:x", None, 5, [1], ["no colon"]],
+    "forward_logs": [None, 0, 1, "yes"],
+    "capture_output": [None, 0, 1, "yes"],
     "close_timeout": [None, *NO_SECONDS],
     "lease_timeout": [0, *NO_SECONDS],
     "leak_warn_after": [0, *NO_SECONDS],
@@ -82,6 +84,7 @@ def test_defaults_are_as_documented() -> None:
         "warm_up": (),
         "start_method": None, "preload": (), "startup_batch": 8,
         "worker_env": None, "niceness": 1, "kill_group": True, "max_message": 4 << 30, "codec": None, "context": (),
+        "forward_logs": False, "capture_output": False,
         "close_timeout": 30.0, "lease_timeout": None, "leak_warn_after": None,
         "name": "p",
     }  # fmt: skip

@@ -33,6 +33,7 @@ from .workerend import FastWorkerEnd, PortableWorkerEnd
 
 if TYPE_CHECKING:
     from .baggage import Baggage  # imported by the workers that are given some
+    from .voice import Voice
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
@@ -101,6 +102,7 @@ class Setup:
     box: wire.Descriptor | None
     portable: bool
     baggage: Baggage | None  # what travels with each call
+    voice: Voice | None  # how logs and output get out
 
 
 def main(conn: Any, setup: Setup) -> None:
@@ -123,6 +125,8 @@ def main(conn: Any, setup: Setup) -> None:
     _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
     words = _row(setup)
     end = (PortableWorkerEnd if setup.portable else FastWorkerEnd)(conn, setup.max_message)
+    if setup.voice is not None:
+        setup.voice.begin(words, lambda: None if _session is None else _session.id, setup.baggage)
     worker = _Worker(end, words, shared=setup.table is not None)
     try:
         worker.start(setup)
@@ -148,6 +152,7 @@ class _Worker:
         self._functions: dict[bytes, Callable[..., Any]] = {}
         self._refreshed_ns = 0
         self._baggage: Baggage | None = None
+        self._voice: Voice | None = None
 
     def start(self, setup: Setup) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
@@ -157,6 +162,7 @@ class _Worker:
         """
         words = self._words
         words[t.WORKER_WORDS] = memoryview(bytearray(72)).cast("q")
+        self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
         try:
             spec = pickle.loads(setup.spec) if isinstance(setup.spec, bytes) else setup.spec
@@ -337,6 +343,8 @@ class _Worker:
         self._refreshed_ns = now
         self._words[t.CPU_NS] = time.process_time_ns()
         self._words[t.RSS_BYTES] = _rss_bytes()
+        if self._voice is not None:
+            self._voice.tell_dropped()
 
     def close(self) -> None:
         """Let the user's object clean up. Whatever it raises is printed and ends nothing."""
@@ -348,6 +356,8 @@ class _Worker:
             except Exception:
                 sys.excepthook(*sys.exc_info())
         self._object = None
+        if self._voice is not None:
+            self._voice.tell_dropped()
 
 
 def _row(setup: Setup) -> memoryview:

@@ -28,6 +28,7 @@ from .states import WorkerState as S
 
 if TYPE_CHECKING:
     from ..config import PoolConfig
+    from .scribe import Scribe
 
 MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never really started
 REMEMBERED = 100  # deaths
@@ -63,6 +64,11 @@ class Fleet:
         self._hooks = hooks
         self._generation = 0
         self.baggage = launcher.baggage
+        self.scribe: Scribe | None = None
+        if config.forward_logs or config.capture_output:
+            from .scribe import Scribe  # with logging, by those who use it
+
+            self.scribe = Scribe(config, self.baggage)
         self._make_handle: Callable[..., Handle] = Handle
         if self.baggage is not None:
             self._make_handle = functools.partial(LadenHandle, self.baggage)
@@ -142,6 +148,8 @@ class Fleet:
                 break
         for handle in started:
             handle.started()
+            if handle.transcript is not None and self.scribe is not None:
+                self.scribe.begin(handle.transcript, handle.pid)
         for handle in prepared[len(started) :]:
             self._forget(handle)
         if failure is not None:
@@ -166,6 +174,9 @@ class Fleet:
         self.handles[slot] = handle  # at once: a process forked from now on must close its pipe
         try:
             setup = self._launcher.setup(slot, self._generation, self.table.fd)
+            if self.scribe is not None:
+                handle.transcript = self.scribe.listen(slot, self._generation)
+                setup.voice = handle.transcript.voice
             handle.prepare(self._launcher.context, setup)
         except BaseException:
             self._forget(handle)
@@ -179,7 +190,12 @@ class Fleet:
         handle.abandon()
         if handle.permit is not None:
             handle.permit.give_up()
+        self._hush(handle)
         del self.handles[handle.slot]
+
+    def _hush(self, handle: Handle) -> None:
+        if handle.transcript is not None and self.scribe is not None:
+            self.scribe.end(handle.transcript)
 
     def ready(self, handle: Handle) -> None:
         """Count a worker that has become ready."""
@@ -237,6 +253,7 @@ class Fleet:
         calls = t.calls_done(handle.row)
         reason = (handle.condemned and handle.tainted) or reason_of(handle)
         handle.reap()
+        self._hush(handle)
         del self.handles[handle.slot]
         self._part(handle)
         self._hooks.emit(
@@ -290,7 +307,16 @@ class Fleet:
             while failure is not None:
                 failure.__traceback__ = None  # its frames hold a row, and that the memory
                 failure = failure.__cause__
+        if self.scribe is not None:
+            self.scribe.close()
         self.table.close()
+
+    def abandon(self) -> None:
+        """Let go of everything in a process that was forked from the owner."""
+        for handle in tuple(self.handles.values()):
+            handle.abandon()
+        if self.scribe is not None:
+            self.scribe.abandon()
 
 
 def _breaker(config: PoolConfig) -> CircuitBreaker | None:
@@ -321,6 +347,7 @@ def _start_error(
         exitcode=exitcode,
         signal=signal_name(exitcode),
         stack=handle.box.last() if handle and handle.box else "",
+        output=handle.transcript.last_lines() if handle and handle.transcript else (),
     )
     error.__cause__ = cause
     return error

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import weakref
 
     from ..breaker import Permit
+    from .transcript import Transcript
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
 _LAST_WORDS = 0.05  # seconds; it takes one in fifty, unless the worker is stopped
@@ -95,6 +96,7 @@ class Handle:
         "tainted",
         "terminated",
         "thread",
+        "transcript",
     )
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -140,7 +142,8 @@ class Handle:
         self.death: inquest.Death | None = None  # once the caller whose call failed knows of it
         self.process: Any = None
         self.conn: Any = None
-        self._theirs: Any = None  # the worker's end, until it is started
+        self._theirs: list[Any] = []  # the worker's ends of pipes, until it is started
+        self.transcript: Transcript | None = None  # of what it says, where that is wanted
         self.channel: Any = None
 
     # -- start and end (manager) -------------------------------------------------------------
@@ -151,11 +154,13 @@ class Handle:
         Raises:
             OSError: there is no room for one more pipe; nothing is left.
         """
-        self.conn, self._theirs = pair(context, setup.portable)
+        self._theirs = [] if setup.voice is None else [setup.voice]
+        self.conn, theirs = pair(context, setup.portable)
+        self._theirs.append(theirs)
         # Nobody writes these words now: the last worker is dead, and this one is not there yet.
         self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
         name = f"minipool-{setup.pool}-{self.slot}"
-        self.process = WorkerProcess(context, name, main, (self._theirs, setup), setup.kill_group)
+        self.process = WorkerProcess(context, name, main, (theirs, setup), setup.kill_group)
         self._portable, self._limit = setup.portable, setup.max_message
         self.box = blackbox.make()
         setup.box = None if self.box is None else self.box.theirs
@@ -166,7 +171,7 @@ class Handle:
         Raises:
             OSError, EOFError, RuntimeError: no process was started; everything is given back.
         """
-        theirs, self._theirs = self._theirs, None  # the process that is forked now must keep it
+        theirs, self._theirs = self._theirs, []  # the process that is forked now must keep it
         lent = None if self.box is None else self.box.lend()
         try:
             self.process.start()
@@ -174,7 +179,8 @@ class Handle:
             self.conn.close()
             raise
         finally:
-            theirs.close()
+            for end in theirs:
+                end.close()
             if lent is not None:
                 lent.close()
 
@@ -245,7 +251,7 @@ class Handle:
         self.lease = None  # nobody is to be told when it is dropped here
         if self.process is not None:
             self.process.abandon()
-        for end in (self.channel or self.conn, self._theirs):
+        for end in (self.channel or self.conn, *self._theirs):
             if end is not None:
                 end.close()
         if self.box is not None:

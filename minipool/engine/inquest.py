@@ -8,7 +8,7 @@ the black box, the kernel's counters.
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Tuple
 
 from ..errors import CallTimeout, WorkerDied
 from . import table as t
@@ -34,6 +34,7 @@ class Death(NamedTuple):
     uptime: float  #: seconds since it was ready
     rss_bytes: int  #: as it said last, about once a second between calls
     stack: str  #: its Python stacks, most recent call first; empty if it could not write them
+    output: Tuple[str, ...]  #: its last lines, with `capture_output` or `forward_logs`
 
 
 def hold(handle: Any, started: bool | None = None) -> Death:
@@ -62,6 +63,7 @@ def hold(handle: Any, started: bool | None = None) -> Death:
         uptime=(ended_ns - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0,
         rss_bytes=_word(words, t.RSS_BYTES),
         stack="" if handle.box is None else handle.box.last(),
+        output=() if handle.transcript is None else handle.transcript.last_lines(),
     )
 
 
@@ -100,6 +102,7 @@ def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
         worker_id=handle.slot, pid=handle.pid, exitcode=death.exitcode, signal=death.signal,
         started=started, target=target, out_of_memory=death.out_of_memory,
         call_age=death.call_age, rss_bytes=death.rss_bytes, stack=death.stack,
+        output=death.output,
     )  # fmt: skip
     _add_note(error, death)
     return error

@@ -115,6 +115,7 @@ class Launcher:
             env=dict(self.config.worker_env or {}),
             portable=self.portable,
             baggage=self.baggage,
+            voice=None,
         )
 
 

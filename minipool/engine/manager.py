@@ -136,7 +136,9 @@ class Manager:
             return self._changed.wait_for(lambda: condition() or self.done, timeout)
 
     def wait_done(self, timeout: float) -> bool:
-        """Wait until everything has ended."""
+        """Wait until everything has ended. Not in a log handler, for which the end would wait."""
+        if self.fleet.scribe is not None and self.fleet.scribe.here:
+            return self.done
         return self.wait_for(lambda: self.done, timeout)
 
     def close(self, lease_timeout: float, kill: bool = False) -> None:
@@ -159,8 +161,7 @@ class Manager:
         """Let go of everything in a process that was forked from the owner. Takes no lock."""
         self.turnstile.closed = True
         self.turnstile.idle.clear()
-        for handle in tuple(self.fleet.handles.values()):
-            handle.abandon()
+        self.fleet.abandon()
         if self._launcher.lifeline is not None:
             self._launcher.lifeline.abandon()
         self.bell.close()
