@@ -97,7 +97,7 @@ def test_report_has_every_group_side_by_side(report: Any) -> None:
     groups = report["groups"]
     assert list(groups) == [
         "latency", "latency_unpinned", "sessions", "throughput", "sleepers", "startup", "recovery", "memory",
-        "idle", "import",
+        "idle", "watching", "import",
     ]  # fmt: skip
     series = {name: {s["name"] for s in group["series"]} for name, group in groups.items()}
     calls = {"floor", "lease_call", "checkout_call", "pool_call", "checkout_checkin", "queue"}
