@@ -20,6 +20,7 @@ from .errors import (
     WorkerError,
 )
 from .records import State
+from .telemetry import tell
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
@@ -163,9 +164,8 @@ class Lease(Generic[W]):
     ) -> Any:
         """Make the call with its events."""
         desk = self._desk
-        hooks, tell = desk.hooks, desk.hooks.tell
         facts: dict[str, Any]
-        facts = {"worker_id": handle.slot, "target": name.decode(), "pool": hooks.pool_name}
+        facts = {"worker_id": handle.slot, "target": name.decode(), "pool": desk.pool_name}
         if desk.baggage is not None:
             facts["context"] = desk.baggage.values()
         if desk.on_start:

@@ -84,7 +84,7 @@ class Hooks(Dict[str, List[Listener]]):
 
     def __init__(self, pool_name: str, names: Iterable[str] = EVENTS) -> None:
         super().__init__((name, []) for name in names)
-        self.pool_name = pool_name
+        self._pool_name = pool_name
 
     def __missing__(self, name: str) -> List[Listener]:
         raise KeyError(f"no event {name!r}; there are: {', '.join(self)}")
@@ -96,24 +96,21 @@ class Hooks(Dict[str, List[Listener]]):
         """
         listeners = self[name]
         if listeners:
-            metadata["pool"] = self.pool_name
-            self.tell(name, listeners, measurements or {}, metadata)
+            metadata["pool"] = self._pool_name
+            tell(name, listeners, measurements or {}, metadata)
 
-    @staticmethod
-    def tell(
-        name: str,
-        listeners: List[Listener],
-        measurements: dict[str, Any],
-        metadata: dict[str, Any],
-    ) -> None:
-        """Do as `emit`, for who has the list and whole metadata at hand: events of each call."""
-        for listener in tuple(listeners):  # a copy: listeners may remove themselves
-            try:
-                listener(name, measurements, metadata)
-            except Exception:
-                logger().exception("listener %r failed on %s and was removed", listener, name)
-                with contextlib.suppress(ValueError):  # another thread removed it first
-                    listeners.remove(listener)
+
+def tell(
+    name: str, listeners: List[Listener], measurements: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    """Do as `Hooks.emit`, for who has the list and whole metadata at hand: events of each call."""
+    for listener in tuple(listeners):  # a copy: listeners may remove themselves
+        try:
+            listener(name, measurements, metadata)
+        except Exception:
+            logger().exception("listener %r failed on %s and was removed", listener, name)
+            with contextlib.suppress(ValueError):  # another thread removed it first
+                listeners.remove(listener)
 
 
 # -- listeners ready-made ------------------------------------------------------------------------

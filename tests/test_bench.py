@@ -25,6 +25,7 @@ TARGETS = {
     "checkout_call_over_executor": 0.25,
     "checkout_call_over_multiprocessing": 0.6,
     "checkout_checkin": 1.3,
+    "hooks_lease_call": 1.5e-6,
     "session_warm": 1.3,
     "session_moving": 2.5,
     "session_of_many": 1.2,
@@ -50,6 +51,7 @@ SHOWN = [
     "checkout + call / ProcessPoolExecutor",
     "checkout + call / multiprocessing.Pool",
     "checkout + checkin / queue put + get",
+    "call in a lease: a listener on every event - none",
     "warm session / none",
     "moving session / none",
     "one of many / one of 10",
@@ -96,7 +98,7 @@ def test_report_has_every_group_side_by_side(report: Any) -> None:
     """Floor and minipool stand beside each other, pinned and not, and for each thread count."""
     groups = report["groups"]
     assert list(groups) == [
-        "latency", "latency_unpinned", "sessions", "throughput", "sleepers", "startup", "recovery", "memory",
+        "latency", "latency_unpinned", "hooks", "sessions", "throughput", "sleepers", "startup", "recovery", "memory",
         "idle", "watching", "import",
     ]  # fmt: skip
     series = {name: {s["name"] for s in group["series"]} for name, group in groups.items()}

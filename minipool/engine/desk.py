@@ -46,6 +46,7 @@ class Desk:
         self.targets = targets
         self.hooks = manager.hooks
         self.config = manager.config
+        self.pool_name = manager.config.name
         self.checkout_timeout = manager.config.checkout_timeout
         self.call_timeout = manager.config.call_timeout
         self.baggage = manager.fleet.baggage

@@ -22,6 +22,7 @@ from . import floors, procfs
 from .conversations import sessions
 from .costs import idle, imports, memory, recovery, startup
 from .figures import Group, Result
+from .hearing import hooks
 from .rounds import Plan
 from .speed import latency, sleepers, throughput
 from .watching import watching
@@ -30,6 +31,7 @@ HELP = "measure speed, memory and idle cost beside the floor"
 
 GROUPS: dict[str, Callable[[Plan], list[Group]]] = {
     "latency": latency,
+    "hooks": hooks,
     "sessions": sessions,
     "throughput": throughput,
     "sleepers": sleepers,
