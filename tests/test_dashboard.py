@@ -196,9 +196,35 @@ def test_deaths_are_told_of(tmp_path: Path) -> None:
             ear.wait("worker.init")
             told = heard.until(lambda reading: reading["pool"]["workers"][0]["last_death"])["pool"]
 
-    assert "-9" in told["workers"][0]["last_death"]
+    assert "SIGKILL" in told["workers"][0]["last_death"]
+    assert "during 'die'" in told["workers"][0]["last_death"]
     assert {"worker.terminate", "error"} <= {event["name"] for event in told["events"]}
     assert told["now"]["errors"] == {"WorkerDied": 1} and told["now"]["crashes"] == 1
+
+
+def test_a_death_before_the_dashboard_was_opened_is_told_of(tmp_path: Path) -> None:
+    with Pool(DiesOnCall, size=1) as pool:
+        ear = Ear(pool, "worker.init")
+        with contextlib.suppress(Exception):
+            pool.call("leave", 3)
+        ear.wait("worker.init")
+        with pool.dashboard() as dashboard, stream(dashboard) as heard:
+            worker = heard.next()["pool"]["workers"][0]
+    assert "exit code 3" in worker["last_death"] and "during 'leave'" in worker["last_death"]
+
+
+def test_a_worker_that_was_told_to_end_is_told_of() -> None:
+    with Pool(Counter, size=1) as pool, pool.dashboard() as dashboard:
+        ear = Ear(pool, "worker.init")
+        with stream(dashboard) as heard:
+            heard.next()
+            pool.drain()
+            ear.wait("worker.init")
+            events = heard.until(lambda reading: len(reading["pool"]["events"]) >= 2)["pool"][
+                "events"
+            ]
+    (end,) = [event for event in events if event["name"] == "worker.terminate"]
+    assert "the pool was drained" in end["text"] and not end["bad"]
 
 
 def test_exceptions_of_the_users_code_are_no_errors_of_the_pool(pool: Pool[Counter]) -> None:

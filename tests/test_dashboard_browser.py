@@ -104,7 +104,7 @@ def test_the_table_tells_why_the_worker_before_ended(page: Browser) -> None:
         shown(page, dashboard)
         with pytest.raises(Exception):
             pool.call("die", signal.SIGKILL)
-        page.wait(names("#rows", "-9"))
+        page.wait(names("#rows", "SIGKILL"))
         page.wait(names("#events", "worker.terminate"))
         page.wait(names("#card-errors .quiet", "1 WorkerDied"))
 

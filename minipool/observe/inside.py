@@ -12,8 +12,9 @@ import os
 import sys
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Deque, Dict, List
+from typing import TYPE_CHECKING, Any, Deque, Dict, List, Tuple
 
+from ..engine.inquest import Death
 from ..errors import PoolForked
 from ..opening import live_pools
 from . import openmetrics
@@ -69,7 +70,7 @@ class Insider(Post):
         self._uptime: float | None = None
         self._reasons: list[str] = []
         self._events: Deque[Dict[str, Any]] = collections.deque(maxlen=EVENTS_KEPT)
-        self._deaths: Dict[int, str] = {}
+        self._ends: Dict[int, Tuple[int, str]] = {}  # of each slot the last: generation, and why
         self._hooks = pool.hooks
         for event in self._hooks:
             if event not in _UNTOLD:
@@ -83,6 +84,9 @@ class Insider(Post):
         try:
             snapshot = self.metrics.sample()
             self._reasons = list(pool.health_check().reasons)
+            for death in pool.deaths():  # oldest first
+                if death.generation >= self._ends.get(death.worker_id, (0, ""))[0]:
+                    self._ends[death.worker_id] = death.generation, _obituary(death)
         except PoolForked:
             return False
         self._uptime = snapshot.at - pool._desk.manager.opened_ns / 1e9
@@ -113,8 +117,8 @@ class Insider(Post):
         return self._uptime
 
     def last_death(self, worker_id: int) -> str | None:
-        """Return why the worker before ended."""
-        return self._deaths.get(worker_id)
+        """Return why the worker before ended, if it is known."""
+        return self._ends.get(worker_id, (0, None))[1]
 
     def events(self) -> List[Dict[str, Any]]:
         """Return what happened lately, newest first."""
@@ -122,12 +126,23 @@ class Insider(Post):
 
     def _hear(self, event: str, numbers: dict[str, Any], facts: dict[str, Any]) -> None:
         if event == "worker.terminate":
-            code = facts["exitcode"]
-            self._deaths[facts["worker_id"]] = f"{facts['reason']} (exit code {code})"
+            self._ends[facts["worker_id"]] = facts["generation"], facts["reason"]
         self._events.append(
             {"time": time.time(), "name": event, "bad": event in _BAD,
              "text": _sentence({**facts, **numbers})}
         )  # fmt: skip
+
+
+def _obituary(death: Death) -> str:
+    """Return the end of a worker in a few words."""
+    words = death.reason
+    if death.call is not None:
+        words += f", during {death.call!r}"
+    if death.call_age is not None:
+        words += f", {death.call_age:.3g} s after it began"
+    if death.exitcode is not None and death.signal is None:
+        words += f" (exit code {death.exitcode})"
+    return words
 
 
 def _sentence(facts: dict[str, Any]) -> str:
