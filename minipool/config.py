@@ -27,6 +27,8 @@ START_METHODS = ("forkserver", "spawn", "fork")
 _SWITCHES = (
     "lazy", "strict_sessions", "kill_group", "autoscale", "forward_logs", "capture_output",
 )  # fmt: skip
+_WEIGH_EVERY = 0.25  # seconds, where there is a kill_rss
+_LEAST_FILES = 16  # or a worker could not even start
 _pool_numbers = itertools.count(1)
 
 
@@ -64,6 +66,20 @@ class PoolConfig:
     call_timeout: float | None = 60.0
     #: More callers than this in the queue are turned away with `TooManyWaiters`. None: no limit.
     max_waiting: int | None = None
+    #: Workers that are ready and out of service, to take a dead one's place at once.
+    spares: int = 0
+    #: A worker is replaced, once another is ready, after so many calls, so many seconds (give or
+    #: take a tenth) or when it uses so many bytes of memory. None: no limit.
+    max_calls: int | None = None
+    max_lifetime: float | None = None
+    max_rss: int | None = None
+    #: A worker that uses more bytes of memory is killed, whatever it does. None: no limit.
+    kill_rss: int | None = None
+    #: What the kernel lets a worker have: bytes of memory of its own, seconds of processor time in
+    #: its life, open files. None: as this process.
+    memory_limit: int | None = None
+    cpu_limit: float | None = None
+    open_files: int | None = None
     #: How often an idle worker is probed (None: never), how long its answer may take, and how
     #: many failures in a row replace it.
     health_check_interval: float | None = 30.0
@@ -133,8 +149,10 @@ class PoolConfig:
             self._check_seconds(name, none=False, zero=False)
         for name in ("max_idle", "init_timeout", "checkout_timeout", "call_timeout"):
             self._check_seconds(name, none=True)
-        for name in ("health_check_interval", "lease_timeout", "leak_warn_after"):
+        for name in ("health_check_interval", "lease_timeout", "leak_warn_after",
+                     "max_lifetime", "cpu_limit"):  # fmt: skip
             self._check_seconds(name, none=True, zero=False)
+        self._check_limits()
         self._check_choices()
         self._check_policies()
         self._check_preload_and_env()
@@ -187,10 +205,17 @@ class PoolConfig:
         return self.min_size if self.min_size < self.size else 0
 
     @property
+    def limits(self) -> dict[str, float]:
+        """What the kernel is to enforce in each worker."""
+        names = ("memory_limit", "cpu_limit", "open_files")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
     def tick(self) -> float:
         """Seconds between two looks of the manager when nothing happens."""
         limits = [self.lease_timeout, self.leak_warn_after, self.max_idle, self.overflow_idle]
         limits += [self.health_check_interval, self.health_check_timeout, self.session_ttl]
+        limits += [None if self.kill_rss is None else 4 * _WEIGH_EVERY]
         return max(0.01, min([1.0] + [limit / 4 for limit in limits if limit is not None]))
 
     # -- checks ------------------------------------------------------------------------------
@@ -203,6 +228,7 @@ class PoolConfig:
         for name in ("startup_batch", "max_health_failures", "max_sessions"):
             self._check_count(name, least=1, none=False)
         self._check_count("max_overflow", least=0, none=False)
+        self._check_count("spares", least=0, none=False)
         self._check_count("niceness", least=0, none=False)
         self._check_count("max_message", least=1 << 16, none=False)
         low, high = self.min_size, self.max_size
@@ -218,9 +244,19 @@ class PoolConfig:
         self._set("min_size", self.size if low is None else low)
         self._set("max_size", self.size if high is None else high)
         assert self.max_size is not None
-        if self.max_size + self.max_overflow > MAX_WORKERS:
+        if self.max_size + self.max_overflow + self.spares > MAX_WORKERS:
             name = "size" if high is None else "max_size"
-            self._refuse(name, f"with max_overflow it may be {MAX_WORKERS} at most")
+            self._refuse(name, f"with max_overflow and spares it may be {MAX_WORKERS} at most")
+
+    def _check_limits(self) -> None:
+        for name, least in (("max_calls", 1), ("max_rss", 1), ("kill_rss", 1),
+                            ("memory_limit", 1), ("open_files", _LEAST_FILES)):  # fmt: skip
+            self._check_count(name, least, none=True)
+        if None not in (self.max_rss, self.kill_rss) and self.max_rss >= self.kill_rss:  # type: ignore[operator]
+            self._refuse("max_rss", f"it is not below kill_rss={self.kill_rss}; lower it")
+        for name in self.limits:
+            if sys.platform == "win32":
+                self._refuse(name, "this system has no such limits; leave it out")
 
     def _check_count(self, name: str, least: int, none: bool) -> None:
         value = getattr(self, name)

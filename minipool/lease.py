@@ -223,7 +223,8 @@ class Lease(Generic[W]):
     def discard(self, reason: str) -> None:
         """Give the worker back to be replaced: it is well enough to stop, but not to go on."""
         for handle in self._held[:1]:
-            handle.tainted = handle.tainted or f"discarded: {reason}"
+            if handle.tainted in (None, handle.worn):
+                handle.tainted = f"discarded: {reason}"
         self.release()
 
     def __enter__(self) -> Self:

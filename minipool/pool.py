@@ -212,7 +212,10 @@ class Pool(Generic[W]):
             self.close()
 
     def drain(self) -> None:
-        """Replace every worker: idle ones at once, leased ones when they are given back."""
+        """Replace every worker, each as soon as another is ready to take its place.
+
+        Leased ones go when they are given back. If no other can be started, the old ones serve on.
+        """
         manager = self._open(0).manager
         manager.command(manager.staff.drain)
 
@@ -234,9 +237,9 @@ class Pool(Generic[W]):
                               value=size)  # fmt: skip
         from .config import MAX_WORKERS
 
-        if size + manager.staff.overflow > MAX_WORKERS:
-            raise ConfigError(f"size={size!r}: with max_overflow it may be {MAX_WORKERS} at most",
-                              option="size", value=size)  # fmt: skip
+        if size + manager.staff.overflow + self.config.spares > MAX_WORKERS:
+            raise ConfigError(f"size={size!r}: with max_overflow and spares it may be "
+                              f"{MAX_WORKERS} at most", option="size", value=size)  # fmt: skip
         if not fixed and not manager.staff.floor <= size <= manager.staff.ceiling:
             raise ConfigError(
                 f"size={size!r}: it is not between min_size={manager.staff.floor} and "

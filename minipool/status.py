@@ -24,7 +24,7 @@ class WorkerInfo(NamedTuple):
     worker_id: int  #: its slot
     generation: int
     pid: Optional[int]
-    state: str  #: "starting", "idle", "leased", "probing", "stopping" or "lost"
+    state: str  #: "starting", "idle", "leased", "probing", "spare", "stopping" or "lost"
     calls: int  #: done by this process
     busy: float  #: spent in calls
     in_call_for: Optional[float]  #: the call that runs now has taken so long
@@ -38,11 +38,12 @@ class PoolStats(NamedTuple):
 
     name: str
     size: int  #: how many workers are wanted now
-    workers: int  #: how many there are: the sum of the next six
+    workers: int  #: how many there are: the sum of the next seven
     idle: int
     leased: int
     starting: int
     probing: int
+    spare: int  #: ready, and out of service until one is missing
     stopping: int
     lost: int  #: dying
     waiting: int  #: callers in the queue
@@ -157,7 +158,7 @@ def pool_stats(config: PoolConfig, desk: Desk | None, sessions: int = 0) -> Pool
 
 
 _TOTALS = (t.LEASES, t.RAISED, t.SESSION_HITS)
-_GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
+_GAUGES = ("idle", "leased", "starting", "probing", "spare", "stopping", "lost")
 
 
 def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:
@@ -189,6 +190,9 @@ def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> Health
         reasons.append(f"{len(serving)} of {manager.staff.target} workers are in service")
     if fleet.last_failure is not None:
         reasons.append(f"the last start failed: {fleet.last_failure}")
+        worn = sum(handle.worn is not None for handle in fleet.live())
+        if worn:
+            reasons.append(f"{worn} workers past their limits serve on, as no other can be started")
     if fleet.breaker is not None and fleet.breaker.state != CLOSED:
         reasons.append(
             f"the circuit breaker is {fleet.breaker.state}; the next start is tried in "

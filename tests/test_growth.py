@@ -296,7 +296,7 @@ def test_fixed_pool_keeps_its_new_size() -> None:
 # -- drain -------------------------------------------------------------------------------------
 
 
-def test_drain_replaces_idle_workers_at_once_and_leased_ones_on_return() -> None:
+def test_drain_replaces_idle_workers_and_leased_ones_on_return() -> None:
     with Pool(Counter, size=3) as pool:
         ear, before = Ear(pool, "worker.terminate"), _pids(pool)
         with pool.checkout() as held:
@@ -314,15 +314,18 @@ def test_drain_replaces_idle_workers_at_once_and_leased_ones_on_return() -> None
 
 def test_drain_reaches_a_worker_that_is_being_probed(gate: Gate) -> None:
     """It is replaced when it has answered, and not even given to who is waiting for it."""
-    pool = Pool(StopsAtGateInHealthCheck, args=(gate.path,), size=1, health_check_interval=0.05)
-    with pool, ThreadPoolExecutor(1) as threads:
+    pool = Pool(StopsAtGateInHealthCheck, args=(gate.path,), size=1)
+    with pool, ThreadPoolExecutor(2) as threads:
         (before,) = _pids(pool)
         ear = Ear(pool, "worker.terminate", "queue.depth")
+        threads.submit(pool.health_check, probe=True)
         gate.wait_arrived()
         call = threads.submit(pool.options(timeout=20).call, "pid")
         ear.wait("queue.depth")
         pool.drain()
-        gate.open(1000)  # the probe under way, and all that come later
+        wait_until(pool, lambda: pool.stats().spare == 1)
+        _turns(pool)
+        gate.open()
         assert ear.wait("worker.terminate").metadata["pid"] == before
         assert call.result(20) != before
 

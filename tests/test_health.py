@@ -14,6 +14,7 @@ from minipool.engine.health import (
     Limits,
     Lost,
     Probe,
+    Recycle,
     Replace,
     Retire,
     Revoke,
@@ -44,6 +45,18 @@ def leased(slot: int = 0, since: float = 0.0, **words: Any) -> Row:
 
 def row(state: S, since: float, slot: int = 0, **words: Any) -> Row:
     return Row(slot, 1, state, ago(since), **words)
+
+
+def probing(slot: int = 0, **words: Any) -> Row:
+    return row(S.PROBING, 0, slot, **words)
+
+
+def starting(slot: int = 0, **words: Any) -> Row:
+    return row(S.STARTING, 0, slot, **words)
+
+
+def spare(slot: int = 0, since: float = 0.0, **words: Any) -> Row:
+    return row(S.SPARE, since, slot, **{"probed_ns": NOW, "reserve": True, **words})
 
 
 def planned(rows: list[Row], limits: Limits, target: int | None = None, **words: Any) -> list[Any]:
@@ -255,3 +268,66 @@ def test_due_in_names_the_first_moment_that_matters() -> None:
     assert due_in([row(S.LOST, 0)], NOW, limits) == DYING_NS
     assert due_in([idle(0), leased(1), row(S.LOST, 3, slot=2)], NOW, limits) is None
     assert due_in([starting], NOW, Limits()) is None
+
+
+# -- wear ----------------------------------------------------------------------------------------
+
+WEAR = Limits(max_rss=1_000_000, kill_rss=2_000_000, cpu_ns=90 * SECOND_NS)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"expires_ns": NOW - 1}, "it has reached its max_lifetime"),
+        ({"rss_bytes": 1_500_000}, "it uses 1.5 MB, over max_rss=1000000"),
+        ({"cpu_ns": 91 * SECOND_NS}, "its cpu_limit is nearly used up"),
+    ],
+)
+@pytest.mark.parametrize("make", [idle, leased, probing, spare])
+def test_worn_worker_is_recycled_once(make: Any, words: dict[str, Any], reason: str) -> None:
+    """Whatever it does; and it is not planned again when that is known."""
+    assert planned([make(**words)], WEAR) == [Recycle(0, reason)]
+    assert planned([make(worn=True, **words)], WEAR) == []
+
+
+@pytest.mark.parametrize("make", [idle, leased, probing, spare])
+def test_worker_within_its_limits_is_left_alone(make: Any) -> None:
+    words = {"expires_ns": NOW, "rss_bytes": 1_000_000, "cpu_ns": 90 * SECOND_NS}
+    assert planned([make(**words)], WEAR) == []
+
+
+@pytest.mark.parametrize("make", [idle, leased, probing, spare, starting])
+def test_worker_over_kill_rss_is_killed_whatever_it_does(make: Any) -> None:
+    rows = [make(rss_bytes=2_500_000, worn=True)]
+    assert planned(rows, WEAR) == [Replace(0, "it uses 2.5 MB, over kill_rss=2000000")]
+
+
+def test_end_of_a_lifetime_is_looked_for_when_it_comes() -> None:
+    """Once: a worker that is known to be worn is not looked for again."""
+    rows = [idle(0, expires_ns=NOW + 7), spare(1, expires_ns=NOW + 5), idle(2)]
+    assert due_in(rows, NOW, Limits()) == 6
+    assert due_in([idle(0, expires_ns=NOW - 9, worn=True)], NOW, Limits()) is None
+
+
+@pytest.mark.parametrize("state", [S.STOPPING, S.LOST])
+def test_worker_that_is_ending_is_not_recycled(state: S) -> None:
+    rows = [row(state, 0, expires_ns=NOW - 1, rss_bytes=9_000_000)]
+    assert planned(rows, WEAR) == []
+
+
+# -- the reserve ---------------------------------------------------------------------------------
+
+
+def test_spares_are_probed_like_idle_workers() -> None:
+    limits = Limits(probe_every_ns=30 * SECOND_NS)
+    assert planned([spare(probed_ns=ago(31))], limits) == [Probe(0)]
+    assert planned([spare(probed_ns=ago(29))], limits) == []
+
+
+def test_reserve_is_no_surplus_and_hides_none() -> None:
+    """Who is out of service, ready or booting, does not count for overflow or shrinking."""
+    limits = Limits(overflow_idle_ns=SECOND_NS, max_idle_ns=SECOND_NS)
+    reserve = [spare(1, 99), starting(2, reserve=True)]
+    assert planned([idle(0, since=9), *reserve], limits, target=1, floor=1) == []
+    shrunk = planned([idle(0, 9), idle(3, 8), *reserve], limits, target=2, floor=1)
+    assert shrunk == [Retire(0, "idle for max_idle", shrink=True)]

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 ROOMS = [
     "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.workerend",
-    "engine.conversation", "engine.baggage", "engine.voice", "engine.transcript", "engine.blackbox", "engine.child", "engine.health", "engine.oom",
+    "engine.conversation", "engine.baggage", "engine.voice", "engine.transcript", "engine.resources", "engine.blackbox", "engine.child", "engine.health", "engine.oom",
     "engine.process", "engine.inquest", "engine.handle", "engine.laden", "engine.launch",
-    "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff",
-    "engine.manager", "engine.desk",
+    "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.reserve", "engine.staff",
+    "engine.manager", "engine.desk", "engine.tally",
     "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views", "pool", "signatures", "programs",
     "observe.reading", "observe.score", "observe.ticker", "observe.metrics", "observe.openmetrics",
     "observe.optimizer", "observe.autoscale",

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -28,7 +29,7 @@ from minipool import (
     WorkerDied,
     WorkerStartError,
 )
-from minipool.engine.fleet import Fleet
+from minipool.engine.fleet import STRUCK_PAUSE, Fleet
 from minipool.engine.process import WorkerProcess
 from minipool.telemetry import Hooks
 from troublemakers import (
@@ -106,6 +107,25 @@ def test_worker_that_hangs_in_its_constructor_is_given_up_after_init_timeout() -
 
 
 # -- back-off and recovery ---------------------------------------------------------------------
+
+
+def test_starts_that_are_struck_down_from_outside_are_tried_again_soon() -> None:
+    """However often: it says little about the next one. The pauses stay short, the breaker shut."""
+    pool = Pool(HangsInInit, size=1, lazy=True, init_timeout=None)
+    with pool:
+        ear = Ear(pool, "error")
+        desk = pool._desk
+        assert desk is not None
+        with pytest.raises(CheckoutTimeout):
+            pool.checkout(timeout=0)
+        for count in range(1, 8):
+            wait_until(pool, lambda: any(info.state == "starting" for info in pool.workers()))
+            os.kill(pool.workers()[0].pid or 0, signal.SIGKILL)
+            ear.wait("error", count)
+            assert desk.manager.fleet.not_before - time.monotonic() <= STRUCK_PAUSE
+        assert pool.stats().breaker == "closed"
+        assert pool.stats().start_failures == 7
+        pool.terminate()
 
 
 class CannotStart:

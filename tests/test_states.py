@@ -24,6 +24,7 @@ def test_numbers_are_those_in_shared_memory() -> None:
     """Onlookers of another version read these numbers: they never change."""
     assert {state.name: int(state) for state in S} == {
         "VACANT": 0, "STARTING": 1, "IDLE": 2, "LEASED": 3, "PROBING": 4, "STOPPING": 5, "LOST": 6,
+        "SPARE": 7,
     }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def test_life_of_a_worker_walks_through_the_table() -> None:
     assert seen == ["STARTING", "IDLE", "LEASED", "IDLE", "PROBING", "IDLE", "STOPPING", "VACANT"]
 
 
-@pytest.mark.parametrize("state", [S.STARTING, S.IDLE, S.LEASED, S.PROBING])
+@pytest.mark.parametrize("state", [S.STARTING, S.IDLE, S.LEASED, S.PROBING, S.SPARE])
 def test_any_worker_may_die_or_be_told_to_stop(state: S) -> None:
     """Whatever a worker does, both ends are open to it, and both lead to a vacant slot."""
     assert advance(advance(state, E.DIED), E.REAPED) is S.VACANT

@@ -20,14 +20,14 @@ from troublemakers import FailsWhileFileExists, StopsAtGateInInit
 LAST = 20.0
 
 KEYS = {
-    "name", "size", "workers", "idle", "leased", "starting", "probing", "stopping", "lost",
+    "name", "size", "workers", "idle", "leased", "starting", "probing", "spare", "stopping", "lost",
     "waiting", "leases", "queued", "checkout_timeouts", "turned_away", "calls", "raised",
     "faults", "discarded", "workers_started", "workers_lost", "workers_retired",
     "start_failures", "uptime", "utilization", "call_p50", "call_p99", "wait_p50", "wait_p99",
     "sessions", "session_hits", "sessions_new", "sessions_moved", "sessions_lost",
     "session_hit_rate", "breaker", "breaker_opened",
 }  # fmt: skip
-GAUGES = ("idle", "leased", "starting", "probing", "stopping", "lost")
+GAUGES = ("idle", "leased", "starting", "probing", "spare", "stopping", "lost")
 
 
 @pytest.fixture

@@ -254,3 +254,47 @@ def sockets_of(pid: int) -> set[str]:
 
 def thread_names() -> list[str]:
     return [thread.name.replace(" ", "-") for thread in threading.enumerate()]
+
+
+class Hoards:
+    """Keeps as much memory as it is told to."""
+
+    def __init__(self) -> None:
+        self.kept: list[bytes] = []
+
+    def hoard(self, size: int) -> int:
+        self.kept.append(b"\1" * size)
+        return len(self.kept)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def hoard_at_gate(path: str, size: int) -> int:
+    """Take so much memory, and stop at the gate with it."""
+    kept = b"\1" * size
+    pass_gate(path)
+    return len(kept)
+
+
+class HoardsInInit(Hoards):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.hoard(size)
+
+
+def burn() -> None:
+    """Compute for ever."""
+    while True:
+        pass
+
+
+def open_many(count: int) -> None:
+    """Open so many descriptors, and close them again."""
+    opened: list[int] = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for fd in opened:
+            os.close(fd)

@@ -76,21 +76,55 @@ class Care:
 
     def _hung_up(self, handle: Handle) -> None:
         """Give a worker whose pipe has ended a moment to end by itself: its exit code tells why."""
+        self._lose(handle)
+
+    def _lose(self, handle: Handle) -> None:
+        """Make a worker's tokens worthless, and count on it no more."""
         self._turnstile.fence(handle.slot)
-        if handle.state is not S.LOST:
-            handle.move(E.DIED)
+        if handle.state in (S.STOPPING, S.LOST):
+            return
+        if handle.serving_ns and not handle.condemned:
+            self._lost_at.append(time.monotonic())
+        handle.move(E.DIED)
 
     def _ready(self, handle: Handle) -> None:
         self._fleet.ready(handle)
-        handle.move(E.READY)
+        handle.move(E.SET_ASIDE if handle.reserve else E.READY)
         seconds = (handle.ready_ns - handle.spawned_ns) / 1e9
         facts = {"worker_id": handle.slot, "pid": handle.pid, "generation": handle.generation}
         self._hooks.emit("worker.init", {"seconds": seconds}, **facts)
+        if not handle.reserve:
+            self._offer(handle)
+
+    def _offer(self, handle: Handle) -> None:
+        """Put a worker that is ready into service."""
+        self._fleet.serve(handle)
         if self._lost_at:
             lost_for = time.monotonic() - self._lost_at.popleft()
+            facts = {"worker_id": handle.slot, "pid": handle.pid, "generation": handle.generation}
             self._hooks.emit("recovery", {"seconds": lost_for}, **facts)
         self._turnstile.admit(handle.slot, handle)
         self._turnstile.publish(handle.slot, handle)
+
+    # -- in service and out of it ------------------------------------------------------------
+
+    def call_up(self, handle: Handle) -> bool:
+        """Put a worker of the reserve into service, now or when it is ready; False: it is dead."""
+        if handle.state is S.STARTING:
+            handle.reserve = False
+            return True
+        if handle.channel.disturbed():
+            self.condemn(handle, "dead, or talking, when it was a spare")
+            return False
+        handle.tainted = None
+        handle.move(E.CALLED_UP)
+        self._offer(handle)
+        return True
+
+    def set_aside(self, handle: Handle) -> None:
+        """Take a worker, which the caller owns, out of service; it lives on."""
+        self._fleet.spare(handle)
+        handle.move(E.SET_ASIDE)
 
     def _probed(self, handle: Handle, healthy: bool) -> None:
         now = time.monotonic_ns()
@@ -103,7 +137,9 @@ class Care:
             return self.condemn(handle, f"failed {failures} health checks in a row")
         handle.move(E.ANSWERED)
         if handle.tainted is not None:  # dismissed meanwhile
-            return self.retire(handle)
+            return self.take_back(handle)
+        if handle.reserve:
+            return self.set_aside(handle)
         self._turnstile.publish(handle.slot, handle)
 
     def count_failure(self, handle: Handle) -> None:
@@ -131,11 +167,10 @@ class Care:
         With `last_words` it may say where it is; who does not die of that is killed a moment later.
         """
         handle.tainted = handle.tainted or reason
-        self._turnstile.fence(handle.slot)
+        handle.killed_for = handle.killed_for or reason
         if handle.state is S.LOST:
             last_words = False  # it has had its moment
-        else:
-            handle.move(E.DIED)
+        self._lose(handle)
         if not (last_words and handle.ask_last_words()):
             handle.kill()
 
@@ -146,10 +181,8 @@ class Care:
         if not handle.ended_ns:
             handle.ended_ns = time.monotonic_ns()
             handle.channel.hang_up()
-            self._turnstile.fence(handle.slot)
+            self._lose(handle)
             self._turnstile.dismiss(handle.slot)
-            if handle.state not in (S.STOPPING, S.LOST):
-                handle.move(E.DIED)
         code = handle.process.exitcode(0)
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
         if code is None and patience > 0:
@@ -160,7 +193,6 @@ class Care:
 
     def _mourn(self, handle: Handle) -> None:
         """Tell of a worker that ended though nobody wanted it to."""
-        self._lost_at.append(handle.ended_ns / 1e9)
         why = handle.tainted or "by itself"
         log = logger().info if handle.tainted else logger().warning  # who tainted it was told
         log(
@@ -176,23 +208,33 @@ class Care:
         handle.move(E.TOLD_TO_STOP)
         handle.send_stop(self.sessions_end and self.closing)
 
+    def dismiss(self, handle: Handle, reason: str) -> None:
+        """Let go a worker that is out of service."""
+        handle.tainted, handle.condemned = reason, True
+        if handle.state is S.STARTING:
+            self.condemn(handle, reason)
+        elif handle.state is S.SPARE:
+            self.retire(handle)
+
     def take_back(self, handle: Handle) -> None:
         """Deal with a slot that was given back and is not to be offered again."""
         if handle.state is not S.IDLE:
             return  # its end is under way already
         if handle.in_call:
             self.condemn(handle, "left in the middle of a call")
+        elif handle.worn_out and not handle.condemned and not self.closing:
+            self.set_aside(handle)
         else:
             self.retire(handle)
 
     def probe(self, handle: Handle) -> None:
-        """Claim an idle worker and ask whether it is well."""
-        if self._turnstile.claim(handle.slot, handle):
+        """Ask an idle worker, claimed for that, or a spare whether it is well."""
+        if handle.state is S.SPARE or self._turnstile.claim(handle.slot, handle):
             self.ask(handle)
 
     def ask(self, handle: Handle) -> None:
         """Ask a worker that was not offered to anybody else whether it is well."""
-        if handle.state is not S.IDLE or handle.condemned or self.closing:
+        if handle.state not in (S.IDLE, S.SPARE) or handle.condemned or self.closing:
             return self._refused(handle.slot, handle)
         handle.move(E.CLAIMED)
         handle.probed_ns = handle.since_ns

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from . import blackbox, wire
 from . import table as t
 from .conversation import NotHere, Session, WarmSessions
+from .resources import limit, resident_bytes
 from .workerend import FastWorkerEnd, PortableWorkerEnd
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Setup:
     niceness: int
     kill_group: bool
     max_message: int
+    limits: dict[str, float]
     table: wire.Descriptor | None
     lifeline: wire.Descriptor | None
     box: wire.Descriptor | None
@@ -165,6 +167,8 @@ class _Worker:
         self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
         try:
+            if setup.limits:
+                limit(setup.limits)
             spec = pickle.loads(setup.spec) if isinstance(setup.spec, bytes) else setup.spec
             codec = None if setup.codec is None else wire.unpack_codec(setup.codec)
             self._dumps, self._loads = wire.functions_of(codec)
@@ -342,7 +346,7 @@ class _Worker:
     def _refresh(self, now: int) -> None:
         self._refreshed_ns = now
         self._words[t.CPU_NS] = time.process_time_ns()
-        self._words[t.RSS_BYTES] = _rss_bytes()
+        self._words[t.RSS_BYTES] = resident_bytes()
         if self._voice is not None:
             self._voice.tell_dropped()
 
@@ -366,15 +370,6 @@ def _row(setup: Setup) -> memoryview:
     words = t.row_of(t.attach(setup.table.fd), setup.slot)
     os.close(setup.table.fd)
     return words
-
-
-def _rss_bytes() -> int:
-    """Return the resident size of this process; 0 where the kernel does not say."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except (OSError, ValueError):
-        return 0
 
 
 def _lead_a_group() -> bool:

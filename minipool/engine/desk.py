@@ -285,7 +285,7 @@ class Desk:
             return  # the owner, in another process, will see to it
         held = handle.end_lease(_monotonic_ns())
         handle.lease = None
-        if not handle.condemned:
+        if not handle.condemned and not handle.worn_out:
             self.count("discarded")
         if handle.in_call:
             handle.kill()  # at once: it may be working for nobody

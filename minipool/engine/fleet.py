@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never really started
 REMEMBERED = 100  # deaths
+LIFETIME_JITTER = 0.1  # of max_lifetime, either way: who was born together shall not end so
+STRUCK_PAUSE = 0.2  # seconds at most before the next start, after one that was struck down
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
 
 
@@ -62,6 +64,7 @@ class Fleet:
         self._launcher = launcher
         self._config = config
         self._hooks = hooks
+        self._jitter = jitter
         self._generation = 0
         self.baggage = launcher.baggage
         self.scribe: Scribe | None = None
@@ -82,8 +85,15 @@ class Fleet:
     # -- looking -----------------------------------------------------------------------------
 
     def live(self) -> list[Handle]:
-        """Return the workers that are booting or in service."""
-        return [handle for handle in tuple(self.handles.values()) if handle.state in _LIVE]
+        """Return the workers that are in service, or booting for it."""
+        handles = tuple(self.handles.values())
+        return [handle for handle in handles if handle.state in _LIVE and not handle.reserve]
+
+    def reserve(self) -> list[Handle]:
+        """Return the workers that are out of service, ready or booting, and well."""
+        ends = (S.STOPPING, S.LOST)
+        handles = tuple(self.handles.values())
+        return [handle for handle in handles if handle.reserve and handle.state not in ends]
 
     def count(self, *states: S) -> int:
         """Return how many workers are in one of these states (IDLE includes leased ones)."""
@@ -109,12 +119,14 @@ class Fleet:
     def hopeless(self) -> bool:
         """Whether no worker is there, and none will be until the breaker allows a trial."""
         breaker = self.breaker
-        return breaker is not None and breaker.retry_in > 0 and not self.live()
+        nobody = not self.live() and not self.reserve()
+        return nobody and breaker is not None and breaker.retry_in > 0
 
     def served_ns(self, now: int) -> int:
         """Return how long all workers together, past and present, have been in service."""
         handles = tuple(self.handles.values())
-        return self._served_ns + sum(now - handle.ready_ns for handle in handles if handle.ready_ns)
+        since = (handle.serving_ns for handle in handles if handle.serving_ns)
+        return self._served_ns + sum(now - begun for begun in since)
 
     def counted_rows(self) -> list[memoryview]:
         """Return every row in which something has been counted since the pool was opened."""
@@ -122,7 +134,7 @@ class Fleet:
 
     # -- starting ----------------------------------------------------------------------------
 
-    def spawn(self, count: int) -> list[Handle]:
+    def spawn(self, count: int, reserve: bool = False) -> list[Handle]:
         """Start workers in the lowest free slots, no more than the breaker allows.
 
         The first failure ends it, and is counted.
@@ -136,6 +148,7 @@ class Fleet:
         for permit in self._permits(count):
             try:
                 prepared.append(self._prepared(permit))
+                prepared[-1].reserve = reserve
             except Exception as error:
                 failure = self._free_slot(), error, permit
                 break
@@ -201,13 +214,31 @@ class Fleet:
         """Count a worker that has become ready."""
         self.started += 1
         now = time.monotonic_ns()
-        handle.ready_ns = handle.probed_ns = handle.idle_since_ns = now
+        handle.ready_ns = handle.probed_ns = now
         self.create_times[t.bucket(now - handle.spawned_ns)] += 1
+        if self._config.max_lifetime is not None:
+            spread = 1 + LIFETIME_JITTER * (2 * self._jitter() - 1)
+            handle.expires_ns = now + int(self._config.max_lifetime * spread * SECOND_NS)
+
+    def serve(self, handle: Handle) -> None:
+        """Note that a worker is in service from now on."""
+        handle.reserve = False
+        handle.serving_ns = handle.idle_since_ns = time.monotonic_ns()
+
+    def spare(self, handle: Handle) -> None:
+        """Note that a worker is out of service from now on."""
+        handle.reserve = True
+        self._end_service(handle)
+
+    def _end_service(self, handle: Handle) -> None:
+        if handle.serving_ns:
+            self._served_ns += time.monotonic_ns() - handle.serving_ns
+            handle.serving_ns = 0
 
     def forgive(self, now: int) -> None:
         """End the back-off once a worker has shown that starting works again."""
         if self.backoff.failures or (self.breaker is not None and self.breaker.state != CLOSED):
-            for handle in self.live():
+            for handle in [*self.live(), *self.reserve()]:
                 self._vouch(handle, now)
 
     def _vouch(self, handle: Handle, now: int) -> None:
@@ -248,7 +279,7 @@ class Fleet:
                 self._start_failed(handle.slot, exitcode, cause, handle, handle.permit)
         if handle.permit is not None:
             handle.permit.give_up()
-        self._served_ns += now - handle.ready_ns if handle.ready_ns else 0
+        self._end_service(handle)
         lifetime = (now - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0
         calls = t.calls_done(handle.row)
         reason = (handle.condemned and handle.tainted) or reason_of(handle)
@@ -284,19 +315,23 @@ class Fleet:
     ) -> None:
         """Count a failed start and put off the next, longer each time.
 
-        Workers that were started together and fail together are one failure in a row.
+        Workers that were started together and fail together are one failure in a row. One that
+        somebody else has killed says little about the next, so nobody waits long for that, and
+        the breaker does not hear of it.
         """
         now = time.monotonic_ns()
+        struck = handle is not None and _struck(handle, exitcode)
         self.forgive(now)  # what succeeded since the last look has ended that row
         alone = handle is None or handle.spawned_ns > self._failed_ns
         if alone or not self.backoff.failures:
-            self._pause = self.backoff.next()
+            pause = self.backoff.next()
+            self._pause = min(pause, STRUCK_PAUSE) if struck else pause
         self.start_failures += 1
         self._failed_ns = now
         self.not_before = time.monotonic() + self._pause
         self.last_failure = _start_error(slot, exitcode, cause, handle)
         self._hooks.emit("error", {}, kind="start", error=self.last_failure, worker_id=slot)
-        if permit is not None and alone:
+        if permit is not None and alone and not struck:
             permit.failed(self.last_failure)
 
     # -- end ---------------------------------------------------------------------------------
@@ -323,6 +358,12 @@ def _breaker(config: PoolConfig) -> CircuitBreaker | None:
     if isinstance(config.breaker, CircuitBreaker):
         return config.breaker
     return CircuitBreaker() if config.breaker else None
+
+
+def _struck(handle: Handle, exitcode: int | None) -> bool:
+    """Tell whether somebody killed a worker who is neither the pool nor the kernel."""
+    ours = handle.killed_for is not None or handle.process.starved
+    return not ours and signal_name(exitcode) in ("SIGKILL", "SIGTERM")
 
 
 def _start_error(

@@ -66,10 +66,12 @@ class Handle:
         "conn",
         "death",
         "ended_ns",
+        "expires_ns",
         "failed",
         "generation",
         "idle_since_ns",
         "in_call",
+        "killed_for",
         "last_begun_id",
         "leak_warned",
         "lease",
@@ -81,8 +83,10 @@ class Handle:
         "probed_ns",
         "process",
         "ready_ns",
+        "reserve",
         "revoked",
         "row",
+        "serving_ns",
         "session",
         "session_ended_ns",
         "sessions",
@@ -97,6 +101,7 @@ class Handle:
         "terminated",
         "thread",
         "transcript",
+        "worn",
     )
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -109,6 +114,11 @@ class Handle:
         self.ready_ns = 0
         self.idle_since_ns = 0
         self.tainted: str | None = None  # why it must not be used again
+        self.worn: str | None = None  # why it is to go as soon as another can take its place
+        self.killed_for: str | None = None  # why the manager killed it
+        self.reserve = False  # out of service, whatever it does
+        self.serving_ns = 0  # in service, and since when
+        self.expires_ns = 0  # when it will have reached its max_lifetime, where there is one
         # Between a request and its reply, when nobody else may use the pipe: what was called.
         self.in_call: bool | bytes = False
         self.failed = False  # while `in_call`: nobody waits for the reply (any more)
@@ -256,6 +266,11 @@ class Handle:
                 end.close()
         if self.box is not None:
             self.box.abandon()
+
+    @property
+    def worn_out(self) -> bool:
+        """Whether nothing but wear keeps it from being used again."""
+        return self.worn is not None and self.tainted is self.worn
 
     @property
     def live_lease(self) -> Any:
@@ -488,13 +503,3 @@ class Handle:
             self._note(body)
             status, body = status & ~wire.WITH_WORDS, body[wire.WORDS.size :]
         return call_id, status, body
-
-
-def setup_for(spec: Any, fd: int | None, lifeline: int | None, **words: Any) -> Setup:
-    """Wrap what a worker is told, its descriptors in a form that every start method can pass."""
-    return Setup(
-        spec=spec,
-        table=None if fd is None else wire.Descriptor(fd),
-        lifeline=None if lifeline is None else wire.Descriptor(lifeline),
-        **words,
-    )

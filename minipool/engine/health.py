@@ -29,6 +29,11 @@ class Row(NamedTuple):
     sweeps_lost: int = 0  # how many looks in a row found it neither idle nor leased
     leak_warned: bool = False
     terminated: bool = False  # has been sent SIGTERM
+    reserve: bool = False  # out of service
+    worn: bool = False  # known to be so
+    expires_ns: int = 0  # when it reaches its max_lifetime; 0: never
+    rss_bytes: int = 0
+    cpu_ns: int = 0
 
 
 class Limits(NamedTuple):
@@ -43,6 +48,9 @@ class Limits(NamedTuple):
     leak_ns: Optional[int] = None
     overflow_idle_ns: int = 30 * SECOND_NS
     max_idle_ns: Optional[int] = None
+    max_rss: Optional[int] = None
+    kill_rss: Optional[int] = None
+    cpu_ns: Optional[int] = None
 
 
 class Action:
@@ -74,6 +82,10 @@ class CountFailure(Action):
 
 class Replace(Action):
     """Kill the worker; the fleet starts another."""
+
+
+class Recycle(Action):
+    """Replace the worker as soon as another is ready to take its place."""
 
 
 class Terminate(Action):
@@ -113,7 +125,7 @@ def plan(
     """
     actions: list[Action] = []
     for row in rows:
-        action = _plan_row(row, now, limits)
+        action = _plan_row(row, now, limits) or _plan_wear(row, now, limits)
         if action is not None:
             actions.append(action)
     actions += _plan_probes(rows, now, limits)
@@ -122,7 +134,7 @@ def plan(
 
 
 def due_in(rows: Sequence[Row], now: int, limits: Limits) -> int | None:
-    """Return after how many ns the first transition under way is overdue; None if none is."""
+    """Return after how many ns the first of them is overdue or worn; None if none will be."""
     dues = []
     for row in rows:
         if row.state is S.STARTING and limits.init_ns is not None:
@@ -134,6 +146,8 @@ def due_in(rows: Sequence[Row], now: int, limits: Limits) -> int | None:
             dues.append(row.since_ns + limits.stop_ns + grace)
         elif row.state is S.LOST and now - row.since_ns <= DYING_NS:
             dues.append(row.since_ns + DYING_NS)
+        if row.expires_ns and not row.worn and row.state not in (S.STOPPING, S.LOST):
+            dues.append(row.expires_ns + 1)
     return max(0, min(dues) - now) if dues else None
 
 
@@ -180,11 +194,31 @@ def _plan_lease(row: Row, now: int, limits: Limits) -> Action | None:
     return None
 
 
+def _plan_wear(row: Row, now: int, limits: Limits) -> Action | None:
+    if row.state in (S.STOPPING, S.LOST):
+        return None
+    if limits.kill_rss is not None and row.rss_bytes > limits.kill_rss:
+        return Replace(row.slot, f"it uses {_mb(row.rss_bytes)}, over kill_rss={limits.kill_rss}")
+    if row.worn:
+        return None
+    if row.expires_ns and now > row.expires_ns:
+        return Recycle(row.slot, "it has reached its max_lifetime")
+    if limits.max_rss is not None and row.rss_bytes > limits.max_rss:
+        return Recycle(row.slot, f"it uses {_mb(row.rss_bytes)}, over max_rss={limits.max_rss}")
+    if limits.cpu_ns is not None and row.cpu_ns > limits.cpu_ns:
+        return Recycle(row.slot, "its cpu_limit is nearly used up")
+    return None
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
 def _plan_probes(rows: Sequence[Row], now: int, limits: Limits) -> list[Action]:
-    """Probe idle workers that are due, the longest unprobed first, never all at once."""
+    """Probe idle workers and spares that are due, the longest unprobed first, never all at once."""
     if limits.probe_every_ns is None:
         return []
-    idle = [row for row in rows if row.state is S.IDLE and row.idle]
+    idle = [row for row in rows if row.state is S.SPARE or (row.state is S.IDLE and row.idle)]
     due = [row for row in idle if now - row.probed_ns > _probe_after(row, limits)]
     probing = sum(row.state is S.PROBING for row in rows)
     room = max(1, len(rows) // 2) - probing
@@ -203,7 +237,8 @@ def _probe_after(row: Row, limits: Limits) -> int:
 def _plan_shrinking(
     rows: Sequence[Row], now: int, limits: Limits, target: int, floor: int, last_shrink_ns: int
 ) -> list[Action]:
-    live = [row for row in rows if row.state not in (S.STOPPING, S.LOST)]
+    ends = (S.STOPPING, S.LOST)
+    live = [row for row in rows if row.state not in ends and not row.reserve]
     idle = sorted(
         (row for row in live if row.state is S.IDLE and row.idle), key=lambda row: row.since_ns
     )

@@ -96,8 +96,9 @@ def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
     handle.death = death = hold(handle, started)
     begun = "the call had begun" if started else "the call had not begun"
     advice = "retry only if it may run twice" if started else "it may be made again"
+    why = "" if handle.killed_for is None else f" (the pool killed it: {handle.killed_for})"
     error = WorkerDied(
-        f"worker {handle.slot} (pid {handle.pid}) died {describe(handle.process)} during "
+        f"worker {handle.slot} (pid {handle.pid}) died {describe(handle.process)}{why} during "
         f"{target!r}; {begun}: {advice}, on a new lease",
         worker_id=handle.slot, pid=handle.pid, exitcode=death.exitcode, signal=death.signal,
         started=started, target=target, out_of_memory=death.out_of_memory,

@@ -20,7 +20,6 @@ from ..errors import CallMismatch, ConfigError, PoolStartError
 from . import wire
 from .baggage import baggage_of
 from .child import Setup
-from .handle import setup_for
 
 if TYPE_CHECKING:
     from ..config import PoolConfig
@@ -100,10 +99,12 @@ class Launcher:
 
     def setup(self, slot: int, generation: int, table_fd: int | None) -> Setup:
         """Return what one worker is told."""
-        return setup_for(
-            self._spec,
-            None if self.portable else table_fd,
-            self.lifeline.read_fd if self.lifeline else None,
+        fd = None if self.portable else table_fd
+        lifeline = self.lifeline.read_fd if self.lifeline else None
+        return Setup(
+            spec=self._spec,
+            table=None if fd is None else wire.Descriptor(fd),  # which any start method can pass
+            lifeline=None if lifeline is None else wire.Descriptor(lifeline),
             pool=self.config.name,
             slot=slot,
             generation=generation,
@@ -112,6 +113,7 @@ class Launcher:
             niceness=self.config.niceness,
             kill_group=self.config.kill_group,
             max_message=self.config.max_message,
+            limits=self.config.limits,
             env=dict(self.config.worker_env or {}),
             portable=self.portable,
             baggage=self.baggage,

@@ -28,6 +28,7 @@ from .fleet import Fleet, retry_in
 from .handle import Handle
 from .launch import Launcher
 from .oom import OOM_KILLS
+from .resources import resident_bytes
 from .staff import Staff
 from .states import WorkerState as S
 from .turnstile import Turnstile
@@ -193,7 +194,7 @@ class Manager:
 
     def _patience(self) -> float:
         """Return how long the manager may wait if nothing happens."""
-        if self._orders or self._refused:
+        if self._orders or self._refused or self.staff.unfinished:
             return 0.0
         now, now_ns = time.monotonic(), time.monotonic_ns()
         dues = [self.config.tick]
@@ -241,7 +242,8 @@ class Manager:
     def _rows(self, sweep: bool = False) -> list[health.Row]:
         idle = self.turnstile.idle
         handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
-        return [_row(handle, handle.slot in idle, sweep) for handle in handles]
+        weigh = self.config.kill_rss is not None
+        return [_row(handle, handle.slot in idle, sweep, weigh) for handle in handles]
 
     def _look(self) -> None:
         """Make the plan and carry it out.
@@ -314,6 +316,8 @@ class Manager:
             self.care.count_failure(handle)
         elif isinstance(action, health.Replace):
             self.care.condemn(handle, action.reason, last_words=True)
+        elif isinstance(action, health.Recycle):
+            handle.worn = action.reason
         elif isinstance(action, health.Terminate):
             handle.terminated = True
             handle.kill(15)
@@ -341,6 +345,8 @@ class Manager:
         now = time.monotonic()
         for handle in tuple(self.fleet.handles.values()):
             handle.condemned = True
+            if handle.state is S.SPARE:
+                self.care.retire(handle)
             if (
                 handle.state is S.STARTING
                 or now >= self._close_by + _LAST_GRACE
@@ -380,7 +386,7 @@ class Manager:
         return error
 
 
-def _row(handle: Handle, idle: bool, sweep: bool) -> health.Row:
+def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
     lease = handle.live_lease
     same_loss = sweep and handle.lost_since_ns == handle.idle_since_ns
     since_ns = handle.row[t.LEASED_SINCE_NS] or time.monotonic_ns()  # 0: this moment begun or over
@@ -396,6 +402,12 @@ def _row(handle: Handle, idle: bool, sweep: bool) -> health.Row:
         sweeps_lost=handle.sweeps_lost if same_loss else 0,
         leak_warned=handle.leak_warned,
         terminated=handle.terminated,
+        reserve=handle.reserve,
+        worn=handle.worn is not None,
+        expires_ns=handle.expires_ns,
+        # A busy worker cannot say it itself.
+        rss_bytes=resident_bytes(handle.pid or 0) if weigh else handle.row[t.RSS_BYTES],
+        cpu_ns=handle.row[t.CPU_NS],
     )
 
 
@@ -413,6 +425,9 @@ def _limits(config: PoolConfig) -> health.Limits:
         leak_ns=ns(config.leak_warn_after),
         overflow_idle_ns=ns(config.overflow_idle) or 0,
         max_idle_ns=ns(config.max_idle),
+        max_rss=config.max_rss,
+        kill_rss=config.kill_rss,
+        cpu_ns=ns(None if config.cpu_limit is None else 0.9 * config.cpu_limit),
     )
 
 

@@ -216,4 +216,6 @@ def describe_exit(exitcode: int | None) -> str:
     if exitcode is None:
         return "(its exit code is not known)"
     name = signal_name(exitcode)
+    if name == "SIGXCPU":
+        return "by SIGXCPU (its processor time was used up)"
     return f"by {name}" if name else f"with exit code {exitcode}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .care import Care
 from .fleet import Fleet
 from .handle import Handle
+from .reserve import Reserve
 from .states import WorkerState as S
 from .turnstile import Turnstile
 
@@ -29,11 +30,13 @@ class Staff:
         self.overflow = config.max_overflow
         self.may_grow = True  # there is room for one more
         self.wished = False  # somebody wanted a worker and did not wait for it
+        self.unfinished = False  # there is more to do, on the next turn
         self.last_shrink_ns = time.monotonic_ns()
         self._config = config
         self._turnstile = turnstile
         self._fleet = fleet
         self._care = care
+        self._reserve = Reserve(config, turnstile, fleet, care)
 
     def retired(self, shrink: bool) -> None:
         """Hear that an idle worker was let go; with `shrink` it was one of those wanted."""
@@ -41,10 +44,10 @@ class Staff:
         self.last_shrink_ns = time.monotonic_ns()
 
     def reconcile(self) -> None:
-        """Start what is missing, and what the queue asks for."""
+        """Fill, exchange and start what is missing, and what the queue asks for."""
         for handle in self._fleet.live():  # dismissed in the moment it was given back?
             if handle.tainted is not None and self._turnstile.claim(handle.slot, handle):
-                self._care.retire(handle)
+                self._care.take_back(handle)
         live = self._fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
         dying = self._fleet.dying()  # each is replaced in its own slot, a moment from now
@@ -56,10 +59,20 @@ class Staff:
             wanted = self.target = min(self._config.size or 0, self.target + wished - starting)
         elif waiting > starting and starting == 0 and dying == 0:
             wanted = self._grown(len(live))
+        self.unfinished = self._reserve.fill(wanted - len(live))
+        if self.unfinished:
+            return  # a start is slow, and there may be somebody who waited
+        self._reserve.exchange()
+        live = self._fleet.live()
+        booting = any(handle.state is S.STARTING for handle in live)
+        self._reserve.trim(complete=len(live) >= wanted and not booting)
         if time.monotonic() < self._fleet.not_before:
             return
-        missing = min(wanted - len(live) - dying, self._config.startup_batch - starting)
-        self._fleet.spawn(missing)
+        missing = wanted - len(live)
+        if missing <= 0 and not booting:  # who stands by comes after who serves
+            missing = self._reserve.missing()
+        room = self._config.startup_batch - self._fleet.count(S.STARTING)
+        self._fleet.spawn(min(missing - dying, room), reserve=len(live) >= wanted)
 
     def _grown(self, live: int) -> int:
         """Return one more than now, if the limits allow: a spike is over before it is there."""
@@ -105,7 +118,7 @@ class Staff:
             self._care.retire(handle)
 
     def drain(self) -> None:
-        """Let every worker that is in service now go, one way or the other."""
-        for handle in self._fleet.live():
+        """Let every worker that is ready now go, as soon as another can take its place."""
+        for handle in [*self._fleet.live(), *self._fleet.reserve()]:
             if handle.state is not S.STARTING:
-                self.dismiss(handle, "the pool was drained")
+                handle.worn = handle.worn or "the pool was drained"
