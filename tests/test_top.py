@@ -474,6 +474,23 @@ def test_rates_are_about_the_last_ten_seconds() -> None:
     assert len(next(iter(watch._past.values()))) <= SPAN + 2
 
 
+def test_who_looks_often_keeps_no_more() -> None:
+    """One look a second is kept, and the rates are still about ten seconds."""
+    looks = [pool_at(200.0 + n / 50, worker_at(leases=n)) for n in range(1500)]
+    watch = watching(*looks)
+    views = [watch.look()[0][0] for _ in looks]
+    assert len(next(iter(watch._past.values()))) <= SPAN + 3
+    assert views[1].rates is not None and views[1].rates.seconds == pytest.approx(0.02)
+    assert all(SPAN <= view.rates.seconds <= SPAN + 1 for view in views[600:] if view.rates)
+
+
+def test_pool_without_workers_is_wrong_only_if_it_wants_some() -> None:
+    """A lazy pool that nobody has used yet is well."""
+    for size, kind in [(0, "pool"), (2, "bad")]:
+        (view,), _ = watching(pool_at(200.0, size=size)).look()
+        assert top.lines([view], [])[0][1] == kind
+
+
 def test_new_generation_begins_with_no_processor_time_of_the_old() -> None:
     watch = watching(
         pool_at(200.0, worker_at(generation=1, cpu_seconds=50.0)),
@@ -624,7 +641,7 @@ def test_screen_lives_while_the_pool_works(screen: Callable[..., Terminal]) -> N
         terminal = screen(str(ME), "--interval", "0.1")
         text = terminal.wait(lambda text: calls_shown(text) == 2)
         assert f"busy  pid {ME}  open  2 of 2 workers: 2 idle" in text
-        assert "1 pools, 2 workers" in text and "q quit" in text
+        assert "pools: 1, workers: 2" in text and "q quit" in text
         for _ in range(20):
             pool.call(identity, 1)
         terminal.wait(lambda text: calls_shown(text) == 12)
@@ -640,7 +657,7 @@ def test_screen_lives_while_the_pool_works(screen: Callable[..., Terminal]) -> N
         terminal.wait(lambda text: re.search(rf" {stopped} +\d+ STOPPED [1-9]", text))
         os.kill(stopped, signal.SIGCONT)
         terminal.wait(lambda text: re.search(rf" {stopped} +\d+ idle", text))
-    terminal.wait(lambda text: "0 pools, 0 workers" in text and "busy" not in text)
+    terminal.wait(lambda text: "pools: 0, workers: 0" in text and "busy" not in text)
     terminal.press("q")
     assert terminal.end() == 0
 
@@ -663,7 +680,7 @@ def test_ctrl_c_leaves_the_screen_with_130(screen: Callable[..., Terminal]) -> N
     """As any command: no traceback."""
     pytest.importorskip("curses")
     terminal = screen(str(ME), "--interval", "30")
-    terminal.wait(lambda text: "0 pools" in text)
+    terminal.wait(lambda text: "pools: 0" in text)
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.end() == 130
     assert "Traceback" not in terminal.text()

@@ -134,7 +134,7 @@ def _pool_lines(pool: PoolView) -> list[tuple[str, str]]:
         f"  up {_time(sight.at - sight.opened)}: {sight.started} started, {sight.lost} died, "
         f"{sight.retired} retired, {sight.start_failures} failed to start"
     )
-    wrong = status[:2].isupper() or not states
+    wrong = status[:2].isupper() or (sight.size > 0 and not states)
     return [(first, "bad" if wrong else "pool"), (lately, "note"), (in_all, "note")]
 
 
@@ -215,7 +215,9 @@ class Screen:
         height, width = self._window.getmaxyx()
         self._top = max(0, min(self._top, len(text) - height + 1))
         workers = sum(len(pool.workers) for pool in pools)
-        title = f"minipool top  {time.strftime('%H:%M:%S')}  {len(pools)} pools, {workers} workers"
+        title = (
+            f"minipool top  {time.strftime('%H:%M:%S')}  pools: {len(pools)}, workers: {workers}"
+        )
         title += "   q quit, s sort, r reverse"
         self._window.erase()
         shown = [(title, "note"), *text[self._top : self._top + height - 1]]

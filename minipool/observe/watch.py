@@ -15,6 +15,7 @@ from . import onlooker
 from .onlooker import PoolSight, Unreadable, WorkerSight
 
 SPAN = 10.0  # seconds that rates and percentiles are about
+_STEP = 0.95  # seconds between two looks that are kept, however often it looks
 STUCK = 10.0  # seconds after which a call is called stuck
 
 
@@ -75,7 +76,8 @@ class Watch:
             while len(older) > 1 and older[1].at <= now.at - SPAN:
                 older.popleft()
             shown.append(self._compared(now, older[0] if older else None, stopped))
-            older.append(now)
+            if not older or now.at - older[-1].at >= _STEP:
+                older.append(now)
         return shown, unreadable
 
     def _compared(
