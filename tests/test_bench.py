@@ -35,6 +35,8 @@ TARGETS = {
     "startup": 1.3,
     "recovery": 2.5,
     "recovery_time": 0.05,
+    "death_told": 0.001,
+    "timeout_longest": 0.05,
     "memory_rss": 2e6,
     "memory_pss": 1e6,
     "idle_wakeups": 5.0,
@@ -61,6 +63,8 @@ SHOWN = [
     "8 workers ready / 8 bare processes ready",
     "recovery from SIGKILL / start of a bare process",
     "SIGKILL to the next good reply",
+    "from the exit code to WorkerDied",
+    "CallTimeout with the stack, beyond the 100 ms: longest of",
     "resident memory: worker - bare process",
     "proportional memory: worker - bare process",
     "idle pool: voluntary context switches a second",
@@ -98,7 +102,7 @@ def test_report_has_every_group_side_by_side(report: Any) -> None:
     """Floor and minipool stand beside each other, pinned and not, and for each thread count."""
     groups = report["groups"]
     assert list(groups) == [
-        "latency", "latency_unpinned", "hooks", "sessions", "throughput", "sleepers", "startup", "recovery", "memory",
+        "latency", "latency_unpinned", "hooks", "sessions", "throughput", "sleepers", "startup", "recovery", "deaths", "memory",
         "idle", "watching", "import",
     ]  # fmt: skip
     series = {name: {s["name"] for s in group["series"]} for name, group in groups.items()}

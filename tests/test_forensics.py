@@ -299,7 +299,9 @@ def test_dumps_of_many_threads_at_once_are_whole(callers: ThreadPoolExecutor) ->
 
 
 @pytest.mark.impatient
-def test_dump_waits_for_a_stopped_worker_only_so_long(pool: Pool[Stateful]) -> None:
+def test_dump_waits_for_a_stopped_worker_only_so_long(
+    pool: Pool[Stateful], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And does not take its late answer for anything."""
     pid = pool.workers()[0].pid
     assert pool.call("get") == 0
@@ -310,6 +312,7 @@ def test_dump_waits_for_a_stopped_worker_only_so_long(pool: Pool[Stateful]) -> N
     os.kill(pid or 0, signal.SIGCONT)
     assert pool.call("add", 1) == 1
     assert pool.workers()[0].pid == pid
+    monkeypatch.setattr(blackbox_module, "PATIENCE", LAST)
     assert 'child.py"' in pool.dump()[0]
     assert died(pool, os._exit, 3).stack == ""
 

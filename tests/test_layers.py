@@ -21,7 +21,7 @@ ROOMS = [
     "tools.procfs", "observe.onlooker", "observe.watch", "observe.top",
     "observe.portrait", "observe.board", "observe.inside", "observe.outside", "observe.news", "observe.script", "observe.page", "observe.visitors", "observe.dashboard",
     "tools.floors", "tools.figures", "tools.peers", "tools.rounds", "tools.dashboard",
-    "tools.speed", "tools.hearing", "tools.costs", "tools.conversations", "tools.watching", "tools.bench", "tools.cli", "__main__",
+    "tools.speed", "tools.hearing", "tools.costs", "tools.deaths", "tools.conversations", "tools.watching", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
 HALLS = {"", "engine", "observe", "tools"}  # packages: their __init__ may name anything, lazily
 

@@ -53,8 +53,11 @@ class OomKills:
     def _count(self) -> int:
         try:
             self._path = self._path or _path()
-            with open(self._path, "rb") as file:
-                words = file.read().split()
+            fd = os.open(self._path, os.O_RDONLY)  # a file object takes twice as long
+            try:
+                words = b"".join(iter(lambda: os.read(fd, 1 << 16), b"")).split()
+            finally:
+                os.close(fd)
             return int(words[words.index(b"oom_kill") + 1])
         except (OSError, ValueError, IndexError):
             return 0  # none here, and none later

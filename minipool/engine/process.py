@@ -130,8 +130,10 @@ class WorkerProcess:
 
     def exitcode(self, timeout: float = REAP_TIMEOUT) -> int | None:
         """Return the exit code of a process that ended or is about to; None if not to be had."""
+        if self._last_exitcode is not None:
+            return self._last_exitcode
         with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
-            if timeout and self._last_exitcode is None:
+            if timeout:
                 self._wait_ended(timeout)
             with self._reaping:  # two readers would spoil each other's answer
                 code = self._process.exitcode

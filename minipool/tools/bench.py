@@ -21,6 +21,7 @@ from ..engine.launch import main_name
 from . import floors, procfs
 from .conversations import sessions
 from .costs import idle, imports, memory, recovery, startup
+from .deaths import deaths
 from .figures import Group, Result
 from .hearing import hooks
 from .rounds import Plan
@@ -37,6 +38,7 @@ GROUPS: dict[str, Callable[[Plan], list[Group]]] = {
     "sleepers": sleepers,
     "startup": startup,
     "recovery": recovery,
+    "deaths": deaths,
     "memory": memory,
     "idle": idle,
     "watching": watching,

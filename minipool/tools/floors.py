@@ -83,6 +83,10 @@ class Bare:
 
         return call
 
+    def wait_ended(self) -> None:
+        """Wait until its exit code is known."""
+        self._process.join()
+
     def close(self) -> None:
         """Kill the process and wait for its end."""
         self._process.kill()
