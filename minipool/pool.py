@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Callable, Generic, Iterable, Mapping, TypeVar, overload
 
 from .engine.desk import Desk
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .config import PoolConfig
     from .engine.inquest import Death
     from .observe import Dashboard
+    from .signals import SignalHandlers
     from .status import HealthReport, PoolStats, WorkerInfo
     from .warmup import WarmUpReport
 
@@ -102,6 +104,7 @@ class Pool(Generic[W]):
         self._opening = threading.RLock()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
+        self._signals: SignalHandlers | None = None
         if config.autoscale:
             from .observe import fit_to_load
 
@@ -203,13 +206,49 @@ class Pool(Generic[W]):
         manager.close(grace, kill)
         if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
             manager.join(1.0)
+            if self._signals is not None:
+                self._signals.restore()
 
     def __enter__(self) -> Self:
         return self.open()
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *exc_info: object) -> None:
         if self._desk is None or not self._desk.forked:
-            self.close()
+            interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+            self.close(0.0 if interrupted else None)  # who presses Ctrl-C waits for no lease
+
+    def install_signal_handlers(self, *signums: int) -> None:
+        """Have the pool end in good order when a signal (SIGTERM, or those given) comes.
+
+        The first one begins what `close()` does, and waits for nothing: leases may finish, and
+        what you do before you release them. When the last worker is gone, what the signal did
+        before happens: the former handler, or the end of the program. A second signal revokes all
+        leases. `close()` in the main thread restores the former handlers; where another thread
+        closes the pool, ours give way to them.
+
+        Raises:
+            RuntimeError: this is not the main thread, which alone may do so.
+        """
+        if self._desk is not None:
+            self._desk.check_process()
+        from .signals import SignalHandlers
+
+        if self._signals is not None:
+            self._signals.restore()
+        self._signals = SignalHandlers(weakref.WeakMethod(self._ask_to_end), signums)
+        self._signals.install()
+        self.hooks["pool.terminate"].append(self._signals.ended)
+
+    def _ask_to_end(self, at_once: bool) -> bool:
+        """Begin to end; return whether there is nothing (more) to wait for. Takes no lock."""
+        desk = self._desk
+        if desk is not None and desk.forked:
+            return True
+        self._closed = True  # seen by who is about to open
+        if desk is None:
+            return True
+        desk.manager.close(0.0 if at_once else self.config.close_timeout, kill=at_once)
+        return desk.manager.done
 
     def drain(self) -> None:
         """Replace every worker, each as soon as another is ready to take its place.

@@ -86,6 +86,7 @@ USES: dict[str, Callable[[Pool[Any]], Any]] = {
     "sessions": lambda pool: pool.sessions(),
     "resize": lambda pool: pool.resize(2),
     "drain": lambda pool: pool.drain(),
+    "install_signal_handlers": lambda pool: pool.install_signal_handlers(),
     "close": lambda pool: pool.close(),
     "terminate": lambda pool: pool.terminate(),
 }  # fmt: skip

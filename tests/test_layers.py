@@ -15,7 +15,7 @@ ROOMS = [
     "engine.process", "engine.inquest", "engine.handle", "engine.laden", "engine.launch",
     "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.reserve", "engine.staff",
     "engine.manager", "engine.desk", "engine.tally",
-    "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views", "pool", "signatures", "programs",
+    "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views", "signals", "pool", "signatures", "programs",
     "observe.reading", "observe.score", "observe.ticker", "observe.metrics", "observe.openmetrics",
     "observe.optimizer", "observe.autoscale",
     "tools.procfs", "observe.onlooker", "observe.watch", "observe.top",

@@ -288,6 +288,7 @@ class Desk:
         if not handle.condemned and not handle.worn_out:
             self.count("discarded")
         if handle.in_call:
+            handle.tainted = handle.tainted or "left in the middle of a call"
             handle.kill()  # at once: it may be working for nobody
         self._unmark(handle, held)
         session, handle.session = handle.session, None
