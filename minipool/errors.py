@@ -201,12 +201,14 @@ class CallTimeout(WorkerError, TimeoutError):
 
     `started` tells whether the call had begun in the worker; `stack` where it was when it was
     killed, most recent call first: one stack for each thread, empty if it could not be told.
+    `output` as for `WorkerDied`.
     """
 
     timeout: float
     started: bool
     target: str
     stack: str = ""
+    output: Sequence[str] = ()
 
 
 class ProtocolError(WorkerError):

@@ -16,8 +16,9 @@ import pytest
 import talkers
 from ears import wait_until
 from gates import Gate
-from minipool import Pool, PoolStartError, WorkerDied
+from minipool import CallTimeout, Pool, PoolStartError, WorkerDied
 from minipool.engine import teller
+from minipool.engine.transcript import Transcript
 from scripts import run
 from workers import getpid
 
@@ -238,16 +239,15 @@ def test_worker_is_not_slowed_by_a_parent_that_does_not_read(
     pool: Pool[None], logs: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the pipe cannot take is dropped in the worker, which tells the number later."""
-    scribe = pool._desk.manager.fleet.scribe  # type: ignore[union-attr]
     reading, go_on = threading.Event(), threading.Event()
-    hear = scribe._hear
+    read = Transcript.read
 
-    def read_late(*args: Any) -> None:
+    def read_late(*args: Any, **more: Any) -> bool:
         reading.set()
         assert go_on.wait(50)
-        hear(*args)
+        return read(*args, **more)
 
-    monkeypatch.setattr(scribe, "_hear", read_late)
+    monkeypatch.setattr(Transcript, "read", read_late)
     pool.call(talkers.say_many, 1)
     assert reading.wait(20)
     with listening(teller.OUTPUT) as told:
@@ -460,6 +460,53 @@ def test_nothing_is_printed_by_workers_themselves(tmp_path: Path, start_method: 
     status, out, err = run(tmp_path, code, start_method)
     assert (status, out) == (0, "done\n")
     assert err == "error\n"  # by logging's handler of last resort, for warnings
+
+
+def test_flood_of_one_worker_drops_nothing_of_another() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def block(record: logging.LogRecord) -> bool:
+        entered.set()
+        assert go_on.wait(50)
+        return True
+
+    with listening(of=block) as logs, Pool(size=2, forward_logs=True) as pool:
+        with pool.checkout() as loud, pool.checkout() as quiet:
+            loud.call(talkers.say_many, 2 * teller.MOST_ITEMS)
+            assert entered.wait(20)
+            quiet.call(talkers.say, logging.INFO, "still heard")
+        go_on.set()
+        logs.wait_for("still heard")
+
+
+def test_without_threads_the_start_fails_and_is_tried_again(
+    output: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two threads cannot be had, nothing is left of the other."""
+    start, failed = threading.Thread.start, []
+
+    def start_rarely(thread: threading.Thread) -> None:
+        ours = thread.name.endswith(("-scribe", "-teller"))
+        if ours and thread.name not in failed:
+            failed.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_rarely)
+    pool = Pool(size=1, capture_output=True, breaker=False, checkout_timeout=20)
+    pool.open(wait=False)
+    try:
+        pool.call(talkers.write, "at last")
+        assert pool.stats().start_failures == len(failed) == 2
+    finally:
+        pool.close()
+    assert output.texts == ["at last"]
+
+
+def test_last_lines_are_on_a_call_timeout(output: Listener, gate: Gate) -> None:
+    with Pool(size=1, capture_output=True) as pool, pytest.raises(CallTimeout) as caught:
+        pool.options(timeout=0.5).call(talkers.write_and_wait, "waiting", gate.path)
+    assert caught.value.output == ("waiting",)
 
 
 def test_pool_that_is_forgotten_leaves_no_thread(output: Listener) -> None:

@@ -117,7 +117,7 @@ def verdict(handle: Any, target: str, started: bool, timeout: float | None) -> C
         f"{target!r} did not end within {timeout} s on worker {handle.slot} (pid {handle.pid}); "
         f"{begun}; raise `call_timeout` or make the call shorter",
         worker_id=handle.slot, pid=handle.pid, timeout=timeout, started=started, target=target,
-        stack=death.stack,
+        stack=death.stack, output=death.output,
     )  # fmt: skip
     _add_note(error, death)
     return error

@@ -10,7 +10,7 @@ import collections
 import logging
 import selectors
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Callable
 
 from ..telemetry import logger
 from .bell import Bell
@@ -29,21 +29,19 @@ class Scribe:
 
     def __init__(self, config: PoolConfig, baggage: Baggage | None) -> None:
         self._config = config
-        self._teller = Teller(config.name or "", baggage)
+        self._baggage = baggage
+        self._teller: Teller | None = None  # None: there was no worker yet
         self._bell: Bell | None = None
         self._selector: selectors.BaseSelector | None = None
         self._began: collections.deque[Transcript] = collections.deque()
         self._ended: collections.deque[Transcript] = collections.deque()
         self._open: set[Transcript] = set()
         self._ending = False
-        self._thread = threading.Thread(
-            target=self._run, name=f"minipool-{config.name}-scribe", daemon=True
-        )
 
     @property
     def here(self) -> bool:
         """Whether a log handler is running in the calling thread."""
-        return self._teller.here
+        return self._teller is not None and self._teller.here
 
     def listen(self, slot: int, generation: int) -> Transcript:
         """Make the pipes of a worker that is about to be started.
@@ -51,8 +49,8 @@ class Scribe:
         Raises:
             OSError, RuntimeError: out of descriptors or threads; nothing is left.
         """
-        if self._bell is None:
-            self._begin()
+        if self._teller is None:
+            self._start()
         transcript = Transcript(
             slot,
             generation,
@@ -62,19 +60,27 @@ class Scribe:
         self._open.add(transcript)  # at once: a process forked from now on must close it
         return transcript
 
-    def _begin(self) -> None:
-        bell = Bell()
+    def _start(self) -> None:
+        """Start both threads, or none."""
+        name = self._config.name or ""
+        teller = Teller(name, self._baggage)
+        self._thread = threading.Thread(
+            target=self._run, args=(teller,), name=f"minipool-{name}-scribe", daemon=True
+        )
         try:
+            self._bell = Bell()
             self._selector = selectors.DefaultSelector()
-            self._selector.register(bell.reader, selectors.EVENT_READ)
-            self._bell = bell
-            self._teller.start()
-            self._thread.start()
+            self._selector.register(self._bell.reader, selectors.EVENT_READ)
+            teller.start()
+            try:
+                self._thread.start()
+            except BaseException:
+                teller.close(_LAST_WORDS)
+                raise
         except BaseException:
-            self._bell = None
             self.abandon()
-            bell.close()
             raise
+        self._teller = teller
 
     def begin(self, transcript: Transcript, pid: int | None) -> None:
         """Read what that worker says from now on: it was started."""
@@ -94,10 +100,10 @@ class Scribe:
 
     def close(self) -> None:
         """End, when all that was said has been told, or after two seconds."""
-        if self._bell is None:
+        if self._teller is None:
             return
         self._ending = True
-        self._bell.ring()
+        self._ring()
         self._thread.join(_LAST_WORDS)
         self._teller.close(_LAST_WORDS)
         self.abandon()
@@ -106,49 +112,49 @@ class Scribe:
         """Close all that is open, in a process that was forked from the owner as well."""
         for transcript in tuple(self._open):
             transcript.abandon()
-        if self._selector is not None:
-            self._selector.close()
-        if self._bell is not None:
-            self._bell.close()
+        for opened in (self._selector, self._bell):
+            if opened is not None:
+                opened.close()
+        self._selector = self._bell = None
 
     # -- the thread --------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        assert self._selector is not None and self._bell is not None
+    def _run(self, teller: Teller) -> None:
+        selector, bell = self._selector, self._bell
+        assert selector is not None and bell is not None
         while not self._ending or self._began or self._ended:
-            for key, _ in self._selector.select():
+            for key, _ in selector.select():
+                if key.data is not None and not self._try(key.data.read, key.fd):
+                    selector.unregister(key.fd)
                 if key.data is not None:
-                    self._hear(key.fd, key.data)
-            self._bell.silence()
+                    teller.take(key.data)
+            bell.silence()
             while self._began:
-                self._watch(self._began.popleft())
+                self._try(self._watch, self._began.popleft(), selector)
             while self._ended:
-                self._close(self._ended.popleft())
+                self._try(self._close, self._ended.popleft(), selector, teller)
 
-    def _hear(self, fd: int, transcript: Transcript) -> None:
-        """Read a piece of what one worker says. What goes wrong with it concerns no other."""
-        assert self._selector is not None
+    def _try(self, step: Callable[..., object], *args: Any) -> object:
+        """Take one step. What goes wrong with one worker concerns no other."""
         try:
-            goes_on = transcript.read(fd)
-            self._teller.take(transcript)
+            return step(*args)
         except Exception:
-            logger().exception("worker %d: reading its output failed", transcript.slot)
-            goes_on = False
-        if not goes_on:
-            self._selector.unregister(fd)
+            logger().exception("%s: reading what a worker says failed", self._config.name)
+            return None
 
-    def _watch(self, transcript: Transcript) -> None:
-        assert self._selector is not None
+    @staticmethod
+    def _watch(transcript: Transcript, selector: selectors.BaseSelector) -> None:
         for fd in transcript.fds:
-            self._selector.register(fd, selectors.EVENT_READ, transcript)
+            selector.register(fd, selectors.EVENT_READ, transcript)
 
-    def _close(self, transcript: Transcript) -> None:
+    def _close(
+        self, transcript: Transcript, selector: selectors.BaseSelector, teller: Teller
+    ) -> None:
         """Stop watching, then close: a number that is watched must not become another's."""
-        assert self._selector is not None
         for fd in transcript.fds:
-            if fd in self._selector.get_map():
-                self._selector.unregister(fd)
-        self._teller.take(transcript)
+            if fd in selector.get_map():
+                selector.unregister(fd)
+        teller.take(transcript)
         if transcript.close():
             self._open.discard(transcript)
         else:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .baggage import Baggage
 
 OUTPUT = "minipool.output"
-MOST_ITEMS, MOST_BYTES = 10_000, 32 << 20  # that wait; a batch that is being told comes on top
+MOST_ITEMS = 10_000  # of one worker that wait, so that who floods spoils it for nobody else
+MOST_BYTES = 32 << 20  # of all workers
 _LEVELS = {"stdout": logging.INFO, "stderr": logging.WARNING}
 
 
@@ -57,10 +58,12 @@ class Teller:
             if item[0] == LOST:
                 dropped += int(item[1])
             elif (
-                self._items.qsize() >= MOST_ITEMS or self._bytes_in - self._bytes_out >= MOST_BYTES
+                transcript.passed_on - transcript.heard >= MOST_ITEMS
+                or self._bytes_in - self._bytes_out >= MOST_BYTES
             ):
                 dropped += 1
             else:
+                transcript.passed_on += 1
                 self._bytes_in += len(item[1])
                 self._items.put((transcript, item))
         if dropped:
@@ -88,6 +91,7 @@ class Teller:
             if entry is not None:
                 transcript, item = entry
                 self._try(self._tell, transcript, item)
+                transcript.heard += 1
                 self._bytes_out += len(item[1])
             while self._losers and self._items.empty():
                 self._try(self._tell_lost, self._losers.popleft())
@@ -156,14 +160,14 @@ class Teller:
         """Give a record to its logger, if that wants it: `Logger.handle` does not ask."""
         record = logging.makeLogRecord(
             {
-                **extra,
-                **standard,
                 "pool": self._pool,
                 "worker_id": transcript.slot,
                 "generation": transcript.generation,
                 "call_id": call_id,
                 "session": session,
                 "context": context,
+                **extra,  # what the log call itself said wins
+                **standard,
             }
         )
         its_logger = logging.getLogger(record.name)

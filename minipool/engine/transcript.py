@@ -24,7 +24,7 @@ RECORD, LOST, GARBLED = "record", "lost", "garbled"
 _CHUNK = 64 * 1024
 _MOST = 4 << 20  # bytes that are read at once; a child of a dead worker may go on writing for ever
 _LONGEST_LINE = 64 * 1024  # a longer one is cut in pieces
-_PIPE_SIZE = 1 << 20  # asked for; what the system gives may be less
+_PIPE_SIZE = 512 * 1024  # for bursts of records; more would soon use up what a user may have
 _F_SETPIPE_SZ = 1031  # Linux; the fcntl module has no name for it before 3.10
 _PATIENCE = 1.0  # seconds that one reader waits for another, who may be interrupted by a signal
 
@@ -49,8 +49,9 @@ class Transcript:
         self.slot = slot
         self.generation = generation
         self.pid: int | None = None
-        self.dropped = 0  # lines and records, so far; written by the scribe
-        self.told = 0  # how many of those have been told; written by the teller
+        # Lines and records, so far. The scribe counts what it passed on and dropped, the teller
+        # what it has heard, and how many of the dropped it has told of: one writer each.
+        self.passed_on = self.heard = self.dropped = self.told = 0
         self.unsaid: collections.deque[Item] = collections.deque()  # not yet passed on
         self._reading = threading.RLock()  # a signal handler may come in between
         self._last: collections.deque[Item] = collections.deque(maxlen=LAST_LINES)
@@ -61,6 +62,7 @@ class Transcript:
             if levels is not None:  # read first: of the last lines, output is what tells more
                 log = self._pipe(Records())
                 os.set_blocking(log.fd, False)
+                _enlarge(log.fd)
             for fd in streams:
                 pens[fd] = self._pipe(Lines(STREAMS[fd]))
         except OSError:
@@ -72,11 +74,6 @@ class Transcript:
     def _pipe(self, reader: Any) -> wire.Descriptor:
         ours, theirs = os.pipe()
         os.set_blocking(ours, False)
-        if sys.platform.startswith("linux"):
-            import fcntl
-
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(ours, _F_SETPIPE_SZ, _PIPE_SIZE)
         self._pipes[ours] = reader
         return wire.Descriptor(theirs)
 
@@ -209,6 +206,14 @@ class Records:
             return None
         self._begun[key] += piece
         return bytes(self._begun.pop(key)) if flags & LAST else None
+
+
+def _enlarge(fd: int) -> None:
+    if sys.platform.startswith("linux"):
+        import fcntl
+
+        with contextlib.suppress(OSError):  # the user has too many already
+            fcntl.fcntl(fd, _F_SETPIPE_SZ, _PIPE_SIZE)
 
 
 def text_of(line: bytes) -> str:
