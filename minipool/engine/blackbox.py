@@ -193,23 +193,27 @@ def stacks_of(handles: Iterable[Any]) -> dict[int, str]:
     found: dict[int, str] = {}
     asked: dict[int, tuple[int, BlackBox, object]] = {}
     with _asking:
-        for handle in handles:
-            found[handle.slot] = ""
-            question = handle.show(times=2)
-            fd = None if question is None else handle.box.watch()
-            if fd is not None:
-                asked[fd] = handle.slot, handle.box, question
-        while asked:
-            left = max(0.0, deadline - time.monotonic())
-            ready = set(connection.wait(list(asked), left))
-            for fd in [fd for fd in asked if fd in ready or not ready]:
-                slot, box, question = asked[fd]
-                stacks = box.stacks()
-                if len(stacks) > 1 or box.ended or not ready:
-                    found[slot] = "".join(stacks[:1])
-                    box.take_back(question)
-                    del asked[fd]
-                    os.close(fd)
+        try:
+            for handle in handles:
+                found[handle.slot] = ""
+                question = handle.show(times=2)
+                fd = None if question is None else handle.box.watch()
+                if fd is not None:
+                    asked[fd] = handle.slot, handle.box, question
+            while asked:
+                left = max(0.0, deadline - time.monotonic())
+                ready = set(connection.wait(list(asked), left))
+                for fd in [fd for fd in asked if fd in ready or not ready]:
+                    slot, box, question = asked[fd]
+                    stacks = box.stacks()
+                    if len(stacks) > 1 or box.ended or not ready:
+                        found[slot] = "".join(stacks[:1])
+                        box.take_back(question)
+                        del asked[fd]
+                        os.close(fd)
+        finally:
+            for fd in asked:  # an interrupt came
+                os.close(fd)
     return found
 
 
