@@ -33,10 +33,8 @@ def stand_in_c(gate: str) -> int:
     return os.getpid()
 
 
-def stand_deaf(gate: str) -> int:
-    """Stand at a gate with all signals blocked."""
+def block_all_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) | set(RT))
-    return pass_gate(gate)
 
 
 def stand_with_a_thread(gate: str) -> int:
