@@ -171,7 +171,7 @@ class CircuitBreaker:
                 return
             self._land(permit)
             self.failures, self.cause = self.failures + 1, cause
-            if self.state == HALF_OPEN or self.failures >= self.failures_to_open:
+            if self.failures >= self.failures_to_open:  # a trial's, too: they count until it closes
                 changed = self._become(OPEN)
         self._tell(changed)
 

@@ -19,8 +19,8 @@ class RetryPolicy:
     The pauses are `base` seconds and then each `multiplier` times the one before, up to `cap`,
     with `jitter` (a share of it, up or down) that carries over from one to the next. A call is
     made again after the exceptions of `retry_on`, which may be of your own code, too. The
-    timeout of the call bounds all attempts and pauses together; `attempt_timeout` seconds each
-    attempt, so that after a `CallTimeout` there is time left for another.
+    timeout of the call bounds all attempts and pauses together; `attempt_timeout` the seconds on
+    a worker of each, so that after a `CallTimeout` there is time left for another.
 
     Raises:
         ValueError: an argument is no such number. TypeError: `retry_on` is no exception class.

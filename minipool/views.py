@@ -57,47 +57,55 @@ class PoolOptions(Generic[W]):
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """As `Pool.call`, all within the one timeout that was given."""
+        end = math.inf
+        if self._timeout is not None and (self._own_timeout or self._policy is not None):
+            end = time.monotonic() + self._timeout
         if self._policy is not None:
-            return self._call_again(self._policy, target, args, kwargs)
-        patience = self._timeout if self._own_timeout else CHECKOUT_TIMEOUT
-        return self._attempt(patience, self._own_timeout, self._timeout, target, args, kwargs)
+            return self._call_again(self._policy, end, target, args, kwargs)
+        return self._attempt(self._patience, end, self._timeout, target, args, kwargs)
+
+    @property
+    def _patience(self) -> float | None:
+        limit: float | None = self._pool.config.checkout_timeout
+        return self._timeout if self._own_timeout else limit
 
     def _call_again(
-        self, policy: RetryPolicy, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        policy: RetryPolicy,
+        end: float,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """Make a call as often as the policy allows, all within one timeout."""
-        end = math.inf if self._timeout is None else time.monotonic() + self._timeout
-        waits = None if self._own_timeout else self._pool.config.checkout_timeout
-        pauses = policy.pauses()
+        """Make a call as often as the policy allows, all before the monotonic time `end`."""
+        pauses, patience = policy.pauses(), _least(self._timeout, self._patience)
         while True:
-            left = _least(end - time.monotonic(), policy.attempt_timeout)
             try:
-                return self._attempt(_least(left, waits), True, left, target, args, kwargs)
+                return self._attempt(patience, end, policy.attempt_timeout, target, args, kwargs)
             except policy.retry_on:
                 pause = next(pauses, None)
                 if pause is None or time.monotonic() + pause >= end or not self._pause(pause):
                     raise
+            patience = _least(end - time.monotonic(), self._patience)
 
     def _attempt(
         self,
-        patience: float | None | str,
-        together: bool,
+        patience: float | None,
+        end: float,
         timeout: float | None,
         target: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Check out within `patience` and call; with `together` both within `timeout`."""
-        start = time.monotonic()
+        """Check out within `patience` and call within `timeout`, and before `end`."""
         lease = self._pool.checkout(
             timeout=patience, session=self._session, affinity=self._affinity
         )
-        if timeout is not None and together:
-            timeout = max(0.0, timeout - (time.monotonic() - start))
         try:
+            left = _least(end - time.monotonic(), timeout)
             # A policy counts the attempts that may have begun; what had not is made again anyhow.
             again = self._idempotent and self._policy is None
-            return lease.options(timeout=timeout, idempotent=again).call(target, *args, **kwargs)
+            return lease.options(timeout=left, idempotent=again).call(target, *args, **kwargs)
         finally:
             lease.release()
 
@@ -134,7 +142,7 @@ class SessionScope:
 
 
 def _least(left: float | None, limit: float | None) -> float | None:
-    """Return the shorter of two times, of which None and infinity are no limits."""
+    """Return the shorter of two times; None and infinity are no limits."""
     shorter = min(math.inf if each is None else each for each in (left, limit))
     return None if shorter == math.inf else max(0.0, shorter)
 

@@ -33,6 +33,7 @@ from minipool.engine.fleet import STRUCK_PAUSE, Fleet
 from minipool.engine.process import WorkerProcess
 from minipool.telemetry import Hooks
 from troublemakers import (
+    CannotStart,
     FailsWhileFileExists,
     HangsInInit,
     KillsItselfInInit,
@@ -126,16 +127,6 @@ def test_starts_that_are_struck_down_from_outside_are_tried_again_soon() -> None
         assert pool.stats().breaker == "closed"
         assert pool.stats().start_failures == 7
         pool.terminate()
-
-
-class CannotStart:
-    """Stands in for a launcher: no process can be started."""
-
-    portable = True
-    context = baggage = None
-
-    def setup(self, *args: Any) -> Any:
-        raise OSError("no more processes")
 
 
 @pytest.mark.parametrize("luck, factor", [(0.5, 1.0), (0.0, 0.75), (1.0, 1.25)])

@@ -240,17 +240,19 @@ def test_warm_up_of_nobody_succeeds() -> None:
 
 def test_listener_in_the_managers_thread_may_warm_up() -> None:
     """It gets the workers that are free, and waits for none."""
-    pool, reports = Pool(Counter, size=2), []
+    pool, reports = Pool(Counter, size=4), []
 
     def warm_up(*event: Any) -> None:
         pool.hooks["worker.terminate"].remove(warm_up)
-        reports.append(pool.warm_up(["add"]))
+        reports.append(pool.warm_up(["add"], timeout=LAST))
 
     pool.hooks["worker.terminate"].append(warm_up)
-    with pool:
-        handle_of(pool, 1).kill()
+    with pool, pool.checkout() as w:
+        handle_of(pool, (w.worker_id + 1) % 4).kill()
         wait_until(pool, lambda: bool(reports))
-        assert reports[0].succeeded == 1
+        report = reports[0]
+        assert (report.workers, report.succeeded, report.complete) == (3, 2, False)
+        assert report.seconds < LAST / 2
 
 
 # -- Pool(warm_up=) ------------------------------------------------------------------------------

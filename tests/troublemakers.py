@@ -41,6 +41,16 @@ class KillsItselfInInit:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class CannotStart:
+    """Stands in for a launcher: no process can be started."""
+
+    portable = True
+    context = baggage = None
+
+    def setup(self, *args: Any) -> Any:
+        raise OSError("no more processes")
+
+
 class FailsWhileFileExists:
     """Starts well unless there is that file."""
 
