@@ -207,6 +207,30 @@ def test_worker_that_configures_logging_does_not_write_twice(
     assert logs.texts == ["once", "twice"]
 
 
+def test_each_record_is_written_once(tmp_path: Path, start_method: str) -> None:
+    """Also by a worker that was forked with the parent's handlers, or has imported their setup."""
+    code = """
+        import logging, sys
+        import talkers
+        from minipool import Pool
+
+        logging.basicConfig(filename="log.txt", format="%(message)s", level=logging.INFO)
+
+        if __name__ == "__main__":
+            own = logging.FileHandler("own.txt")
+            own.setFormatter(logging.Formatter("%(message)s, by %(worker_id)s"))
+            talkers.log.addHandler(own)
+            talkers.log.propagate = False
+            with Pool(size=1, start_method=sys.argv[1], forward_logs=True) as pool:
+                pool.call(talkers.say, logging.INFO, "own")
+                pool.call(logging.info, "root")
+    """
+    status, _, err = run(tmp_path, code, start_method)
+    assert (status, err) == (0, "")
+    assert (tmp_path / "log.txt").read_text() == "root\n"
+    assert (tmp_path / "own.txt").read_text() == "own, by 0\n"
+
+
 def test_worker_is_not_slowed_by_handlers_that_never_return(gate: Gate) -> None:
     """A hundred thousand records, and more: the calls return while the handler still blocks."""
     entered, go_on = threading.Event(), threading.Event()
@@ -285,15 +309,17 @@ def test_handler_may_use_the_pool_and_close_it() -> None:
 
 
 @pytest.mark.logs_errors
+@pytest.mark.parametrize("kind", [LookupError, SystemExit])
 def test_handler_that_raises_is_told_once_and_harms_nothing(
-    caplog: pytest.LogCaptureFixture,
+    kind: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(record: logging.LogRecord) -> bool:
-        raise LookupError("broken handler")
+        raise kind("broken handler")
 
     with listening(of=fail), Pool(size=1, forward_logs=True) as pool:
         pool.call(talkers.say_many, 10)
         assert pool.call(getpid)
+        pool.call(talkers.say_many, 1)
     errors = [record for record in caplog.records if record.name == "minipool"]
     assert len(errors) == 1 and "a log handler failed" in errors[0].getMessage()
 
@@ -522,16 +548,25 @@ def test_forked_child_of_the_parent_closes_its_copies(tmp_path: Path) -> None:
         import os
         import minipool, talkers
 
+        def pipes():
+            links = set()
+            for fd in os.listdir("/proc/self/fd"):
+                try:
+                    links.add(os.readlink(f"/proc/self/fd/{fd}"))
+                except OSError:
+                    pass  # the one that lists them
+            return links
+
         if __name__ == "__main__":
             with minipool.Pool(size=2, capture_output=True, forward_logs=True) as pool:
-                pool.call(talkers.write, "x")
-                before = set(os.listdir("/proc/self/fd"))
-                if os.fork() == 0:
-                    pipes = [fd for fd in before if os.path.exists(f"/proc/self/fd/{fd}")]
-                    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in pipes]
-                    os._exit(sum("eventpoll" in link for link in links))
-                print(os.waitstatus_to_exitcode(os.wait()[1]))
+                scribe = pool._desk.manager.fleet.scribe
+                theirs = {os.readlink(f"/proc/self/fd/{fd}") for t in scribe._open for fd in t.fds}
+                print(len(theirs), len(theirs & pipes()))
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(len(theirs & pipes()))
+                print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 print(pool.call(len, "abc"))
     """
     status, out, err = run(tmp_path, code)
-    assert (status, out) == (0, "0\n3\n"), err
+    assert (status, out) == (0, "6 6\n0\n3\n"), err

@@ -1,7 +1,7 @@
 """The teller: hands what workers said to the log handlers of this process, in a thread of its own.
 
-Handlers may be slow, raise, or use the pool: all they can hold up is each other. What waits for
-them is bounded; what does not fit is dropped, and the number is told.
+Handlers may be slow, raise, or use the pool: all they can hold up is each other, and `close` for
+two seconds. What waits for them is bounded; what does not fit is dropped, and the number is told.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Teller:
             return
         try:
             tell(*args)
-        except Exception:  # of a handler, or of a value that was sent along
+        except BaseException:  # of a handler, or of a value that was sent along
             if not self._complained:
                 self._complained = True
                 with contextlib.suppress(Exception):

@@ -34,6 +34,7 @@ MARK = 0xA7
 FIRST, LAST = 1, 2
 MAX_TEXT = 100_000  # characters of a message or traceback, bytes of an `extra`; the rest is cut
 _ROOM = getattr(select, "PIPE_BUF", 512) - PIECE.size
+_kept: list[Any] = []  # of before; whatever is in it must not be closed
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__)
 
 
@@ -168,10 +169,9 @@ def _write_by_lines() -> None:
 
     The old objects stay: they may hold what a process, of which this is a fork, has to write.
     """
+    _kept.append((sys.stdout, sys.stderr))
     for name, fd in (("stdout", 1), ("stderr", 2)):
-        old = getattr(sys, name)
         setattr(sys, name, open(fd, "w", 1, "utf-8", "backslashreplace", closefd=False))  # noqa: SIM115
-        _kept.append(old)
     with contextlib.suppress(Exception):  # not everywhere, and then C's lines come late
         import ctypes
 
@@ -179,18 +179,18 @@ def _write_by_lines() -> None:
         c.setvbuf(ctypes.c_void_p.in_dll(c, "stdout"), None, 1, 0)  # _IOLBF
 
 
-_kept: list[Any] = []
-
-
 def _take_over(handler: logging.Handler, levels: dict[str, int]) -> None:
     """Make this the one handler of all loggers, which have the parent's levels.
 
-    A forked worker has the parent's handlers as well, and would write each record twice.
+    A forked worker has the parent's handlers as well, and would write each record twice. They are
+    not closed: what they hold is the parent's.
     """
     root = logging.getLogger()
     for logger in tuple(root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):
+            _kept.append(logger.handlers)
             logger.handlers, logger.propagate = [], True
+    _kept.append(root.handlers)
     root.handlers = [handler]
     for name, level in levels.items():
         logging.getLogger(name or None).setLevel(level)
