@@ -7,9 +7,11 @@ times in an `optimization_interval`, remembers five of them, and decides once in
 from __future__ import annotations
 
 import collections
+import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Deque
 
+from ..errors import PoolClosed
 from ..telemetry import logger
 from .metrics import Metrics, Snapshot
 from .optimizer import DOWN, Decision, decide
@@ -58,6 +60,7 @@ class Autoscaler:
             return
         logger().info("%s: %s", self._config.name, decision)
         if decision.resize_to is not None:
-            pool.resize(decision.resize_to, gentle=True)
+            with contextlib.suppress(PoolClosed):  # this moment
+                pool.resize(decision.resize_to, gentle=True)
         if decision.overflow is not None:
             pool._desk.manager.staff.overflow = decision.overflow
