@@ -84,6 +84,7 @@ class Metrics:
     `interval` is the seconds between two samples; None: `sample()` is called by hand. `target` is
     how long a call may take (p99, seconds) before it costs points of health. Any thread may call
     any method; one that reads never waits. Ends with the pool; what was seen stays readable.
+    `read` takes the readings: tests have their own.
     """
 
     def __init__(
