@@ -287,10 +287,12 @@ class Pool(Generic[W]):
                 value=size,
             )
         previous = manager.staff.target
-        resize = manager.staff.shrink if gentle and size < previous else manager.staff.resize
+        smaller = gentle and size < previous
+        resize = manager.staff.shrink if smaller else manager.staff.resize
         manager.command(lambda: resize(size))
-        size = manager.staff.target if gentle else size
-        self.hooks.emit("pool.resized", {"size": size, "previous": previous})
+        reached = manager.staff.target if smaller else size
+        if reached != previous or not smaller:  # else nobody could go
+            self.hooks.emit("pool.resized", {"size": reached, "previous": previous})
 
     def warm_up(
         self,

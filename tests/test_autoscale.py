@@ -91,8 +91,10 @@ def test_idle_pool_shrinks_by_itself() -> None:
 
 
 def test_forgotten_pool_is_not_kept() -> None:
-    pool = Pool(Stateful, size=2, min_size=1, autoscale=True, optimization_interval=0.5).open()
+    pool = Pool(Stateful, size=2, min_size=1, autoscale=True, optimization_interval=3600.0).open()
     ear = Ear(pool, "pool.terminate")
+    ticker = pool.hooks["pool.init"][0].__self__  # type: ignore[attr-defined]
+    wait_until(pool, lambda: bool(ticker._tick.__self__._history))
     threads = scalers()
     del pool
     gc.collect()
@@ -157,6 +159,15 @@ def test_closed_pool_is_left_alone(scaler: Autoscaler, pool: Pool[Any]) -> None:
     pool.close()
 
     assert told(scaler, pool, 7) == []
+
+
+def test_gentle_resize_that_finds_nobody_tells_nothing() -> None:
+    with Pool(Stateful, size=2, min_size=1, checkout_timeout=LAST) as pool:
+        ear = Ear(pool, "pool.resized")
+        with pool.checkout(), pool.checkout():
+            pool.resize(1, gentle=True)
+        assert not ear.heard
+        assert pool.stats().size == 2
 
 
 def test_worker_given_back_meanwhile_is_not_taken_for_idle(pool: Pool[Any]) -> None:

@@ -336,8 +336,8 @@ def test_metrics_do_not_keep_the_pool() -> None:
     """A forgotten pool ends, and its sampler with it; what was seen can still be read."""
     pool = Pool(Stateful, size=1).open()
     ear = Ear(pool, "pool.terminate")
-    metrics = Metrics(pool, interval=0.01)
-    sampled(metrics, lambda snapshot: True)
+    metrics = Metrics(pool, interval=60)
+    wait_until(pool, lambda: metrics._latest is not None)
     del pool
     gc.collect()
 

@@ -144,15 +144,18 @@ class Metrics:
             PoolForked: this process is a fork of the pool's owner.
             ReferenceError: the pool was collected.
         """
-        pool = self._pool()
-        if pool is None:
-            raise ReferenceError("the pool that these metrics were about was collected")
-        reading = self._read(pool)
+        reading = self._read(self._alive())  # and hold the pool no longer than that
         with self._sampling:
             latest = self._latest
             if latest is not None and reading.at <= latest.at:
                 return latest  # another thread was faster
             return self._take(reading)
+
+    def _alive(self) -> Pool[Any]:
+        pool = self._pool()
+        if pool is None:
+            raise ReferenceError("the pool that these metrics were about was collected")
+        return pool
 
     def _take(self, reading: Reading) -> Snapshot:
         before = self._before or reading
