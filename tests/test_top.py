@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -285,6 +286,26 @@ def test_table_that_is_being_made_is_passed_over(table: Table) -> None:
         assert look(ME) == ([], [])
     finally:
         os.close(empty)
+
+
+@pytest.mark.parametrize("kind", ["socket", "pipe", "file", "nothing"])
+def test_number_that_became_another_files_is_passed_over(
+    kind: str, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Between finding a table and opening it the pool may close it, and open something else."""
+    (tmp_path / "file").write_bytes(b"x" * 8192)
+    one, other = {
+        "socket": lambda: [end.detach() for end in socket.socketpair()],
+        "pipe": os.pipe,
+        "file": lambda: [os.open(tmp_path / "file", os.O_RDONLY), os.open("/", os.O_RDONLY)],
+        "nothing": lambda: [os.dup(0), os.dup(0)],
+    }[kind]()
+    monkeypatch.setattr(onlooker, "_tables", lambda pid: [(one, "was here"), (other, "too")])
+    if kind == "nothing":
+        os.close(one), os.close(other)
+    assert look(ME) == ([], [])
+    if kind != "nothing":
+        os.close(one), os.close(other)
 
 
 def test_copy_in_a_forked_child_is_no_pool(table: Table) -> None:

@@ -13,9 +13,9 @@ are never shown as one worker's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
-import stat as mode
 import time
 from typing import Iterator, List, NamedTuple, Optional, Tuple
 
@@ -122,8 +122,8 @@ def _look_at(
             key, sight = _see(pid, fd)
         except ValueError as problem:
             unreadable.append(Unreadable(pid, name, str(problem)))
-        except FileNotFoundError:  # it was closed since
-            continue
+        except FileNotFoundError:
+            continue  # it was closed since
         else:
             if sight is not None:
                 pools[key] = sight
@@ -151,12 +151,9 @@ def _see(pid: int, fd: int) -> tuple[tuple[int, int], PoolSight | None]:
         ValueError: it is no table that can be read; the text says why.
         OSError: it is not there any more, or may not be opened.
     """
-    # It may have been closed since, and the number be another file's: nothing must block.
-    ours = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    ours = _open(pid, fd)
     try:
         facts = os.fstat(ours)
-        if not mode.S_ISREG(facts.st_mode):
-            raise FileNotFoundError("it was closed")
         key = facts.st_dev, facts.st_ino
         if facts.st_size < t.ROW_BYTES:
             return key, None  # being made this moment
@@ -167,6 +164,24 @@ def _see(pid: int, fd: int) -> tuple[tuple[int, int], PoolSight | None]:
             return key, _pool(pid, words)
     finally:
         os.close(ours)
+
+
+def _open(pid: int, fd: int) -> int:
+    """Open a table to read it. Since it was found, its number may have become another file's.
+
+    Raises:
+        FileNotFoundError: so it is, or nobody's. OSError: it may not be opened.
+    """
+    try:  # a pipe must not block us
+        ours = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as problem:
+        if problem.errno == errno.ENXIO:  # a socket
+            raise FileNotFoundError("it was closed") from problem
+        raise
+    if not os.readlink(f"/proc/self/fd/{ours}").startswith(_LINK):
+        os.close(ours)
+        raise FileNotFoundError("it was closed")
+    return ours
 
 
 @contextlib.contextmanager
