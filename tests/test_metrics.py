@@ -98,6 +98,15 @@ def test_snapshot_tells_what_was_done(pool: Pool[Any]) -> None:
     assert (now.workers_started, now.crashes, now.active_sessions) == (2, 0, 1)
 
 
+def test_spare_is_shown_and_is_not_in_service() -> None:
+    with Pool(Stateful, size=1, spares=1) as pool:
+        wait_until(pool, lambda: pool.stats().spare == 1)
+        now = Metrics(pool, interval=None).sample()
+
+    assert sorted(worker.state for worker in now.workers) == ["idle", "spare"]
+    assert (now.pool_size, now.idle, now.health_score) == (1, 1, 100.0)
+
+
 def test_errors_are_told_by_type(pool: Pool[Any], gate: Gate) -> None:
     """What is the pool's fault is no user's error, and the other way round."""
     with Metrics(pool, interval=None) as metrics:
