@@ -151,3 +151,16 @@ def group() -> tuple[int, int]:
 
 def misbehave(name: str, *args: Any) -> Any:
     return globals()[name](*args)
+
+
+class NeedsMemory:
+    """Takes a lot of memory to start with."""
+
+    def __init__(self) -> None:
+        self.value = len(bytearray(256 << 20))
+
+    def add(self, amount: int) -> int:
+        return self.value + amount
+
+    def pid(self) -> int:
+        return os.getpid()

@@ -172,11 +172,12 @@ class Desk:
         waiting = len(self._turnstile.waiters)
         if self.config.max_waiting is not None and waiting >= self.config.max_waiting:
             raise self._too_many(waiting)
-        self.count("queued")
-        if self.on_queue:
-            self.hooks.emit("queue.depth", {"depth": waiting + 1})
         if self.manager.here:
             timeout = 0.0  # a hook in the manager's thread waits for nobody but itself
+        if timeout is None or timeout > 0:  # else it does not queue
+            self.count("queued")
+            if self.on_queue:
+                self.hooks.emit("queue.depth", {"depth": waiting + 1})
         while True:
             left = None if timeout is None else timeout - (time.monotonic() - start)
             self._check_circuit()

@@ -24,6 +24,7 @@ from .blackbox import LAST_WORDS
 from .oom import OOM_KILLS
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
+_DESCRIPTORS = 10  # more than any start method needs at once
 REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
 
 
@@ -55,7 +56,12 @@ class WorkerProcess:
         Raises:
             OSError, EOFError, RuntimeError: no process was started.
         """
-        self._process.start()
+        _expect_room()
+        try:
+            self._process.start()
+        except OSError as error:
+            _close_lost_pipes(error)
+            raise
         self._pidfd = _pidfd(self.pid)
 
     @property
@@ -194,6 +200,32 @@ class WorkerProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+
+def _expect_room() -> None:
+    """Raise OSError if there are too few descriptors: multiprocessing loses some in mid-start."""
+    taken: list[int] = []
+    try:
+        while len(taken) < _DESCRIPTORS:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
+def _close_lost_pipes(error: OSError) -> None:
+    """Close the two pipes that `popen_fork` makes and forgets when it cannot fork."""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_globals.get("__name__") == "multiprocessing.popen_fork":
+            for names in (("parent_r", "child_w"), ("child_r", "parent_w")):
+                ends = [frame.f_locals.get(name, -1) for name in names]
+                with contextlib.suppress(OSError):  # closed, or not made
+                    if len({os.fstat(fd).st_ino for fd in ends}) == 1:  # one pipe still
+                        for fd in ends:
+                            os.close(fd)
+        trace = trace.tb_next
 
 
 def _pidfd(pid: int | None) -> int | None:
