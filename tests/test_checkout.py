@@ -90,6 +90,7 @@ def test_timeout_zero_takes_what_is_idle_or_raises_at_once(pool: Pool[Stateful])
             pool.checkout(timeout=0)
         assert time.monotonic() - start < LAST / 4
         assert pool.stats().waiting == 0
+    assert pool.stats().queued == 0, "it does not wait, so it never queued"
 
 
 @pytest.mark.parametrize("timeout", [None, math.inf, 1e300])

@@ -13,7 +13,7 @@ import pytest
 import scripts
 
 SCRIPT = """
-    import gc, os, resource, signal, sys
+    import fcntl, gc, os, resource, signal, sys  # fcntl: workers import it
     from ears import Ear, wait_until
     from minipool import Pool
     from multiprocessing import forkserver
