@@ -194,10 +194,10 @@ class Manager:
 
     def _patience(self) -> float:
         """Return how long the manager may wait if nothing happens."""
-        if self._orders or self._refused or self.staff.unfinished:
+        if self._orders or self._refused:
             return 0.0
         now, now_ns = time.monotonic(), time.monotonic_ns()
-        dues = [self.config.tick]
+        dues = [self.config.tick, self.staff.raise_at - now]
         due = health.due_in(self._rows(), now_ns, self._limits)
         if due is not None:
             dues.append(due / 1e9)

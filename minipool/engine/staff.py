@@ -20,6 +20,8 @@ from .turnstile import Turnstile
 if TYPE_CHECKING:
     from ..config import PoolConfig
 
+HEAD_START = 0.005  # seconds that who waited has, before a start takes the interpreter's lock
+
 
 class Staff:
     """The wanted number of workers of one pool, and its bounds."""
@@ -30,7 +32,7 @@ class Staff:
         self.overflow = config.max_overflow
         self.may_grow = True  # there is room for one more
         self.wished = False  # somebody wanted a worker and did not wait for it
-        self.unfinished = False  # there is more to do, on the next turn
+        self.raise_at = 0.0  # monotonic: no start for the reserve sooner than this
         self.last_shrink_ns = time.monotonic_ns()
         self._config = config
         self._turnstile = turnstile
@@ -59,9 +61,8 @@ class Staff:
             wanted = self.target = min(self._config.size or 0, self.target + wished - starting)
         elif waiting > starting and starting == 0 and dying == 0:
             wanted = self._grown(len(live))
-        self.unfinished = self._reserve.fill(wanted - len(live))
-        if self.unfinished:
-            return  # a start is slow, and there may be somebody who waited
+        if self._reserve.fill(wanted - len(live)):
+            self.raise_at = time.monotonic() + HEAD_START
         self._reserve.exchange()
         live = self._fleet.live()
         booting = any(handle.state is S.STARTING for handle in live)
@@ -70,7 +71,7 @@ class Staff:
             return
         missing = wanted - len(live)
         if missing <= 0 and not booting:  # who stands by comes after who serves
-            missing = self._reserve.missing()
+            missing = self._reserve.missing() if time.monotonic() >= self.raise_at else 0
         room = self._config.startup_batch - self._fleet.count(S.STARTING)
         self._fleet.spawn(min(missing - dying, room), reserve=len(live) >= wanted)
 

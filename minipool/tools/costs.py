@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from ..errors import WorkerDied
@@ -49,7 +50,7 @@ def startup(plan: Plan) -> list[Group]:
 
 def recovery(plan: Plan) -> list[Group]:
     """Kill the only worker of a pool; time from the kill to the next good reply."""
-    found: Rounds = {"minipool": [], "floor": []}
+    found: Rounds = {"minipool": [], "floor": [], "spare": _recoveries_by_spares(plan)}
     with plan.pool(1) as pool:
         for _ in range(2 * plan.repeats):
             pool.call(identity, 1)
@@ -60,12 +61,33 @@ def recovery(plan: Plan) -> list[Group]:
             found["minipool"].append(_recover(pool))
     floor = Series("floor", "one bare process reports ready", "s", tuple(found["floor"]))
     ours = Series("minipool", "SIGKILL to the next good reply", "s", tuple(found["minipool"]))
+    spare = Series(
+        "spare", "SIGKILL in a call to the next good reply, spares=1", "s", tuple(found["spare"])
+    )
     results = (
         over("recovery", "recovery from SIGKILL / start of a bare process", ours, floor, 2.5),
         Result(ours._replace(name="recovery_time"), 0.05),
+        Result(spare._replace(name="recovery_spare"), 0.003),
     )
     about = "the only worker of a pool is killed, and replaced by one that answers"
-    return [Group("recovery", about, (floor, ours), results)]
+    return [Group("recovery", about, (floor, ours, spare), results)]
+
+
+def _recoveries_by_spares(plan: Plan) -> list[float]:
+    """Have the only worker killed in a call, again and again, while a spare stands by."""
+    found, ready = [], threading.Semaphore(0)
+    with plan.pool(1, spares=1) as pool:
+        pool.hooks["worker.init"].append(lambda *_: ready.release())
+        for _ in range(4 * plan.repeats):
+            while pool.stats().spare == 0:
+                assert ready.acquire(timeout=30), "no spare came"
+            pool.call(identity, 1)
+            start = _clock()
+            with contextlib.suppress(WorkerDied):
+                pool.call(signal.raise_signal, int(signal.SIGKILL))
+            pool.call(identity, 1)
+            found.append(_clock() - start)
+    return found
 
 
 def _recover(pool: Pool[None]) -> float:

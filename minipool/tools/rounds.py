@@ -35,8 +35,8 @@ class Plan(NamedTuple):
     def method(self) -> str:
         return str(self.context.get_start_method())
 
-    def pool(self, size: int) -> Pool[None]:
-        return Pool(size=size, start_method=self.method)
+    def pool(self, size: int, **options: Any) -> Pool[None]:
+        return Pool(size=size, start_method=self.method, **options)
 
 
 @contextlib.contextmanager
