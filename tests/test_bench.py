@@ -114,7 +114,7 @@ def test_report_has_every_group_side_by_side(report: Any) -> None:
     for threads in (1, 2, 4, 8):
         assert series["throughput"] >= {f"floor_{threads}", f"minipool_{threads}"}
     for name in ("startup", "recovery"):
-        assert series[name] == {"floor", "minipool"}
+        assert series[name] >= {"floor", "minipool"}
     assert series["import"] == {"floor", "package", "minipool"}
 
 
