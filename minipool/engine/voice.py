@@ -167,7 +167,7 @@ class Forwarder(logging.Handler):
 def _write_by_lines() -> None:
     """Have each line written when it ends, as on a terminal: buffers are lost in a death.
 
-    The old objects stay: they may hold what a process, of which this is a fork, has to write.
+    The old objects stay: they may hold what a process has to write of which this is a fork.
     """
     _kept.append((sys.stdout, sys.stderr))
     for name, fd in (("stdout", 1), ("stderr", 2)):
