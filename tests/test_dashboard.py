@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import http.client
 import json
@@ -12,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -386,9 +388,11 @@ SILENT_READER = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 def hung_up(visitor: socket.socket) -> bool:
     """Wait until we are hung up on."""
+    deadline = time.monotonic() + LAST
     with contextlib.suppress(ConnectionError):
         while visitor.recv(65536):
-            pass
+            if time.monotonic() > deadline:
+                return False
     return True
 
 
@@ -436,6 +440,40 @@ def test_more_visitors_than_there_is_room_for_are_hung_up_on(
             each.close()
 
 
+def test_a_visitor_who_cannot_be_let_in_is_tried_again_once_a_tick(
+    pool: Pool[Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He stands at the door, ready, all the time; the thread does not look at him all the time."""
+    with pool.dashboard() as dashboard, stream(dashboard) as heard:
+        heard.next()
+        tries: list[int] = []
+        door, accept = threading.Event(), dashboard._server.socket.accept
+
+        def no_descriptors() -> Any:
+            tries.append(1)
+            if not door.is_set():
+                raise OSError(errno.EMFILE, "too many open files")
+            return accept()
+
+        monkeypatch.setattr(HTTPServer, "get_request", lambda server: no_descriptors())
+        with connect(dashboard, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n") as waiting:
+            for _ in range(5):
+                assert heard.next()
+            assert 0 < len(tries) <= 6
+            door.set()
+            assert b" 200 " in waiting.makefile("rb").readline()
+
+
+def test_a_stream_without_news_says_that_it_is_there(
+    pool: Pool[Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visitors, "_SILENT", 0.05)
+    monkeypatch.setattr(module, "INTERVAL", 1000.0)
+    with pool.dashboard() as dashboard, stream(dashboard) as heard:
+        heard.next()
+        assert [heard.response.readline() for _ in range(3)][1] == b": no news\n"
+
+
 def test_a_broken_reading_is_logged_and_the_next_one_comes(
     pool: Pool[Counter], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -469,10 +507,14 @@ def threads() -> list[str]:
 def test_close_hangs_up_on_everybody_and_can_be_called_again(pool: Pool[Counter]) -> None:
     dashboard = pool.dashboard()
     heard, silent = Stream(dashboard), connect(dashboard, SILENT_READER)
-    heard.next()
+    unfinished = connect(dashboard, b"GET / HT")
+    for _ in range(3):
+        heard.next()
     port = port_of(dashboard)
+    begun = time.monotonic()
     dashboard.close()
     dashboard.close()
+    assert time.monotonic() - begun < visitors.PATIENCE / 2
 
     assert dashboard.closed and "closed" in repr(dashboard)
     assert b"data" not in heard.response.read() and hung_up(silent)
@@ -482,6 +524,7 @@ def test_close_hangs_up_on_everybody_and_can_be_called_again(pool: Pool[Counter]
     assert all(listeners == [] for listeners in pool.hooks.values())
     heard.close()
     silent.close()
+    unfinished.close()
 
 
 def test_it_ends_with_its_pool_even_while_somebody_looks() -> None:
@@ -541,6 +584,7 @@ def test_a_forked_child_answers_nobody(pool: Pool[Counter]) -> None:
         pid = os.fork()
         if pid == 0:  # pragma: no cover
             with contextlib.suppress(BaseException):
+                signal.alarm(int(LAST))  # it ends even if the test does not come so far
                 os.write(writer, b"y" if dashboard.closed else b"n")
                 os.close(writer)
                 signal.pause()
