@@ -183,7 +183,8 @@ class Screen:
                 self._looks = self._watch.look()
                 due = time.monotonic() + self._interval
             self._draw()
-            self._window.timeout(max(0, int((due - time.monotonic()) * 1000) + 1))
+            # A Ctrl-C that comes just before this wait is heard after it: so it is a short one.
+            self._window.timeout(max(0, min(1000, int((due - time.monotonic()) * 1000) + 1)))
             if not self._press(self._window.getch()):
                 return
 
