@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, Callable
+from typing import Any
 
 from .engine.conversation import MAX_WARM
 from .engine.desk import Desk
@@ -21,10 +21,9 @@ from .records import Record
 class Nearness:
     """Which worker has what warm, for the sessions and the hints of one pool."""
 
-    def __init__(self, desk: Desk, record_of: Callable[[str], Record | None]) -> None:
+    def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._config = desk.config
-        self._record_of = record_of
         self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
 
     def worker_for(self, record: Record, affinity: str, timeout: float | None) -> Handle:
@@ -73,7 +72,7 @@ class Nearness:
         while len(warm) > MAX_WARM:
             oldest = next(iter(warm))
             del warm[oldest]
-            forgotten = self._record_of(oldest)
+            forgotten = record.sessions.record_of(oldest)
             if forgotten is not None and forgotten.at_slot == handle.slot:
                 forgotten.missing()  # or it would answer that it has not got it
 

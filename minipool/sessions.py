@@ -54,7 +54,7 @@ class Sessions:
         self._manager = desk.manager
         self._config = desk.config
         self._store = store
-        self.nearness = Nearness(desk, lambda key: self._records.get(key))
+        self.nearness = Nearness(desk)
         self._affinity = desk.config.affinity
         self._records: dict[str, Record] = {}
         self._line = Turnstile("fifo")
@@ -420,6 +420,10 @@ class Sessions:
             worker_id=None if worker is None else worker.slot,
             leased=leased,
         )
+
+    def record_of(self, key: str) -> Record | None:
+        """Return a session's record, or None."""
+        return self._records.get(key)
 
     def __len__(self) -> int:
         return len(self._records)
