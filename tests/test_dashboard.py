@@ -127,6 +127,7 @@ def test_the_port_is_the_one_that_was_asked_for(pool: Pool[Counter]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         with pytest.raises(OSError):
             pool.dashboard(other.getsockname()[1])
+        assert all(listeners == [] for listeners in pool.hooks.values())
         free = other.getsockname()[1]
     with pool.dashboard(free) as dashboard:
         assert dashboard.url == f"http://127.0.0.1:{free}/"
@@ -359,6 +360,7 @@ def test_the_token_can_be_chosen_and_is_asked_for_then(pool: Pool[Counter]) -> N
     for wrong in ("", "a b", "a;b", "a\r\nb", "ä"):
         with pytest.raises(ValueError, match="token"):
             pool.dashboard(token=wrong)
+        assert all(listeners == [] for listeners in pool.hooks.values())
     with pool.dashboard(token="open-sesame") as dashboard:
         assert dashboard.url.endswith("/?token=open-sesame")
         assert ask(dashboard, "/healthz").status == 401

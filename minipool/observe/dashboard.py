@@ -25,7 +25,7 @@ INTERVAL = 1.0  # seconds between two readings
 
 
 class Dashboard:
-    """Serves the page at `url` until `close()`; also usable in a `with`.
+    """Serves the page at `url` until `close()`; also usable in a `with`. Closes the board.
 
     Where another address than this machine's own is bound (`host="0.0.0.0"`), visitors must show
     `token`; one is made up if none is given, and `url` contains it. Any thread may call any method.
@@ -42,16 +42,21 @@ class Dashboard:
         port: int = 0,
         token: str | None = None,
     ) -> None:
-        if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]+", token):
-            raise ValueError("the token is empty, or has more in it than letters, digits and ._~-")
         self._board, self._interval = board, INTERVAL
         self._news = News(board)
-        self._server = Server(host, port, self._news, token)
-        self._bell, self._clapper = socket.socketpair()
         self._closing = threading.RLock()
         self._thread = threading.Thread(target=self._run, name="minipool-dashboard", daemon=True)
+        with contextlib.ExitStack() as undoing:
+            undoing.callback(board.close)
+            _check(token)
+            self._bell, self._clapper = socket.socketpair()
+            undoing.callback(self._bell.close)
+            undoing.callback(self._clapper.close)
+            self._server = Server(host, port, self._news, token)
+            undoing.callback(self._server.server_close)
+            self._thread.start()
+            undoing.pop_all()
         _dashboards.add(self)
-        self._thread.start()
 
     @property
     def url(self) -> str:
@@ -124,6 +129,11 @@ class Dashboard:
         self._server.handle_request()
         if self._server.choked:  # he stands at the door still, and would be seen again at once
             selector.unregister(self._server.socket)  # until the next tick
+
+
+def _check(token: str | None) -> None:
+    if token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]+", token):
+        raise ValueError("the token is empty, or has more in it than letters, digits and ._~-")
 
 
 _dashboards: weakref.WeakSet[Dashboard] = weakref.WeakSet()
