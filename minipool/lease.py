@@ -252,7 +252,7 @@ class Lease(Generic[W]):
 
     @property
     def worker_id(self) -> int:
-        """The slot of the worker; stable while it is replaced."""
+        """The slot of the worker. Who takes its place may have the same one, or its own."""
         return self._handle.slot
 
     @property

@@ -84,6 +84,9 @@ USES: dict[str, Callable[[Pool[Any]], Any]] = {
     "end_session": lambda pool: pool.end_session("ada"),
     "session_state": lambda pool: pool.session_state("ada"),
     "sessions": lambda pool: pool.sessions(),
+    "breaker": lambda pool: pool.breaker,
+    "dashboard": lambda pool: pool.dashboard(),
+    "warm_up": lambda pool: pool.warm_up(["add"]),
     "resize": lambda pool: pool.resize(2),
     "drain": lambda pool: pool.drain(),
     "install_signal_handlers": lambda pool: pool.install_signal_handlers(),
@@ -105,7 +108,7 @@ def test_every_use_of_a_pool_in_a_fork_is_refused(start_method: str) -> None:
 
 
 def test_every_public_method_is_in_that_list() -> None:
-    names = {name for name in vars(Pool) if not name.startswith("_")}
+    names = {name for name in dir(Pool) if not name.startswith("_")}
     assert names - {"options", "closed"} == {name.split("(")[0] for name in USES} - {
         "with", "options.call",
     }  # fmt: skip

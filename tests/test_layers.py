@@ -10,18 +10,23 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
     "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
-    "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.workerend",
-    "engine.conversation", "engine.baggage", "engine.voice", "engine.transcript", "engine.resources", "engine.blackbox", "engine.child", "engine.health", "engine.oom",
-    "engine.process", "engine.inquest", "engine.handle", "engine.laden", "engine.launch",
-    "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.reserve", "engine.staff",
-    "engine.manager", "engine.desk", "engine.tally",
-    "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views", "signals", "pool", "signatures", "programs",
-    "observe.reading", "observe.score", "observe.ticker", "observe.metrics", "observe.openmetrics",
-    "observe.optimizer", "observe.autoscale",
+    "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel",
+    "engine.workerend", "engine.conversation", "engine.baggage", "engine.voice",
+    "engine.transcript", "engine.resources", "engine.blackbox", "engine.child", "engine.health",
+    "engine.oom", "engine.process", "engine.inquest", "engine.handle", "engine.laden",
+    "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",
+    "engine.fleet", "engine.care", "engine.reserve", "engine.staff", "engine.manager",
+    "engine.desk", "engine.tally",
+    "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views",
+    "signals", "lifecycle", "inspection", "pool", "signatures", "programs",
+    "observe.reading", "observe.score", "observe.ticker", "observe.metrics",
+    "observe.openmetrics", "observe.optimizer", "observe.autoscale",
     "tools.procfs", "observe.onlooker", "observe.watch", "observe.top",
-    "observe.portrait", "observe.board", "observe.inside", "observe.outside", "observe.news", "observe.script", "observe.page", "observe.visitors", "observe.dashboard",
+    "observe.portrait", "observe.board", "observe.inside", "observe.outside", "observe.news",
+    "observe.script", "observe.page", "observe.visitors", "observe.dashboard",
     "tools.floors", "tools.figures", "tools.peers", "tools.rounds", "tools.dashboard",
-    "tools.speed", "tools.hearing", "tools.costs", "tools.deaths", "tools.conversations", "tools.watching", "tools.bench", "tools.cli", "__main__",
+    "tools.speed", "tools.hearing", "tools.costs", "tools.deaths", "tools.conversations",
+    "tools.watching", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
 HALLS = {"", "engine", "observe", "tools"}  # packages: their __init__ may name anything, lazily
 
