@@ -66,7 +66,7 @@ SHOWN = [
     "SIGKILL to the next good reply",
     "SIGKILL in a call to the next good reply, spares=1",
     "from the exit code to WorkerDied",
-    "CallTimeout with the stack, beyond the 100 ms: longest of",
+    "CallTimeout with the stack, beyond the 100 ms: the longest",
     "resident memory: worker - bare process",
     "proportional memory: worker - bare process",
     "idle pool: voluntary context switches a second",

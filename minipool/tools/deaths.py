@@ -33,7 +33,7 @@ def deaths(plan: Plan) -> list[Group]:
                         tuple(seconds for seconds, _ in late))  # fmt: skip
     longest = by_timeout._replace(
         name="timeout_longest",
-        about=f"CallTimeout with the stack, beyond the 100 ms: longest of {len(late)}",
+        about="CallTimeout with the stack, beyond the 100 ms: the longest",
         rounds=(max(by_timeout.rounds),),
     )
     missing = sum(not stack for _, stack in late)
