@@ -12,7 +12,7 @@ ROOMS = [
     "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel",
     "engine.workerend", "engine.conversation", "engine.baggage", "engine.voice",
-    "engine.transcript", "engine.resources", "engine.blackbox", "engine.child", "engine.health",
+    "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health",
     "engine.oom", "engine.process", "engine.inquest", "engine.handle", "engine.laden",
     "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",
     "engine.fleet", "engine.care", "engine.reserve", "engine.staff", "engine.manager",

@@ -2,17 +2,7 @@
 
 Runs in the worker, in its main thread, and imports as little as it can: every worker pays for it.
 The worker waits on its pipe for ever and has no idle exit; it ends when told to, when the pipe
-ends, and at the latest when its parent does:
-
-    The *lifeline* is a pipe whose only write end is the parent's. The worker opens its read end
-    anew, so that it has a file description of its own, and asks the kernel to send *it* SIGKILL
-    when that end hangs up (`F_SETSIG` with `O_ASYNC`). This works while a C function holds the
-    GIL, whoever the forking thread was, and without a thread in the worker. Where the kernel
-    does not offer it, a daemon thread waits for the hang-up instead.
-
-A worker leads a process group of its own. So the keys that interrupt, stop or quit the program at
-a terminal do not reach it, nor what it starts; and both ways above, and its parent, can kill all of
-the group.
+ends, and at the latest when its parent does (see `lifeline`).
 """
 
 from __future__ import annotations
@@ -29,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from . import blackbox, wire
 from . import table as t
 from .conversation import NotHere, Session, WarmSessions
+from .lifeline import die_with_parent, end_all, lead_a_group
 from .resources import limit, resident_bytes
 from .workerend import FastWorkerEnd, PortableWorkerEnd
 
@@ -38,7 +29,6 @@ if TYPE_CHECKING:
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
-_F_SETSIG = 10  # Linux; the fcntl module has no name for it before 3.11
 
 
 class CurrentWorker:
@@ -110,13 +100,13 @@ class Setup:
 def main(conn: Any, setup: Setup) -> None:
     """Be one worker, from the first instruction to the last."""
     global _current
-    group = _lead_a_group() and setup.kill_group
+    group = lead_a_group() and setup.kill_group
     _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
     _signal.signal(signal.SIGTERM, _signal.SIG_DFL)
     _signal.set_wakeup_fd(-1)  # forked, it would write into the parent's event loop
     if hasattr(_signal, "pthread_sigmask"):
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-    _die_with_parent(setup.lifeline, group)
+    die_with_parent(setup.lifeline, group)
     _let_go_when_forked(conn.fileno())
     if setup.box is not None:
         blackbox.install(setup.box.fd)
@@ -140,7 +130,7 @@ def main(conn: Any, setup: Setup) -> None:
         os._exit(1)  # a call has forked, and this is the child that returned from it
     worker.close()
     if orphaned and group:
-        _end_all(group)
+        end_all(group)
 
 
 class _Worker:
@@ -372,24 +362,6 @@ def _row(setup: Setup) -> memoryview:
     return words
 
 
-def _lead_a_group() -> bool:
-    """Become the leader of a new process group; False where there is no such thing."""
-    if not hasattr(os, "setpgid"):
-        return False
-    with contextlib.suppress(OSError):  # it leads one already
-        os.setpgid(0, 0)
-    # The group is never a terminal's foreground; `stty tostop` would stop a worker that prints.
-    _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)
-    return os.getpgrp() == os.getpid()
-
-
-def _end_all(group: bool) -> None:
-    """End this process, with its group: nobody is there to do so."""
-    if group:
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os._exit(1)
-
-
 def _let_go_when_forked(fd: int) -> None:
     """Take the pipe from every child of this process: a call may fork, and both return from it."""
     if not hasattr(os, "register_at_fork"):
@@ -405,51 +377,3 @@ def _let_go_when_forked(fd: int) -> None:
                 os.close(null)
 
     os.register_at_fork(after_in_child=let_go)
-
-
-def _die_with_parent(lifeline: wire.Descriptor | None, group: bool) -> None:
-    """See to it that this process does not outlive its parent by more than a moment."""
-    if lifeline is None or not _killed_on_hangup(lifeline.fd, group):
-        import threading
-
-        fd = None if lifeline is None else lifeline.fd
-        watch = threading.Thread(target=_wait_for_parent, args=(fd, group), daemon=True)
-        watch.name = "minipool-lifeline"
-        watch.start()
-
-
-def _killed_on_hangup(fd: int, group: bool) -> bool:
-    """Ask the kernel to kill this process, or its group, at the pipe's end; False if it cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    import fcntl
-
-    try:
-        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpid() if group else os.getpid())
-        fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
-        if os.read(own, 1) == b"":
-            os._exit(1)  # it hung up before we asked
-    except BlockingIOError:
-        pass  # still open
-    except OSError:
-        os.close(own)
-        return False
-    os.close(fd)
-    return True
-
-
-def _wait_for_parent(fd: int | None, group: bool) -> None:
-    if fd is not None:
-        os.read(fd, 1)
-    else:
-        from multiprocessing import connection, parent_process
-
-        parent = parent_process()
-        if parent is not None:
-            connection.wait([parent.sentinel])
-    _end_all(group)

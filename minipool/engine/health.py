@@ -6,9 +6,12 @@ that depends on time is decided here, so it is tested with a clock that tests tu
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 
 from .states import WorkerState as S
+
+if TYPE_CHECKING:
+    from ..config import PoolConfig
 
 SECOND_NS = 1_000_000_000
 DYING_NS = SECOND_NS // 4  # from the end of a worker's pipe to the end of its process
@@ -51,6 +54,28 @@ class Limits(NamedTuple):
     max_rss: Optional[int] = None
     kill_rss: Optional[int] = None
     cpu_ns: Optional[int] = None
+
+
+def limits_of(config: PoolConfig) -> Limits:
+    """Return the options that `plan` goes by."""
+
+    def ns(seconds: float | None) -> int | None:
+        return None if seconds is None else int(seconds * SECOND_NS)
+
+    return Limits(
+        init_ns=ns(config.init_timeout),
+        probe_every_ns=ns(config.health_check_interval),
+        probe_timeout_ns=ns(config.health_check_timeout) or 1,
+        max_probe_failures=config.max_health_failures,
+        stop_ns=ns(config.close_timeout) or 0,
+        lease_ns=ns(config.lease_timeout),
+        leak_ns=ns(config.leak_warn_after),
+        overflow_idle_ns=ns(config.overflow_idle) or 0,
+        max_idle_ns=ns(config.max_idle),
+        max_rss=config.max_rss,
+        kill_rss=config.kill_rss,
+        cpu_ns=ns(None if config.cpu_limit is None else 0.9 * config.cpu_limit),
+    )
 
 
 class Action:

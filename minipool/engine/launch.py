@@ -20,32 +20,10 @@ from ..errors import CallMismatch, ConfigError, PoolStartError
 from . import wire
 from .baggage import baggage_of
 from .child import Setup
+from .lifeline import Lifeline
 
 if TYPE_CHECKING:
     from ..config import PoolConfig
-
-
-class Lifeline:
-    """A pipe that hangs up when this process ends, which ends the workers; see `child`."""
-
-    def __init__(self) -> None:
-        self.read_fd: int | None = None
-        self._write_fd: int | None = None
-        if sys.platform != "win32":
-            self.read_fd, self._write_fd = os.pipe()
-
-    def abandon(self) -> None:
-        """Close the write end in a process that was forked from the owner."""
-        if self._write_fd is not None:
-            os.close(self._write_fd)
-            self._write_fd = None
-
-    def close(self) -> None:
-        """Close both ends. Workers that are still there are killed by it."""
-        self.abandon()
-        if self.read_fd is not None:
-            os.close(self.read_fd)
-            self.read_fd = None
 
 
 class Launcher:

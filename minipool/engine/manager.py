@@ -63,7 +63,7 @@ class Manager:
         self.opened_ns = time.monotonic_ns()
         self.closed_ns: int | None = None
         self._launcher = launcher
-        self._limits = _limits(config)
+        self._limits = health.limits_of(config)
         self._changed = threading.Condition()
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
@@ -408,26 +408,6 @@ def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
         # A busy worker cannot say it itself.
         rss_bytes=resident_bytes(handle.pid or 0) if weigh else handle.row[t.RSS_BYTES],
         cpu_ns=handle.row[t.CPU_NS],
-    )
-
-
-def _limits(config: PoolConfig) -> health.Limits:
-    def ns(seconds: float | None) -> int | None:
-        return None if seconds is None else int(seconds * health.SECOND_NS)
-
-    return health.Limits(
-        init_ns=ns(config.init_timeout),
-        probe_every_ns=ns(config.health_check_interval),
-        probe_timeout_ns=ns(config.health_check_timeout) or 1,
-        max_probe_failures=config.max_health_failures,
-        stop_ns=ns(config.close_timeout) or 0,
-        lease_ns=ns(config.lease_timeout),
-        leak_ns=ns(config.leak_warn_after),
-        overflow_idle_ns=ns(config.overflow_idle) or 0,
-        max_idle_ns=ns(config.max_idle),
-        max_rss=config.max_rss,
-        kill_rss=config.kill_rss,
-        cpu_ns=ns(None if config.cpu_limit is None else 0.9 * config.cpu_limit),
     )
 
 

@@ -1,0 +1,113 @@
+"""The lifeline: what ends a worker when its parent ends, and with the worker what it has started.
+
+A pipe whose only write end is the parent's. The worker opens its read end anew, so that it has a
+file description of its own, and asks the kernel to send *it* SIGKILL when that end hangs up
+(`F_SETSIG` with `O_ASYNC`). This works while a C function holds the GIL, whoever the forking
+thread was, and without a thread in the worker. Where the kernel does not offer it, a daemon thread
+waits for the hang-up instead.
+
+A worker leads a process group of its own. So the keys that interrupt, stop or quit the program at
+a terminal do not reach it, nor what it starts; and both ways above, and its parent, can kill all of
+the group.
+"""
+
+from __future__ import annotations
+
+import _signal  # without the enums of `signal`: a forked child pays for each page it touches
+import contextlib
+import os
+import signal
+import sys
+
+from . import wire
+
+_F_SETSIG = 10  # Linux; the fcntl module has no name for it before 3.11
+
+
+class Lifeline:
+    """A pipe that hangs up when this process ends, which ends the workers."""
+
+    def __init__(self) -> None:
+        self.read_fd: int | None = None
+        self._write_fd: int | None = None
+        if sys.platform != "win32":
+            self.read_fd, self._write_fd = os.pipe()
+
+    def abandon(self) -> None:
+        """Close the write end in a process that was forked from the owner."""
+        if self._write_fd is not None:
+            os.close(self._write_fd)
+            self._write_fd = None
+
+    def close(self) -> None:
+        """Close both ends. Workers that are still there are killed by it."""
+        self.abandon()
+        if self.read_fd is not None:
+            os.close(self.read_fd)
+            self.read_fd = None
+
+
+def lead_a_group() -> bool:
+    """Become the leader of a new process group; False where there is no such thing."""
+    if not hasattr(os, "setpgid"):
+        return False
+    with contextlib.suppress(OSError):  # it leads one already
+        os.setpgid(0, 0)
+    # The group is never a terminal's foreground; `stty tostop` would stop a worker that prints.
+    _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)
+    return os.getpgrp() == os.getpid()
+
+
+def end_all(group: bool) -> None:
+    """End this process, with its group: nobody is there to do so."""
+    if group:
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def die_with_parent(lifeline: wire.Descriptor | None, group: bool) -> None:
+    """See to it that this process does not outlive its parent by more than a moment."""
+    if lifeline is None or not _killed_on_hangup(lifeline.fd, group):
+        import threading
+
+        fd = None if lifeline is None else lifeline.fd
+        watch = threading.Thread(target=_wait_for_parent, args=(fd, group), daemon=True)
+        watch.name = "minipool-lifeline"
+        watch.start()
+
+
+def _killed_on_hangup(fd: int, group: bool) -> bool:
+    """Ask the kernel to kill this process, or its group, at the pipe's end; False if it cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import fcntl
+
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpid() if group else os.getpid())
+        fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
+        if os.read(own, 1) == b"":
+            os._exit(1)  # it hung up before we asked
+    except BlockingIOError:
+        pass  # still open
+    except OSError:
+        os.close(own)
+        return False
+    os.close(fd)
+    return True
+
+
+def _wait_for_parent(fd: int | None, group: bool) -> None:
+    if fd is not None:
+        os.read(fd, 1)
+    else:
+        from multiprocessing import connection, parent_process
+
+        parent = parent_process()
+        if parent is not None:
+            connection.wait([parent.sentinel])
+    end_all(group)
