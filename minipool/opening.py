@@ -16,7 +16,6 @@ from .engine.desk import Desk
 from .engine.launch import Launcher
 from .engine.manager import Manager, live_managers
 from .engine.states import WorkerState
-from .engine.tally import TallyDesk
 from .errors import PoolStartError
 from .sessions import Sessions
 
@@ -47,9 +46,10 @@ def open_desk(launcher: Launcher, config: PoolConfig, hooks: Hooks) -> tuple[Des
             store.close()
         raise
     targets = wire.Targets(launcher.worker, launcher.method == "fork", config.codec is not None)
-    desk = Desk(manager, targets)
+    kind = Desk
     if config.max_calls is not None:
-        desk = TallyDesk(manager, targets)
+        from .engine.tally import TallyDesk as kind  # imported by those who use it
+    desk = kind(manager, targets)
     # Pool and leases know the desk, the manager does not: when they are collected, so is it.
     forgotten = weakref.finalize(desk, manager.close, 0.0, True)
     forgotten.atexit = False  # `_close_all` does better

@@ -21,7 +21,6 @@ from . import table as t
 from .handle import Handle
 from .health import SECOND_NS
 from .inquest import Death, hold, reason_of
-from .laden import LadenHandle
 from .launch import Launcher
 from .process import describe_exit, signal_name
 from .states import WorkerState as S
@@ -74,6 +73,8 @@ class Fleet:
             self.scribe = Scribe(config, self.baggage)
         self._make_handle: Callable[..., Handle] = Handle
         if self.baggage is not None:
+            from .laden import LadenHandle
+
             self._make_handle = functools.partial(LadenHandle, self.baggage)
         self._failed_ns = 0
         self._pause = 0.0  # after the last failure

@@ -15,15 +15,15 @@ import tempfile
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
-from ..commands import Command
 from ..errors import CallMismatch, ConfigError, PoolStartError
 from . import wire
-from .baggage import baggage_of
 from .child import Setup
 from .lifeline import Lifeline
 
 if TYPE_CHECKING:
+    from ..commands import Command
     from ..config import PoolConfig
+    from .baggage import Baggage
 
 
 class Launcher:
@@ -43,7 +43,11 @@ class Launcher:
         self.worker = worker
         spec = (worker, tuple(args), dict(kwargs or {}))
         self._spec: Any = spec if self.method == "fork" else _pickled(spec, worker)
-        self.baggage = baggage_of(config.context, self.method == "fork")
+        self.baggage: Baggage | None = None
+        if config.context:
+            from .baggage import baggage_of  # by those who use it, as below
+
+            self.baggage = baggage_of(config.context, self.method == "fork")
         self._warm_up = _packed_warm_up(worker, config, self.method == "fork")
         self._codec = None if config.codec is None else _packed_codec(config.codec)
         self.context: Any = None
