@@ -16,6 +16,7 @@ from typing import Any, Iterator
 
 import pytest
 
+import halves
 from gates import Gate
 
 START_METHODS = [
@@ -26,8 +27,27 @@ START_METHODS = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--chaos-seconds", type=float, default=10.0, help="how long tests/chaos rages")
+    parser.addoption("--chaos-seconds", type=float, default=5.0, help="how long tests/chaos rages")
     parser.addoption("--chaos-seed", type=int, default=None, help="replay a storm of tests/chaos")
+    parser.addoption("--endurance", type=int, default=1, help="times as much of test_endurance.py")
+    parser.addoption("--half", choices=("1", "2"), help="run every other file of tests only")
+
+
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Have the other half of a whole run done by another process, where there is a core for it."""
+    halves.divide(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    halves.keep(config, items)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    halves.report(terminalreporter)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    halves.join(session)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -110,8 +130,10 @@ def _descendants() -> dict[int, str]:
                 names[int(entry)] = Path(f"/proc/{entry}/cmdline").read_text()[:300]
     mine = {os.getpid()}
     found: dict[int, str] = {}
+    others = {halves.other_pid()}
     while True:
         new = {pid for pid, parent in parents.items() if parent in mine and pid not in mine}
+        new -= others
         if not new:
             return found
         mine |= new

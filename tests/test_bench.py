@@ -137,7 +137,7 @@ def test_report_tells_where_it_was_measured(report: Any) -> None:
     assert facts["cpus"] >= 1 and facts["usable_cpus"] >= 1 and len(facts["load_average"]) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_people_see_every_target_with_its_verdict() -> None:
     """What is printed has a line for each target, the verdict on it, and the machine's load."""
     done = minipool("bench", "--quick")

@@ -1,6 +1,6 @@
 """Nothing grows: descriptors, threads and memory are flat over many calls and many deaths.
 
-`pytest -m exhaustive tests/test_endurance.py` makes a million calls and ten thousand deaths.
+`pytest tests/test_endurance.py --endurance 100` makes a million calls and 20,000 deaths.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _flat(pool: Pool[Any], step: Callable[[], object], count: int) -> None:
     """Make `count` steps; nothing may be held after them that was not after the first tenth."""
 
     def at_rest() -> Held:
-        wait_until(pool, lambda: pool.stats().idle == pool.config.size)
+        size = pool.config.size
+        wait_until(pool, lambda: pool.stats().idle == size == len(pool.workers()))
         return _held()
 
     for _ in range(count // 10):
@@ -89,25 +90,16 @@ def _deaths(start_method: str, count: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # how long it takes is an option
 @pytest.mark.parametrize("path", ["fast", "portable"])
-def test_many_calls_leave_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _calls(path, 20_000, monkeypatch)
+def test_many_calls_leave_nothing(
+    path: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    _calls(path, 10_000 * request.config.getoption("--endurance"), monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "count"), [("forkserver", 300), ("fork", 300), ("spawn", 40)])
-def test_many_deaths_leave_nothing(method: str, count: int) -> None:
-    _deaths(method, count)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.timeout(3600)
-def test_a_million_calls_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    _calls("fast", 1_000_000, monkeypatch)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("method", ["forkserver", "fork"])
-def test_ten_thousand_deaths_leave_nothing(method: str) -> None:
-    _deaths(method, 10_000)
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(("method", "count"), [("forkserver", 200), ("fork", 200), ("spawn", 30)])
+def test_many_deaths_leave_nothing(method: str, count: int, request: pytest.FixtureRequest) -> None:
+    _deaths(method, count * request.config.getoption("--endurance"))

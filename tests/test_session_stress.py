@@ -87,7 +87,7 @@ def kill_workers(pool: Pool[Any], stop: threading.Event, seconds: float) -> int:
     return killed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_count_is_exact_while_workers_are_killed(tmp_path: Path) -> None:
     """32 threads, 200 sessions, 4 workers, a SIGKILL every 50 ms for 20 s."""
     with Pool(size=WORKERS, call_timeout=60) as pool:
@@ -167,10 +167,10 @@ def test_what_an_application_was_told_survives_its_death(tmp_path: Path) -> None
                 # Not in order: between a reply and its line another thread may write its own.
                 told[key] = max(told.get(key, 0), int(n))
                 replies += 1
-                if replies == 1500:
+                if replies == 600:
                     os.killpg(process.pid, signal.SIGKILL)
         scripts.finish(process)
-        assert replies >= 1500
+        assert replies >= 600
         found = stored(store)
         for key, n in kept.items():
             told.setdefault(key, n)

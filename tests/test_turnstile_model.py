@@ -32,13 +32,9 @@ SCENARIOS: dict[str, Scenario] = {
     "one wants a slot, one takes any": Scenario(
         [[take(None, 0), release], [take(), release], [release]], [None, None, A], [B]
     ),
-    "one wants a slot and may time out": Scenario(
-        [[take(0.5, 0), release], [take(), release], [release]], [None, None, A], ()
-    ),
     "replaced while leased": Scenario(
         [[release], [take(), release], [replace(0, 2)]], held=[A], idle=()
     ),
-    "probed while two take": Scenario([[take(), release], [take(), release], [probe(0, 1)]]),
     "a signal handler gives back": Scenario([[take(), release]] * 2, handlers=[(0, B)]),
     "a signal handler gives back, one may time out": Scenario(
         [[release], [take(0.5), release]], [A], (), handlers=[(0, B), ]
@@ -48,10 +44,6 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "struck while taking": Scenario(
         [[take(), release], [take(), release]], strikes=[0], sweeps=3, fair=False
-    ),
-    "struck while giving back, as another does": Scenario(
-        [[release], [take(), take()], [release]],
-        [A, None, B], (), strikes=[0], sweeps=3, fair=False,
     ),
     "struck while it waits": Scenario(
         [[release], [take(), release]], [A], (), strikes=[1], struck_at=["acquire"]
@@ -65,6 +57,14 @@ SCENARIOS: dict[str, Scenario] = {
 }  # fmt: skip
 
 LARGE: dict[str, Scenario] = {
+    "one wants a slot and may time out": Scenario(
+        [[take(0.5, 0), release], [take(), release], [release]], [None, None, A], ()
+    ),
+    "struck while giving back, as another does": Scenario(
+        [[release], [take(), take()], [release]],
+        [A, None, B], (), strikes=[0], sweeps=3, fair=False,
+    ),
+    "probed while two take": Scenario([[take(), release], [take(), release], [probe(0, 1)]]),
     "three take and give back": Scenario([[take(), release]] * 3),
     "three take and give back, fifo": Scenario([[take(), release]] * 3, strategy="fifo"),
     "two may time out": Scenario([[release], [take(0.5), release], [take(0.5), release]], [A], ()),
