@@ -22,7 +22,7 @@ from workers import Counter, DiesOnCall
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not ((browser.CHROMIUM and browser.DRIVER) or os.environ.get("MINIPOOL_BROWSER")),
+        not ((browser.CHROMIUM and browser.DRIVER) or os.environ.get("BROWSER_TESTS")),
         reason="chromium and chromedriver are not installed",
     ),
 ]
