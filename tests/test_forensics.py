@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+import scripts
 import wrecks
 from ears import Ear, wait_until
 from gates import Gate
@@ -379,6 +380,62 @@ def test_kill_that_the_kernel_counted_is_told_as_such(
         wait_until(pool, lambda: len(pool.deaths()) == 3)
         assert [death.out_of_memory for death in pool.deaths()] == [True, False, True]
         assert "out-of-memory" in pool.deaths()[0].reason
+
+
+@pytest.fixture
+def starving() -> Iterator[Path]:
+    """A control group inside ours in which there are 200 MB of memory."""
+    folder, limit = _group_of_ours()
+    group = folder / f"minipool-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as problem:
+        pytest.skip(f"no control group of our own: {problem}")
+    try:
+        (group / limit).write_text(str(200 << 20))
+        yield group
+    except OSError as problem:
+        pytest.skip(f"memory cannot be limited here: {problem}")
+    finally:
+        scripts.wait_gone(*map(int, (group / "cgroup.procs").read_text().split()))
+        group.rmdir()
+
+
+def _group_of_ours() -> tuple[Path, str]:
+    """Return our control group's folder, and the name of what limits the memory of one in it."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            return Path(f"/sys/fs/cgroup/memory{path}"), "memory.limit_in_bytes"
+    return Path(f"/sys/fs/cgroup{lines[-1].split(':', 2)[2]}"), "memory.max"
+
+
+HOARDING = """
+    import os, sys
+    from minipool import Pool, WorkerDied
+    from workers import getpid
+    from wrecks import hoard
+
+    if __name__ == "__main__":
+        with open(os.path.join(sys.argv[2], "cgroup.procs"), "w") as group:
+            group.write(str(os.getpid()))
+        with Pool(size=2, start_method=sys.argv[1]) as pool:
+            try:
+                pool.call(hoard, 500 << 20)
+            except WorkerDied as error:
+                print(error.signal, error.out_of_memory, "out-of-memory killer" in str(error))
+            print(pool.call(getpid) != os.getpid(), pool.deaths()[-1].out_of_memory)
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/fs/cgroup").exists(), reason="there are no control groups")
+def test_worker_that_the_kernel_kills_for_memory_is_known(
+    tmp_path: Path, start_method: str, starving: Path
+) -> None:
+    """Really done: in a group with little memory the kernel kills who takes too much."""
+    code, out, err = scripts.run(tmp_path, HOARDING, start_method, str(starving))
+    assert (code, out.splitlines()) == (0, ["SIGKILL True True", "True True"]), err
 
 
 def _death_of(w: Any, gate: Gate) -> WorkerDied:

@@ -94,3 +94,8 @@ class HangsWhenProbed:
 
     def answer(self, value: Any) -> Any:
         return value
+
+
+def hoard(size: int) -> int:
+    """Take so much memory, and write to all of it."""
+    return len(bytearray(size))
