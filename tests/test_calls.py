@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,22 @@ def test_huge_argument_and_result_travel(w: Lease[Stateful]) -> None:
     result = w.call(rogues.make_bytes, HUGE)
     assert (len(result), result[:1], result[-1:]) == (HUGE, b"x", b"x")
     assert w.call("add", 1) == 11
+
+
+def _free_bytes() -> int:
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(_free_bytes() < 16 << 30, reason="it takes 16 GB of memory")
+def test_three_gigabytes_travel() -> None:
+    """More than a length of four bytes can tell, there and back."""
+    with Pool(size=1, call_timeout=200) as pool:
+        assert pool.call(rogues.size_of, bytes(3 << 30)) == 3 << 30
+        assert len(pool.call(rogues.make_bytes, 3 << 30)) == 3 << 30
+        assert pool.stats().workers_lost == 0
 
 
 # -- mismatches: nothing was sent ----------------------------------------------------------------
