@@ -88,12 +88,11 @@ def worker_info(handle: Handle) -> WorkerInfo:
     row, now = handle.row, time.monotonic_ns()
     state = handle.state
     running = state is S.IDLE and t.running(row)
-    leased = state is S.IDLE and row[t.LEASED_SINCE_NS] != 0
     return WorkerInfo(
         worker_id=handle.slot,
         generation=handle.generation,
         pid=handle.pid,
-        state="leased" if leased else state.name.lower(),
+        state=handle.doing,
         calls=t.calls_done(row),
         busy=row[t.BUSY_NS] / 1e9,
         in_call_for=(now - row[t.CALL_STARTED_NS]) / 1e9 if running else None,

@@ -388,3 +388,15 @@ def test_booting_worker_does_not_show_what_its_predecessor_did(gate: Gate) -> No
         assert (info.state, info.calls, info.busy, info.rss_bytes) == ("starting", 0, 0.0, 0)
         gate.open(1)
         pool.wait_ready(timeout=20)
+
+
+def test_worker_that_was_given_back_unfit_is_not_called_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody will get it, though the manager has not heard of it yet."""
+    with Pool(size=1) as pool:
+        monkeypatch.setattr(handle_of(pool), "in_call", b"left")
+        assert pool.worker(0).state == "stopping"
+        assert (pool.stats().idle, pool.stats().stopping) == (0, 1)
+        monkeypatch.undo()
+        assert pool.worker(0).state == "idle"

@@ -222,6 +222,16 @@ class Handle:
             self.box.abandon()
 
     @property
+    def doing(self) -> str:
+        """What it does now, in the words of the reports."""
+        if self.state is WorkerState.IDLE:
+            if self.row[t.LEASED_SINCE_NS]:
+                return "leased"
+            if self.in_call or (self.tainted is not None and not self.worn_out):
+                return "stopping"  # it was given back unfit, of which the manager is about to hear
+        return self.state.name.lower()
+
+    @property
     def worn_out(self) -> bool:
         """Whether nothing but wear keeps it from being used again."""
         return self.worn is not None and self.tainted is self.worn

@@ -148,12 +148,11 @@ def _worker(handle: Handle, now: int) -> WorkerSnapshot:
     row, state, session = handle.row, handle.state, handle.session
     begun = row[t.CALL_STARTED_NS] if row[t.CALL_ID] else 0
     running = state is S.IDLE and t.running(row)
-    leased = state is S.IDLE and row[t.LEASED_SINCE_NS] != 0
     return WorkerSnapshot(
         worker_id=handle.slot,
         pid=handle.pid,
         generation=handle.generation,
-        state="leased" if leased else STATES[state - 1],
+        state=handle.doing,
         session=None if session is None else session.key,
         sessions_warm=len(handle.sessions),
         calls=t.calls_done(row),
