@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import rogues
-from ears import Ear, wait_until
+from ears import Ear, handle_of, wait_until
 from gates import Gate
 from minipool import CallTimeout, CheckoutTimeout, Pool, PoolStats, WorkerDied, WorkerInfo
 from rogues import SaysItIsIll, Stateful
