@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_used_up_worker_serves_on_while_no_other_can_be_started(tmp_path: Path) 
         ear.wait("worker.terminate", fits=lambda event: event.metadata["pid"] == old)
         assert call("pid") != old
         assert pool.stats().workers_lost == pool.stats().start_failures
+
+
+def test_call_to_a_worker_that_serves_on_is_made_again_like_any(tmp_path: Path) -> None:
+    """It was used up and called up again; its next lease has made no calls, whatever it made."""
+    blocker = tmp_path / "blocker"
+    with Pool(FailsWhileFileExists, args=(str(blocker),), size=1, max_calls=1) as pool:
+        blocker.touch()
+        old = pool.call("pid")
+        with pool.checkout(timeout=20) as w:
+            assert w.pid == old
+            blocker.unlink()
+            os.kill(old, signal.SIGKILL)
+            assert w.options(timeout=20).call("pid") != old, "it had not begun"
 
 
 # -- age and memory ------------------------------------------------------------------------------

@@ -286,6 +286,7 @@ class Desk:
             return  # the owner, in another process, will see to it
         held = handle.end_lease(_monotonic_ns())
         handle.lease = None
+        handle.calls_before = handle.calls_sent  # it may serve on, if it is only worn
         if not handle.condemned and not handle.worn_out:
             self.count("discarded")
         if handle.in_call:
