@@ -14,7 +14,7 @@ from typing import Any, Iterator
 import pytest
 
 import scripts
-from gates import Gate
+from gates import Gate, pass_gate
 from minipool import Pool, PoolError
 from rogues import Stateful
 from scripts import wait_gone
@@ -338,3 +338,33 @@ def test_handler_may_close_the_pool_wherever_it_comes() -> None:
                         with pool.checkout() as w:
                             w.call("add", 1)
             assert type(caught.value).__name__ in ("PoolClosed", "LeaseRevoked", "LeaseReleased")
+
+
+class Interrupted(Exception):
+    """Raised by a signal handler."""
+
+
+@pytest.mark.parametrize("portable", ["", "1"], ids=["fast", "portable"])
+def test_signal_that_does_not_wake_the_caller_is_heard_all_the_same(
+    portable: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came in the moment before he began to wait; or, as here, to another thread."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    def signal_myself() -> None:
+        gate.wait_arrived()
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    monkeypatch.setenv("MINIPOOL_PORTABLE", portable)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with Pool(size=1, call_timeout=None) as pool:
+            thread = threading.Thread(target=signal_myself)
+            thread.start()
+            with pytest.raises(Interrupted):
+                pool.call(pass_gate, gate.path)
+            thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -26,6 +26,7 @@ from . import wire
 SMALL = 32 * 1024  # up to here one write takes all: the socket's buffer is far larger and empty
 CHUNK = 64 * 1024
 _FOREVER = 2e6  # seconds; what `poll` can take in milliseconds
+_LOOK = 1.0  # seconds; a signal that comes a moment before a wait begins does not end it
 _SOON = 1e-6  # seconds; 0 would mean non-blocking, which fails in another way
 PIECE = 8 << 20  # grow the buffer of a long frame by this much, never by what it claims to be
 
@@ -149,7 +150,7 @@ class FastEnd(_End):
 
     def _set_timeout(self, timeout: float | None) -> None:
         """Let `recv` wait so long. It costs a system call, and most calls have the same."""
-        limit = _FOREVER if timeout is None else min(max(_SOON, timeout), _FOREVER)
+        limit = _LOOK if timeout is None else min(max(_SOON, timeout), _LOOK)
         self._sock.settimeout(limit)
         self._timeout = timeout
 
@@ -178,8 +179,8 @@ class FastEnd(_End):
                 raise Garbled("the pipe to an idle worker was full")
             reply = self._recv(CHUNK)
             size, got_id, status = _unpack_reply(reply)
-        except socket.timeout:
-            raise TimedOut from None
+        except socket.timeout:  # at least one look is over
+            return self._reply_to(call_id, _deadline(timeout, start))
         except OSError:
             raise PeerGone from None
         except struct.error:
@@ -225,14 +226,16 @@ class FastEnd(_End):
         return bool(poll.poll(0))
 
     def _receive_piece(self, most: int, deadline: float | None) -> bytes:
-        left = None if deadline is None else deadline - time.monotonic()
-        try:
-            self._set_timeout(left)
-            return self._recv(most)
-        except socket.timeout:
-            raise TimedOut from None
-        except OSError:
-            raise PeerGone from None
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            try:
+                self._set_timeout(left)
+                return self._recv(most)
+            except socket.timeout:
+                if left is not None and left <= _LOOK:
+                    raise TimedOut from None
+            except OSError:
+                raise PeerGone from None
 
     def _send_long(self, head: bytes, body: bytes, deadline: float | None) -> None:
         """Write a frame that may not fit the socket's buffer, watching the worker and the clock."""
@@ -354,9 +357,14 @@ class PortableEnd(_End):
 
     def _receive_piece(self, most: int, deadline: float | None) -> bytes:
         try:
-            ready = _ready([self._conn, self._sentinel], _left(deadline))
-            if not ready:
-                raise TimedOut
+            ready: list[Any] = []
+            while not ready:
+                left = _left(deadline)
+                ready = _ready(
+                    [self._conn, self._sentinel], _LOOK if left is None else min(left, _LOOK)
+                )
+                if not ready and left is not None and left <= _LOOK:
+                    raise TimedOut
             if self._conn not in ready and not self._conn.poll(0):
                 raise PeerGone
             if sys.platform != "win32":  # there a message comes whole, here it may never end
