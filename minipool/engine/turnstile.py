@@ -39,7 +39,7 @@ from typing import Any, Callable, Dict, List, Tuple
 Token = Tuple[Any, Any]  # slot; generation: whatever tells its owners apart, such as a handle
 
 _SETTLEMENT = 1.0  # seconds to wait for one who popped our ticket; he is a few steps from done
-_LOOK = 5.0  # seconds after which a sleeping waiter looks whether he was forgotten
+_LOOK = 1.0  # seconds after which a sleeping waiter looks: was he forgotten, did a signal come?
 
 
 class Closed(Exception):
