@@ -131,6 +131,7 @@ FULL_DISK = """
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs a mount of its own")
+@pytest.mark.skipif("MINIPOOL_PORTABLE" in os.environ, reason="there is no file then")
 def test_full_disk(tmp_path: Path) -> None:
     """Where the status table is a file on a file system that is full."""
     small, script = tmp_path / "small", tmp_path / "script.py"

@@ -276,6 +276,8 @@ class Fleet:
             self.lost += 1
             self.deaths.append(hold(handle))
             used = handle.row[t.CALL_ID] > 0 or handle.revoked is not None
+            if self._launcher.portable:  # its caller may not have heard yet that his call has begun
+                used = used or handle.calls_sent > 0
             if booting or not (used or self._proved(handle, now)):
                 self._start_failed(handle.slot, exitcode, cause, handle, handle.permit)
         if handle.permit is not None:
