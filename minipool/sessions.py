@@ -32,7 +32,7 @@ from .errors import (
 )
 from .nearness import Nearness, checked_key
 from .records import Changes, Record, Stake, pack
-from .telemetry import logger
+from .telemetry import INFO, logger, remark
 
 
 class SessionInfo(NamedTuple):
@@ -474,7 +474,7 @@ class Sessions:
             self._astray[key] = record.used
             if before.get(key) != record.used or key in self._line.idle:
                 continue
-            logger().info("session %r had lost its owner and is free again", key)
+            remark(INFO, "session %r had lost its owner and is free again", key)
             if record.opened:
                 self.take_away(record)
             else:

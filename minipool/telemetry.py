@@ -12,6 +12,7 @@ again. Every pool imports this module, so it imports next to nothing itself.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
         hooks: Hooks
 
+
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` numbers them
 
 Listener = Callable[[str, Dict[str, Any], Dict[str, Any]], object]
 
@@ -79,6 +82,17 @@ def logger() -> logging.Logger:
     return logging.getLogger("minipool")
 
 
+def remark(level: int, message: str, *args: object, **more: Any) -> None:
+    """Log at a level that may be below what is shown by default.
+
+    Then a program that has not even imported logging is not made to: nobody would hear, and while
+    an unhandled Ctrl-C is ending it, that import evaluates a string, upon which CPython forgets
+    that it was to end by SIGINT and exits with 1.
+    """
+    if level >= WARNING or "logging" in sys.modules:
+        logger().log(level, message, *args, **more)
+
+
 class Hooks(Dict[str, List[Listener]]):
     """One plain list of callables for each event of one pool; append to listen."""
 
@@ -118,15 +132,14 @@ def tell(
 #: The events of each single call: to hear them costs every call about a microsecond.
 OF_CALLS = ("worker.checkout", "worker.checkin", "operation.start", "operation.stop")
 
-_DEBUG, _INFO, _WARNING, _ERROR = 10, 20, 30, 40  # as `logging` numbers them
 _LEVELS = {  # all others are steps in a life, and told at INFO
-    "error": _ERROR,
-    "operation.exception": _ERROR,
-    "span.exception": _ERROR,
-    "lease.leaked": _WARNING,
-    **dict.fromkeys(OF_CALLS, _DEBUG),
-    **dict.fromkeys(("worker.health_check", "queue.depth", "utilization"), _DEBUG),
-    **dict.fromkeys(("span.start", "span.stop"), _DEBUG),
+    "error": ERROR,
+    "operation.exception": ERROR,
+    "span.exception": ERROR,
+    "lease.leaked": WARNING,
+    **dict.fromkeys(OF_CALLS, DEBUG),
+    **dict.fromkeys(("worker.health_check", "queue.depth", "utilization"), DEBUG),
+    **dict.fromkeys(("span.start", "span.stop"), DEBUG),
 }
 
 
@@ -170,7 +183,7 @@ def attach_logger(
     to = log or logging.getLogger("minipool.events")
 
     def write(event: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
-        level = _LEVELS.get(event, _INFO)
+        level = _LEVELS.get(event, INFO)
         if to.isEnabledFor(level):
             facts = {**metadata, **measurements}
             error = facts.get("error")

@@ -94,7 +94,7 @@ def test_one_ctrl_c_is_one_clean_keyboard_interrupt(
     os.write(keys, b"\x03")
     code, out, err = scripts.finish(process)
     took = time.monotonic() - typed
-    assert (code, out) == (-signal.SIGINT, "")
+    assert (code, out) == (-signal.SIGINT, ""), err
     assert err.count("Traceback (most recent call last)") == 1, err
     assert err.rstrip().endswith("KeyboardInterrupt"), err
     assert took < SOON, f"{took:.2f} s"

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
-from ..telemetry import Hooks, logger
+from ..telemetry import DEBUG, INFO, WARNING, Hooks, logger, remark
 from . import health, wire
 from . import table as t
 from .channel import Garbled, PeerGone
@@ -149,7 +149,7 @@ class Care:
         self._tell_probed(handle, self._config.health_check_timeout, healthy=False)
 
     def _tell_probed(self, handle: Handle, seconds: float, healthy: bool) -> None:
-        logger().debug("worker %d: health check: %s", handle.slot, "well" if healthy else "failed")
+        remark(DEBUG, "worker %d: health check: %s", handle.slot, "well" if healthy else "failed")
         self._hooks.emit(
             "worker.health_check",
             {"seconds": seconds, "failures": handle.probe_failures},
@@ -194,8 +194,8 @@ class Care:
     def _mourn(self, handle: Handle) -> None:
         """Tell of a worker that ended though nobody wanted it to."""
         why = handle.tainted or "by itself"
-        log = logger().info if handle.tainted else logger().warning  # who tainted it was told
-        log(
+        remark(
+            INFO if handle.tainted else WARNING,  # who tainted it was told
             "worker %d (pid %s) of %s died %s (%s) and is replaced",
             handle.slot, handle.pid, self._config.name, describe(handle.process), why,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable, Deque
 
 from ..errors import PoolClosed
-from ..telemetry import logger
+from ..telemetry import INFO, remark
 from .metrics import Metrics, Snapshot
 from .optimizer import DOWN, Decision, decide
 from .reading import Reading, read
@@ -58,7 +58,7 @@ class Autoscaler:
         pool = self._pool()
         if pool is None or pool._desk is None:
             return
-        logger().info("%s: %s", self._config.name, decision)
+        remark(INFO, "%s: %s", self._config.name, decision)
         if decision.resize_to is not None:
             with contextlib.suppress(PoolClosed):  # this moment
                 pool.resize(decision.resize_to, gentle=True)

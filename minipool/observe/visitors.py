@@ -24,7 +24,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Callable, Dict, NamedTuple, Set
 from urllib.parse import parse_qs, urlsplit
 
-from ..telemetry import logger
+from ..telemetry import DEBUG, remark
 from .news import News, as_json
 from .openmetrics import CONTENT_TYPE
 from .page import POLICY, page
@@ -107,7 +107,7 @@ class Server(HTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Note a visitor who could not be answered."""
-        logger().debug("a visitor of the dashboard was lost", exc_info=True)
+        remark(DEBUG, "a visitor of the dashboard was lost", exc_info=True)
 
     def hurry(self) -> None:
         """Hang up on who has been asking, or taking the answer, for too long."""
