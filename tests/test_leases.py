@@ -399,8 +399,8 @@ def test_interrupts_at_any_moment_lose_no_worker(pool: Pool[Stateful]) -> None:
     signal.signal(signal.SIGALRM, lambda *args: signal.raise_signal(signal.SIGINT))
     try:
         for number in range(60):
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + number * 0.00002)
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + number * 0.00002)
                 call_for_ever(number)
             except KeyboardInterrupt:
                 struck += 1
