@@ -20,7 +20,7 @@ from .errors import (
     WorkerError,
 )
 from .records import State
-from .telemetry import tell
+from .telemetry import drop, tell
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec, Self
@@ -91,17 +91,17 @@ class Lease(Generic[W]):
             raise self._busy(target)
         desk = self._desk
         try:
-            kind, name, counts, shape = desk.targets[target]
+            kind, name, counts, shape, text = desk.targets[target]
         except CallMismatch:
             raise
         except TypeError:  # not hashable
-            kind, name, counts, shape = desk.targets.resolve(target)
+            kind, name, counts, shape, text = desk.targets.resolve(target)
         if kwargs or len(args) not in counts:
             shape.check(args, kwargs)
         if kind == wire.SHIPPED:
             args = (target, args, kwargs)
         if desk.on_start or desk.on_stop or desk.on_exception:
-            return self._observed(handle, kind, name, args, kwargs)
+            return self._observed(handle, kind, name, text, args, kwargs)
         try:
             return handle.request(kind, name, args, kwargs, self._timeout)
         except WorkerError as error:
@@ -159,17 +159,21 @@ class Lease(Generic[W]):
         handle: Handle,
         kind: int,
         name: bytes,
+        text: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Make the call with its events."""
+        """Make the call with its events. `telemetry.tell` is written out: it costs all of them."""
         desk = self._desk
         facts: dict[str, Any]
-        facts = {"worker_id": handle.slot, "target": name.decode(), "pool": desk.pool_name}
+        facts = {"worker_id": handle.slot, "target": text, "pool": desk.pool_name}
         if desk.baggage is not None:
             facts["context"] = desk.baggage.values()
-        if desk.on_start:
-            tell("operation.start", desk.on_start, {}, facts)
+        for listener in tuple(desk.on_start):
+            try:
+                listener("operation.start", {}, facts)
+            except Exception:
+                drop("operation.start", desk.on_start, listener)
         start = _monotonic()
         try:
             try:
@@ -182,8 +186,12 @@ class Lease(Generic[W]):
             numbers, facts = {"seconds": _monotonic() - start}, {**facts, "error": error}
             tell("operation.exception", desk.on_exception, numbers, facts)
             raise
-        if desk.on_stop:
-            tell("operation.stop", desk.on_stop, {"seconds": _monotonic() - start}, facts)
+        took = _monotonic() - start
+        for listener in tuple(desk.on_stop):
+            try:
+                listener("operation.stop", {"seconds": took}, facts)
+            except Exception:
+                drop("operation.stop", desk.on_stop, listener)
         return result
 
     def options(

@@ -122,9 +122,14 @@ def tell(
         try:
             listener(name, measurements, metadata)
         except Exception:
-            logger().exception("listener %r failed on %s and was removed", listener, name)
-            with contextlib.suppress(ValueError):  # another thread removed it first
-                listeners.remove(listener)
+            drop(name, listeners, listener)
+
+
+def drop(name: str, listeners: List[Listener], listener: Listener) -> None:
+    """Log the exception that a listener raised, which is being handled, and remove it."""
+    logger().exception("listener %r failed on %s and was removed", listener, name)
+    with contextlib.suppress(ValueError):  # another thread removed it first
+        listeners.remove(listener)
 
 
 # -- listeners ready-made ------------------------------------------------------------------------

@@ -243,7 +243,8 @@ def test_pinning_takes_every_process_and_lets_it_go_again(start_method: str) -> 
     allowed = os.sched_getaffinity(0)
     with Bare(multiprocessing.get_context(start_method)) as bare:
         bare.wait_ready()
-        with procfs.pinned(max(allowed)):
+        with procfs.pinned() as core:
+            assert core == max(allowed)
             assert os.sched_getaffinity(0) == os.sched_getaffinity(bare.pid) == {max(allowed)}
             assert bare.caller()() == 1
         assert os.sched_getaffinity(0) == os.sched_getaffinity(bare.pid) == allowed

@@ -161,7 +161,7 @@ def packed_command(targets: wire.Targets, codec: Any, command: Command) -> tuple
         CallMismatch: there is no such target, or the arguments do not fit or cannot be sent.
     """
     target, args, kwargs = command
-    kind, name, counts, shape = targets.resolve(target)
+    kind, name, counts, shape, _ = targets.resolve(target)
     if kwargs or len(args) not in counts:
         shape.check(args, kwargs)
     words: Any = args

@@ -222,14 +222,15 @@ class Targets(Dict[Any, "Target"]):
         return found
 
     def resolve(self, target: Any) -> Target:
-        """Return kind and name of a target, and which arguments it takes.
+        """Return kind and name of a target, which arguments it takes, and its name as text.
 
         Raises:
             CallMismatch: no worker could find it, or it cannot be called at all.
         """
         kind, name = self._named(target)
-        shape = self._shape(target, kind, name.decode(errors="replace"))
-        return kind, name, shape.counts, shape
+        text = name.decode(errors="replace")
+        shape = self._shape(target, kind, text)
+        return kind, name, shape.counts, shape, text
 
     def _shape(self, target: Any, kind: int, name: str) -> Shape:
         from . import shape
@@ -270,8 +271,9 @@ class Targets(Dict[Any, "Target"]):
         return FUNCTION, _encoded(path)
 
 
-# Kind, name, how many arguments fit where there are no keywords, and what else is known of them.
-Target = Tuple[int, bytes, range, "Shape"]
+# Kind, name, how many arguments fit where there are no keywords, what else is known of them, and
+# the name as text.
+Target = Tuple[int, bytes, range, "Shape", str]
 
 
 def _encoded(name: str) -> bytes:

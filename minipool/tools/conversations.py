@@ -6,12 +6,11 @@ in bytes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import tempfile
 import tracemalloc
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 from ..engine.child import current_session
 from ..pool import Pool
@@ -43,7 +42,7 @@ def sessions(plan: Plan) -> list[Group]:
     """Time leases of sessions beside leases without."""
     count = _MANY if plan.repeats > 2 else 1000
     found: Rounds = {}
-    with _pinned():
+    with procfs.pinned():
         for measure in (_warm, _moving, _stored):
             found.update(measure(plan))
         scaling, session_bytes = _many(plan, count)
@@ -67,13 +66,6 @@ def sessions(plan: Plan) -> list[Group]:
     )  # fmt: skip
     about = "one call at a time, every process and thread on one core"
     return [Group("sessions", about, (*series.values(), size), results)]
-
-
-@contextlib.contextmanager
-def _pinned() -> Iterator[None]:
-    cores = procfs.cores()
-    with procfs.pinned(cores[-1]) if cores else contextlib.nullcontext():
-        yield
 
 
 def _talk(pool: Pool[None], session: str | None) -> Callable[[], Any]:

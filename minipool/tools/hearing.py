@@ -1,20 +1,19 @@
 """Hearing: what it costs a call that somebody listens to every event of the pool.
 
-Two pools, one of them with a listener that does nothing on every event, called by turns. All
-times are in seconds.
+The same worker is called by turns with a listener that does nothing on every event, and without.
+All times are in seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Callable
 
-from ..lease import Lease
+from ..pool import Pool
 from ..telemetry import attach_reporter
 from . import procfs
 from .figures import Group, Series, above
 from .floors import identity
-from .rounds import Plan, Rounds, Subjects, alternate
+from .rounds import Plan, Rounds, median_time
 
 _ABOUT = {"lease_call": "w.call(identity, 1), lease held", "pool_call": "pool.call(identity, 1)"}
 _RESULTS = (  # name, what is compared, target: two events in a lease, four in pool.call
@@ -25,25 +24,12 @@ _RESULTS = (  # name, what is compared, target: two events in a lease, four in p
 
 def hooks(plan: Plan) -> list[Group]:
     """Time a call with a listener on every event, above one that nobody hears of."""
-    found: Rounds = {}
-    with contextlib.ExitStack() as stack:
-        unheard, heard = stack.enter_context(plan.pool(1)), stack.enter_context(plan.pool(1))
-        attach_reporter(heard, _nothing)
-        cores = procfs.cores()
-        if cores:
-            stack.enter_context(procfs.pinned(cores[-1]))
+    found: Rounds = {f"{who}_{kind}": [] for kind in _ABOUT for who in ("unheard", "heard")}
+    with plan.pool(1) as pool, procfs.pinned():
         for _ in range(plan.rounds):
-            with unheard.checkout() as w, heard.checkout() as v:
-                subjects = {"unheard_lease_call": _call(w), "heard_lease_call": _call(v)}
-                _measure(subjects, plan, found)
-            _measure(
-                {
-                    "unheard_pool_call": lambda: unheard.call(identity, 1),
-                    "heard_pool_call": lambda: heard.call(identity, 1),
-                },
-                plan,
-                found,
-            )
+            with pool.checkout() as w:
+                _measure(pool, "lease_call", lambda: w.call(identity, 1), plan.batch, found)
+            _measure(pool, "pool_call", lambda: pool.call(identity, 1), plan.batch, found)
     series = {
         name: Series(name, f"{_ABOUT[kind]}, {who}", "s", tuple(times))
         for name, times in found.items()
@@ -58,13 +44,13 @@ def hooks(plan: Plan) -> list[Group]:
     return [Group("hooks", about, tuple(series.values()), results)]
 
 
-def _measure(subjects: Subjects, plan: Plan, found: Rounds) -> None:
-    for name, times in alternate(subjects, 1, plan.batch).items():
-        found.setdefault(name, []).extend(times)
-
-
-def _call(w: Lease[None]) -> Callable[[], Any]:
-    return lambda: w.call(identity, 1)
+def _measure(
+    pool: Pool[None], kind: str, call: Callable[[], Any], batch: int, found: Rounds
+) -> None:
+    found[f"unheard_{kind}"].append(median_time(call, batch))
+    detach = attach_reporter(pool, _nothing)
+    found[f"heard_{kind}"].append(median_time(call, batch))
+    detach()
 
 
 def _nothing(event: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:

@@ -52,17 +52,21 @@ def descendants() -> set[int]:
 
 
 @contextlib.contextmanager
-def pinned(core: int) -> Iterator[None]:
+def pinned() -> Iterator[int | None]:
     """Keep every thread of this process and of all below it on one core, and then set it free.
 
-    What is started meanwhile stays there as well, and is freed at the end.
+    What is started meanwhile stays there as well, and is freed at the end. Gives the core, or None
+    where nothing can be pinned.
     """
-    allowed = os.sched_getaffinity(0)
-    _place({core})
+    allowed = cores()
+    if not allowed:
+        yield None
+        return
+    _place({allowed[-1]})
     try:
-        yield
+        yield allowed[-1]
     finally:
-        _place(allowed)
+        _place(set(allowed))
 
 
 def _place(cores: set[int]) -> None:

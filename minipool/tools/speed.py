@@ -59,14 +59,13 @@ def latency(plan: Plan) -> list[Group]:
         peers, notes = stack.enter_context(opened_peers(plan, 1))
         _nice(niced, pool.config.niceness)
         subjects = _calls(pool, plain, niced, peers)
-        cores = procfs.cores()
-        if cores:
-            with procfs.pinned(cores[-1]):
+        with procfs.pinned() as core:
+            if core is None:
+                notes += ("nothing can be pinned to a core here, so no target is looked at",)
+            else:
                 found = _alternate_leased(pool, subjects, plan)
-            about = f"one call at a time, every process and thread on core {cores[-1]}"
-            groups.append(_latency_group("latency", about, found, notes, pinned=True))
-        else:
-            notes += ("nothing can be pinned to a core here, so no target is looked at",)
+                about = f"one call at a time, every process and thread on core {core}"
+                groups.append(_latency_group("latency", about, found, notes, pinned=True))
         found = _alternate_leased(pool, subjects, plan)
         about = "the same, wherever the kernel puts it"
         groups.append(_latency_group("latency_unpinned", about, found, notes, pinned=False))

@@ -2,6 +2,7 @@
 
 Nobody looks; then metrics are taken each second; then a dashboard is shown and `top` runs, too.
 The same pool, lease and call each time; the stretches are long enough for what comes each second.
+Where that can be had, all of it shares one core, so that what the watchers take is seen whole.
 All times are in seconds.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, Callable, ContextManager, Iterator
 
 from ..observe.metrics import Metrics
 from ..pool import Pool
+from . import procfs
 from .figures import Group, Result, Series, over
 from .floors import identity
 from .rounds import Plan, Rounds
@@ -35,7 +37,7 @@ def watching(plan: Plan) -> list[Group]:
     latencies: Rounds = {name: [] for name in _ABOUT}
     rates: Rounds = {name: [] for name in _ABOUT}
     notes = () if os.name == "posix" else ("top is not for this system, and not measured",)
-    with plan.pool(1) as pool:
+    with plan.pool(1) as pool, procfs.pinned():
         watchers: dict[str, Callable[[], ContextManager[Any]]] = {
             "alone": contextlib.nullcontext,
             "metrics": lambda: Metrics(pool, interval=1.0),
@@ -61,7 +63,7 @@ def watching(plan: Plan) -> list[Group]:
         for name, about in (("metrics", "metrics"), ("all", "metrics, dashboard, top")):
             about = f"{what} of a call: {about} / nobody looks"
             results.append(over(f"watched_{what}_{name}", about, of[name], of["alone"], 1.03))
-    about = "calls in a lease while somebody looks; time is 1 / throughput"
+    about = "calls in a lease while somebody looks; time is 1 / throughput; everything on one core"
     return [Group("watching", about, tuple(series), tuple(results), notes)]
 
 
