@@ -338,6 +338,22 @@ def test_dump_spares_a_worker_that_is_booting(gate: Gate) -> None:
         pool.terminate()
 
 
+def test_who_asks_one_that_has_crashed_does_not_make_it_forgotten() -> None:
+    """A dump may come between the crash and its being heard of."""
+    box = blackbox_module.make()
+    assert box is not None
+    try:
+        theirs = box.lend()
+        assert theirs is not None
+        crash = "Fatal Python error: Bus error\n\nCurrent thread 0x1 (most recent call first):\n  a"
+        os.write(theirs.fd, crash.encode())
+        theirs.close()
+        assert box.ask(lambda signum: True, signal.SIGUSR1) is None
+        assert box.last() == crash
+    finally:
+        box.close()
+
+
 def test_answers_are_taken_apart() -> None:
     """Also after one that was still being written when the next was asked for, torn anywhere."""
     other, main = "Thread 0x1 (most recent):\n  a", "Current thread 0x2 (most recent):\n  b"

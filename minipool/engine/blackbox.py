@@ -96,12 +96,15 @@ class BlackBox:
     def ask(self, kill: Callable[[int], bool], signum: int, times: int = 1) -> object:
         """Ask a worker for its stacks by a signal; what it said before is forgotten.
 
-        Returns what `take_back` takes; None if it could not be asked.
+        Returns what `take_back` takes; None if it could not be asked: one that has crashed is past
+        answering, and what it said of that is kept.
         """
         if not signum:
             return None
         with self._reading:
             self._listen()
+            if _FATAL.encode() in self._said:
+                return None
             self._said = b""
             self._question = question = object()
         return question if all(kill(signum) for _ in range(times)) else None
