@@ -374,7 +374,7 @@ class Instrumented:
             yield from _step("refused", slot, generation)
 
         self.namespace["Waiter"] = make
-        turnstile = self.namespace["Turnstile"](strategy, lambda: None, refused)
+        turnstile = self.namespace["Turnstile"](strategy, lambda waiter: None, refused)
         turnstile.waiters.waiter = waiter
         turnstile.Closed = self.closed_error
         return turnstile

@@ -250,6 +250,26 @@ def test_too_many_waiters_are_turned_away_and_the_line_drains() -> None:
         assert pool.stats().waiting == 0
 
 
+def test_of_callers_who_come_at_once_no_more_than_max_waiting_may_stay() -> None:
+    """Another one joins the line after this one has found room in it: the other one was first."""
+    with Pool(Stateful, size=1, max_waiting=1) as pool:
+        others: list[threading.Thread] = []
+
+        def overtake(*event: object) -> None:
+            pool.hooks["queue.depth"].remove(overtake)  # the other one just queues
+            others.append(run(lambda: pool.checkout(timeout=LAST).release()))
+            wait_queued(pool, 1)
+
+        pool.hooks["queue.depth"].append(overtake)
+        with pool.checkout():
+            with pytest.raises(TooManyWaiters) as caught:
+                pool.checkout(timeout=LAST)
+            assert caught.value.waiting == pool.stats().waiting == 1
+        others[0].join(LAST)
+        assert (pool.stats().turned_away, pool.stats().waiting) == (1, 0)
+        pool.checkout(timeout=LAST).release()
+
+
 def test_nobody_may_wait_with_max_waiting_zero() -> None:
     with Pool(Stateful, size=1, max_waiting=0) as pool, pool.checkout():
         with pytest.raises(TooManyWaiters):

@@ -19,7 +19,9 @@ class Watched:
         self.refused: list[tuple[int, Any]] = []
         self.queued = threading.Semaphore(0)
         self.turnstile = Turnstile(
-            strategy, self.queued.release, lambda *token: self.refused.append(token)
+            strategy,
+            lambda waiter: self.queued.release(),
+            lambda *token: self.refused.append(token),
         )
         for slot in range(slots):
             self.turnstile.admit(slot, 1)

@@ -270,7 +270,7 @@ def test_turns_are_fair_without_think_time() -> None:
     """
     threads, laps = 16, 1500
     queued = threading.Semaphore(0)
-    turnstile = Turnstile(on_queue=queued.release)
+    turnstile = Turnstile(on_queue=lambda waiter: queued.release())
     line = turnstile.waiters = Line()
     turns = [0] * threads
     stop = threading.Event()

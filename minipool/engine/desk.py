@@ -20,7 +20,7 @@ from ..telemetry import logger
 from . import table as t
 from . import wire
 from .handle import Handle
-from .manager import Manager
+from .manager import Crowded, Manager
 from .states import WorkerState as S
 from .turnstile import Closed
 
@@ -183,6 +183,8 @@ class Desk:
             self._check_circuit()
             try:
                 token = self._turnstile.take(left, wants, widen_after)
+            except Crowded:
+                raise self._too_many(len(self._turnstile.waiters)) from None
             except Closed:
                 self.check_open()
                 self._check_circuit()

@@ -31,13 +31,17 @@ from .oom import OOM_KILLS
 from .resources import resident_bytes
 from .staff import Staff
 from .states import WorkerState as S
-from .turnstile import Turnstile
+from .turnstile import Turnstile, Waiter
 
 if TYPE_CHECKING:
     from ..config import PoolConfig
 
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
+
+
+class Crowded(Exception):
+    """The line is as long as it may be; nobody else can queue."""
 
 
 class Manager:
@@ -90,8 +94,16 @@ class Manager:
     def closing(self) -> bool:
         return self._close_by is not None
 
-    def _queued(self) -> None:
-        """Hear that somebody queues; nothing to do while no worker could be added."""
+    def _queued(self, waiter: Waiter) -> None:
+        """Hear that somebody queues; nothing to do while no worker could be added.
+
+        Raises:
+            Crowded: of those who came at once, the others were first.
+        """
+        if self.config.max_waiting is not None:
+            line = list(self.turnstile.waiters)  # in the order in which they joined it
+            if waiter.ticket in line[self.config.max_waiting :]:
+                raise Crowded
         if self.staff.may_grow:
             self.bell.ring()
 

@@ -73,14 +73,15 @@ class Turnstile:
     """Hands out slots, each to one owner at a time, first come first served.
 
     Any thread may call any method, signal handlers and finalisers included. `on_queue` is called
-    by each thread that had to queue, before it waits; `on_refused` with each slot that `publish`
-    did not take, because it was fenced or everything is closed: it belongs to who listens.
+    by each thread that had to queue, before it waits; if it raises, nobody waits. `on_refused` is
+    called with each slot that `publish` did not take, because it was fenced or everything is
+    closed: it belongs to who listens.
     """
 
     def __init__(
         self,
         strategy: str = "lifo",
-        on_queue: Callable[[], object] = lambda: None,
+        on_queue: Callable[[Waiter], object] = lambda waiter: None,
         on_refused: Callable[[Any, Any], object] = lambda slot, generation: None,
     ) -> None:
         self.idle: Dict[Any, Any] = {}
@@ -145,7 +146,7 @@ class Turnstile:
 
         Raises:
             Closed: nothing was taken.
-            BaseException: whatever a signal handler raised; nothing was taken.
+            BaseException: whatever a signal handler or `on_queue` raised; nothing was taken.
         """
         if self.closed:
             raise Closed
@@ -160,7 +161,7 @@ class Turnstile:
         waiter = Waiter(next(self._tickets), wants)
         try:
             self._join(waiter)
-            self._on_queue()
+            self._on_queue(waiter)
             in_time = widen_after is not None and self._wait_narrowly(waiter, until, widen_after)
             in_time = in_time or self._wait(waiter, until)
             token = self._outcome(waiter)
