@@ -122,7 +122,7 @@ def test_attempt_that_hangs_leaves_time_for_another(notes: Path) -> None:
 
 def test_one_deadline_bounds_all_attempts_and_pauses(notes: Path) -> None:
     """No pause is begun that would end after it, and no attempt outlives it."""
-    policy = RetryPolicy(attempts=100, base=0.05, multiplier=1, attempt_timeout=0.1)
+    policy = RetryPolicy(attempts=100, base=0.05, multiplier=1, jitter=0, attempt_timeout=0.1)
     with Pool(size=1, retry=policy) as pool:
         pool.call(identity, 1)
         start = time.monotonic()
