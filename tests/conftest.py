@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import select
+import signal
 import threading
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -56,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "impatient: the test times the wait for a worker's last words"
     )
     faulthandler.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell did so, in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
