@@ -69,12 +69,18 @@ class Terminal:
             except OSError:
                 return self.process.wait(timeout)
 
+    def hang_up(self) -> None:
+        """Go away, without the signal that a program gets of its controlling terminal."""
+        os.close(self._ours)
+        self._ours = -1
+
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
-        os.close(self._ours)
+        if self._ours >= 0:
+            self.hang_up()
 
     def _draw(self, data: bytes) -> None:
         data = self._rest + data

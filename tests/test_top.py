@@ -705,3 +705,12 @@ def test_ctrl_c_leaves_the_screen_with_130(screen: Callable[..., Terminal]) -> N
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.end() == 130
     assert "Traceback" not in terminal.text()
+
+
+def test_screen_ends_with_its_terminal(screen: Callable[..., Terminal]) -> None:
+    """Also when SIGHUP is ignored, as under nohup: without a terminal nothing would slow it down."""
+    pytest.importorskip("curses")
+    terminal = screen(str(ME), "--interval", "30")
+    terminal.wait(lambda text: "pools: 0" in text)
+    terminal.hang_up()
+    assert terminal.process.wait(20) is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import select
 import sys
 import threading
 import time
@@ -185,7 +186,8 @@ class Screen:
             self._draw()
             # A Ctrl-C that comes just before this wait is heard after it: so it is a short one.
             self._window.timeout(max(0, min(1000, int((due - time.monotonic()) * 1000) + 1)))
-            if not self._press(self._window.getch()):
+            key = self._window.getch()
+            if not self._press(key) or (key < 0 and _hung_up()):
                 return
 
     def _press(self, key: int) -> bool:
@@ -226,6 +228,13 @@ class Screen:
             with contextlib.suppress(curses.error):  # it has just been made smaller
                 self._window.addnstr(y, 0, line, max(0, width - 1), looks.get(kind, 0))
         self._window.refresh()
+
+
+def _hung_up() -> bool:
+    """Tell whether the terminal is gone: then no wait for a key takes any time."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 # -- the command ---------------------------------------------------------------------------------
