@@ -61,12 +61,6 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish() -> None:
-    """Spare the collector what stays to the end: it runs twice in every test."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def servers() -> None:
     """Start multiprocessing's own helpers first: they stay, and are nobody's leftovers."""
@@ -92,6 +86,7 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 def nothing_left(request: pytest.FixtureRequest, caplog: Any) -> Iterator[None]:
     """Fail if the test leaves a process, thread or descriptor, or logged an error."""
     gc.collect()
+    gc.freeze()  # what is there now is none of what the test leaves, and need not be looked at
     threads, descriptors = set(threading.enumerate()), _descriptors()
     yield
     gc.collect()
@@ -123,14 +118,13 @@ def _descriptors() -> dict[int, str]:
 
 def _descendants() -> dict[int, str]:
     """Return pid and command of every process below this one, but multiprocessing's own."""
-    parents, names = {}, {}
+    parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 stat = Path(f"/proc/{entry}/stat").read_text()
                 after = stat.rpartition(")")[2].split()
                 parents[int(entry)] = int(after[1])
-                names[int(entry)] = Path(f"/proc/{entry}/cmdline").read_text()[:300]
     mine = {os.getpid()}
     found: dict[int, str] = {}
     others = {halves.other_pid()}
@@ -141,9 +135,11 @@ def _descendants() -> dict[int, str]:
             return found
         mine |= new
         for pid in new:
-            helper = "resource_tracker" in names[pid] or "forkserver import main" in names[pid]
-            if not (helper and parents[pid] == os.getpid()):
-                found[pid] = names[pid]
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/cmdline").read_text()[:300]
+                helper = "resource_tracker" in name or "forkserver import main" in name
+                if not (helper and parents[pid] == os.getpid()):
+                    found[pid] = name
 
 
 def _gone(pid: int, timeout: float) -> bool:
