@@ -3,7 +3,8 @@
 The handler runs in the main thread, wherever that is: perhaps in a call of the same pool. So it
 waits for nothing; it begins the close and returns, and the interrupted call may finish. When the
 last worker is gone, the manager sends the same signal once more, and now the handler makes way:
-what the signal did before it was installed happens.
+what the signal did before it was installed happens. If the pool has ended by then, the handler
+makes way at once; who of the two passes the signal on, is settled by the pop of a list.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class SignalHandlers:
         self._signums = signums or (signal.SIGTERM,)
         self._former: dict[int, Any] = {}
         self._came: int | None = None  # the first that came
+        self._turn = [None]  # whoever pops it sees to it that what came is passed on
+        self._passing = False  # it was popped: what comes now has nothing more to do here
 
     def install(self) -> None:
         """Take the place of the present handlers.
@@ -45,10 +48,21 @@ class SignalHandlers:
                     signal.signal(signum, signal.SIG_DFL if former is None else former)
 
     def __call__(self, signum: int, frame: Any) -> None:
-        ask = self._ask()
-        again, self._came = self._came is not None, self._came or signum
-        if ask is None or ask(again):
+        passing = self._passing
+        if not passing:
+            ask = self._ask()
+            again, self._came = self._came is not None, self._came or signum
+            if (ask is None or ask(again)) and self._may_pass():
+                passing = self._passing = True
+        if passing:
             self._make_way(signum, frame)
+
+    def _may_pass(self) -> bool:
+        try:
+            self._turn.pop()
+        except IndexError:
+            return False
+        return True
 
     def _make_way(self, signum: int, frame: Any) -> None:
         self.restore()
@@ -60,7 +74,8 @@ class SignalHandlers:
 
     def ended(self, *event: Any) -> None:
         """Hear that the pool has ended; if a signal asked for it, let it have its course."""
-        if self._came is not None:
+        if self._came is not None and self._may_pass():
+            self._passing = True  # first: the signal may be there before this thread goes on
             if hasattr(signal, "pthread_kill"):  # which also wakes the main thread from a wait
                 signal.pthread_kill(threading.main_thread().ident or 0, self._came)
             else:

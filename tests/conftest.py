@@ -39,6 +39,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     halves.divide(config)
 
 
+@pytest.hookimpl(trylast=True)  # of what is left to run
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     halves.keep(config, items)
 

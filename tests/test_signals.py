@@ -17,6 +17,7 @@ import pytest
 import scripts
 from gates import Gate, pass_gate
 from minipool import Pool, PoolError
+from minipool.signals import SignalHandlers
 from rogues import Stateful
 from scripts import wait_gone
 
@@ -238,6 +239,27 @@ def test_handlers_of_two_pools_end_both(former: list[int]) -> None:
             desk = pool._desk
             assert desk is not None and desk.manager.wait_done(20)
     assert former == [signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("when", ["before it is asked", "as it is asked", "afterwards"])
+def test_signal_is_passed_on_once_whenever_the_pool_ends(former: list[int], when: str) -> None:
+    """The end may be told of at any moment; what comes later finds nothing to do here."""
+
+    def ask(at_once: bool) -> bool:
+        if when == "as it is asked":
+            handlers.ended()
+        return True
+
+    handlers = SignalHandlers(lambda: ask, (signal.SIGUSR2,))
+    handlers.install()
+    if when == "before it is asked":
+        handlers.ended()
+    _signal()
+    if when == "afterwards":
+        handlers.ended()
+    assert former == [signal.SIGUSR2]
+    handlers(signal.SIGUSR2, None)
+    assert former == [signal.SIGUSR2] * 2
 
 
 def test_only_the_main_thread_installs_handlers() -> None:
