@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 
 _PATIENCE = 1800.0  # seconds for the other half to end, once this one has
-_SLOW = 25  # how many other tests a slow one is as long as
+_SLOW = 6  # how many other tests a slow one is as long as
 
 _other: subprocess.Popen[bytes] | None = None
 _said: IO[bytes] | None = None
