@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seconds", type=float, default=5.0, help="how long tests/chaos rages")
     parser.addoption("--chaos-seed", type=int, default=None, help="replay a storm of tests/chaos")
     parser.addoption("--endurance", type=int, default=1, help="times as much of test_endurance.py")
-    parser.addoption("--half", choices=("1", "2"), help="run every other file of tests only")
+    parser.addoption("--queue", type=int, help="a pipe: take from it which files of tests to run")
 
 
 def pytest_cmdline_main(config: pytest.Config) -> None:
@@ -39,9 +39,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     halves.divide(config)
 
 
-@pytest.hookimpl(trylast=True)  # of what is left to run
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    halves.keep(config, items)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    return halves.run(session)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
