@@ -26,7 +26,6 @@ class SignalHandlers:
         self._former: dict[int, Any] = {}
         self._came: int | None = None  # the first that came
         self._turn = [None]  # whoever pops it sees to it that what came is passed on
-        self._passing = False  # it was popped: what comes now has nothing more to do here
 
     def install(self) -> None:
         """Take the place of the present handlers.
@@ -48,12 +47,11 @@ class SignalHandlers:
                     signal.signal(signum, signal.SIG_DFL if former is None else former)
 
     def __call__(self, signum: int, frame: Any) -> None:
-        passing = self._passing
+        passing = not self._turn  # then there is nothing more to do here
         if not passing:
             ask = self._ask()
             again, self._came = self._came is not None, self._came or signum
-            if (ask is None or ask(again)) and self._may_pass():
-                passing = self._passing = True
+            passing = (ask is None or ask(again)) and self._may_pass()
         if passing:
             self._make_way(signum, frame)
 
@@ -75,7 +73,6 @@ class SignalHandlers:
     def ended(self, *event: Any) -> None:
         """Hear that the pool has ended; if a signal asked for it, let it have its course."""
         if self._came is not None and self._may_pass():
-            self._passing = True  # first: the signal may be there before this thread goes on
             if hasattr(signal, "pthread_kill"):  # which also wakes the main thread from a wait
                 signal.pthread_kill(threading.main_thread().ident or 0, self._came)
             else:
