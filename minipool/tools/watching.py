@@ -3,7 +3,8 @@
 Nobody looks; then metrics are taken each second; then a dashboard is shown and `top` runs, too.
 The same pool, lease and call each time; the stretches are long enough for what comes each second.
 Where that can be had, all of it shares one core, so that what the watchers take is seen whole.
-All times are in seconds.
+The processor time they take is measured, too: it bounds what callers lose to them, and a machine
+that is not quiet does not disturb it. All times are in seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Callable, ContextManager, Iterator
 from ..observe.metrics import Metrics
 from ..pool import Pool
 from . import procfs
-from .figures import Group, Result, Series, over
+from .figures import Group, Result, Series, above, over
 from .floors import identity
 from .rounds import Plan, Rounds
 
@@ -36,6 +37,7 @@ def watching(plan: Plan) -> list[Group]:
     """Make calls in a lease, one after the other, while nobody looks, and while all do."""
     latencies: Rounds = {name: [] for name in _ABOUT}
     rates: Rounds = {name: [] for name in _ABOUT}
+    shares: Rounds = {name: [] for name in _ABOUT}
     notes = () if os.name == "posix" else ("top is not for this system, and not measured",)
     with plan.pool(1) as pool, procfs.pinned():
         watchers: dict[str, Callable[[], ContextManager[Any]]] = {
@@ -44,13 +46,18 @@ def watching(plan: Plan) -> list[Group]:
             "all": lambda: _everything(pool),
         }
         with pool.checkout() as w:
+            known = procfs.descendants() if procfs.available() else set()
             for _ in range(plan.repeats):
                 for name, watcher in watchers.items():
                     with watcher():
                         _stretch(lambda: w.call(identity, 1), 3 * plan.stretch)  # all are there
+                        pids = procfs.descendants() - known if procfs.available() else set()
+                        before, start = _taken_by_others(pids), _clock_ns()
                         median, rate = _stretch(lambda: w.call(identity, 1), 10 * plan.stretch)
+                        taken, took = _taken_by_others(pids) - before, _clock_ns() - start
                     latencies[name].append(median)
                     rates[name].append(1 / rate)
+                    shares[name].append(taken / took)
     series: list[Series] = []
     results: list[Result] = []
     for what, found in (("p50", latencies), ("time", rates)):
@@ -63,8 +70,22 @@ def watching(plan: Plan) -> list[Group]:
         for name, about in (("metrics", "metrics"), ("all", "metrics, dashboard, top")):
             about = f"{what} of a call: {about} / nobody looks"
             results.append(over(f"watched_{what}_{name}", about, of[name], of["alone"], 1.03))
+    share = {
+        name: Series(f"watched_cpu_{name}", f"processor time a second, {about}", "s",
+                     tuple(shares[name]))
+        for name, about in _ABOUT.items()
+    }  # fmt: skip
+    series += share.values()
+    about = "processor time a second of metrics, dashboard, top"
+    results.append(above("watched_cpu_all", about, share["all"], share["alone"], 0.03))
     about = "calls in a lease while somebody looks; time is 1 / throughput; everything on one core"
     return [Group("watching", about, tuple(series), tuple(results), notes)]
+
+
+def _taken_by_others(pids: set[int]) -> int:
+    """Return the nanoseconds of processor time of all our threads but this one, and of `pids`."""
+    ours = time.process_time_ns() - time.thread_time_ns()
+    return ours + (procfs.activity(list(pids)).cpu_ns if pids else 0)
 
 
 def _stretch(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
