@@ -75,7 +75,6 @@ def watching(plan: Plan) -> list[Group]:
                      tuple(shares[name]))
         for name, about in _ABOUT.items()
     }  # fmt: skip
-    series += share.values()
     about = "processor time a second of metrics, dashboard, top"
     results.append(above("watched_cpu_all", about, share["all"], share["alone"], 0.03))
     about = "calls in a lease while somebody looks; time is 1 / throughput; everything on one core"
