@@ -19,65 +19,36 @@ from minipool.tools.floors import Bare
 
 ROOT = Path(__file__).parent.parent
 
-TARGETS = {
-    "lease_call": 1.35,
-    "checkout_call": 1.5,
-    "checkout_call_over_executor": 0.25,
-    "checkout_call_over_multiprocessing": 0.6,
-    "checkout_checkin": 1.3,
-    "hooks_lease_call": 1.5e-6,
-    "session_warm": 1.3,
-    "session_moving": 2.5,
-    "session_of_many": 1.2,
-    "session_memory": 1500.0,
-    "session_commit": 60e-6,
-    "sleepers": 1.05,
-    "startup": 1.3,
-    "recovery": 2.5,
-    "recovery_time": 0.05,
-    "recovery_spare": 0.003,
-    "death_told": 0.001,
-    "timeout_longest": 0.05,
-    "memory_rss": 2e6,
-    "memory_pss": 1e6,
-    "idle_wakeups": 5.0,
-    "idle_ticks": 1.0,
-    "watched_p50_metrics": 1.03,
-    "watched_p50_all": 1.03,
-    "watched_time_metrics": 1.03,
-    "watched_time_all": 1.03,
-    "watched_cpu_all": 0.03,
-    "import": 0.01,
+TARGETS = {  # name: what people read of it, and the most it may be
+    "lease_call": ("call in a lease / floor", 1.35),
+    "checkout_call": ("checkout + call / floor", 1.5),
+    "checkout_call_over_executor": ("checkout + call / ProcessPoolExecutor", 0.25),
+    "checkout_call_over_multiprocessing": ("checkout + call / multiprocessing.Pool", 0.6),
+    "checkout_checkin": ("checkout + checkin / queue put + get", 1.3),
+    "hooks_lease_call": ("call in a lease: a listener on every event - none", 1.5e-6),
+    "session_warm": ("warm session / none", 1.3),
+    "session_moving": ("moving session / none", 2.5),
+    "session_of_many": ("one of many / one of 10", 1.2),
+    "session_memory": ("one idle, empty session", 1500.0),
+    "session_commit": ("commit to SQLite - in memory", 60e-6),
+    "sleepers": ("64 sleeping calls / the ideal 400 ms", 1.05),
+    "startup": ("8 workers ready / 8 bare processes ready", 1.3),
+    "recovery": ("recovery from SIGKILL / start of a bare process", 2.5),
+    "recovery_time": ("SIGKILL to the next good reply", 0.05),
+    "recovery_spare": ("SIGKILL in a call to the next good reply, spares=1", 0.003),
+    "death_told": ("from the exit code to WorkerDied", 0.001),
+    "timeout_longest": ("CallTimeout with the stack, beyond the 100 ms: the longest", 0.05),
+    "memory_rss": ("resident memory: worker - bare process", 2e6),
+    "memory_pss": ("proportional memory: worker - bare process", 1e6),
+    "idle_wakeups": ("idle pool: voluntary context switches a second", 5.0),
+    "idle_ticks": ("idle pool: processor time in clock ticks", 1.0),
+    "watched_p50_metrics": ("p50 of a call: metrics / nobody looks", 1.03),
+    "watched_p50_all": ("p50 of a call: metrics, dashboard, top / nobody looks", 1.03),
+    "watched_time_metrics": ("time of a call: metrics / nobody looks", 1.03),
+    "watched_time_all": ("time of a call: metrics, dashboard, top / nobody looks", 1.03),
+    "watched_cpu_all": ("processor time a second of metrics, dashboard, top", 0.03),
+    "import": ("import of Pool - multiprocessing.connection", 0.01),
 }
-SHOWN = [
-    "call in a lease / floor",
-    "checkout + call / floor",
-    "checkout + call / ProcessPoolExecutor",
-    "checkout + call / multiprocessing.Pool",
-    "checkout + checkin / queue put + get",
-    "call in a lease: a listener on every event - none",
-    "warm session / none",
-    "moving session / none",
-    "one of many / one of 10",
-    "one idle, empty session",
-    "commit to SQLite - in memory",
-    "64 sleeping calls / the ideal 400 ms",
-    "8 workers ready / 8 bare processes ready",
-    "recovery from SIGKILL / start of a bare process",
-    "SIGKILL to the next good reply",
-    "SIGKILL in a call to the next good reply, spares=1",
-    "from the exit code to WorkerDied",
-    "CallTimeout with the stack, beyond the 100 ms: the longest",
-    "resident memory: worker - bare process",
-    "proportional memory: worker - bare process",
-    "idle pool: voluntary context switches a second",
-    "idle pool: processor time in clock ticks",
-    "p50 of a call: metrics / nobody looks",
-    "p50 of a call: metrics, dashboard, top / nobody looks",
-    "time of a call: metrics / nobody looks",
-    "time of a call: metrics, dashboard, top / nobody looks",
-    "import of Pool - multiprocessing.connection",
-]
 
 
 def minipool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -96,7 +67,8 @@ def report() -> Any:
 
 def test_report_has_every_target(report: Any) -> None:
     """Each figure that must be reached is measured and carries what it is held against."""
-    assert {row["name"]: row["target"] for row in report["targets"]} == TARGETS
+    found = {row["name"]: (row["about"], row["target"]) for row in report["targets"]}
+    assert found == TARGETS
     for row in report["targets"]:
         assert row["verdict"] == ("ok" if row["value"] <= row["target"] else "MISSED")
 
@@ -138,15 +110,15 @@ def test_report_tells_where_it_was_measured(report: Any) -> None:
     assert facts["cpus"] >= 1 and facts["usable_cpus"] >= 1 and len(facts["load_average"]) == 3
 
 
-@pytest.mark.exhaustive
 def test_people_see_every_target_with_its_verdict() -> None:
     """What is printed has a line for each target, the verdict on it, and the machine's load."""
-    done = minipool("bench", "--quick")
+    done = minipool("bench", "--quick", "--only", "memory")
     assert done.returncode == 0, done.stderr
     before, _, targets = done.stdout.partition("\ntargets\n")
     assert "load average" in before and "start method forkserver" in before
     lines = targets.splitlines()
-    assert [line.split("  ")[1] for line in lines] == SHOWN
+    about = [TARGETS[name][0] for name in ("memory_rss", "memory_pss")]
+    assert [line.split("  ")[1] for line in lines] == about
     for line in lines:
         assert "at most" in line and line.endswith((": ok", ": MISSED")), line
 
