@@ -98,8 +98,8 @@ class Lease(Generic[W]):
             kind, name, counts, shape, text = desk.targets.resolve(target)
         if kwargs or len(args) not in counts:
             shape.check(args, kwargs)
-        if kind == wire.SHIPPED:
-            args = (target, args, kwargs)
+            if kind == wire.SHIPPED:
+                args = (target, args, kwargs)
         if desk.on_start or desk.on_stop or desk.on_exception:
             return self._observed(handle, kind, name, text, args, kwargs)
         try:

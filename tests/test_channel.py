@@ -65,7 +65,7 @@ class Pipe:
             with conn, contextlib.suppress(EOFError, OSError):
                 while True:
                     call_id, kind, name, body = end.receive()
-                    end.send(call_id, wire.RETURNED, b"", answer(kind, name, bytes(body)))
+                    end.send(call_id, wire.RETURNED, answer(kind, name, bytes(body)))
 
         self.do(loop)
 

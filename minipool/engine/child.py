@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .voice import Voice
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
+_FUNCTION_ALONE, _METHOD_ALONE = wire.FUNCTION | wire.ALONE, wire.METHOD | wire.ALONE
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
 
 
@@ -142,7 +143,6 @@ class _Worker:
         self._shared = shared
         self._object: Any = None
         self._functions: dict[bytes, Callable[..., Any]] = {}
-        self._refreshed_ns = 0
         self._baggage: Baggage | None = None
         self._voice: Voice | None = None
 
@@ -172,12 +172,12 @@ class _Worker:
                 self._object = make(*args, **kwargs)
             self._sessions = WarmSessions(self._object)
         except BaseException as error:
-            self._end.send(0, wire.START_FAILED, b"", wire.pack_error(error))
+            self._end.send(0, wire.START_FAILED, wire.pack_error(error))
             raise SystemExit(1) from None
         for kind, name, body in setup.warm_up:
             status, reply = self._run(kind, name, body)
             if status in (wire.RAISED, wire.RAISED_AND_TAINTED):
-                self._end.send(0, wire.START_FAILED, b"", reply)
+                self._end.send(0, wire.START_FAILED, reply)
                 raise SystemExit(1)
         words[t.PHASE] = t.PHASE_SERVING
         words[t.READY_GENERATION] = setup.generation
@@ -192,7 +192,7 @@ class _Worker:
         words, now = self._words, time.monotonic_ns
         receive, send, shared = self._end.receive, self._end.send, self._shared
         run = self._run if self._baggage is None else self._run_laden
-        busy_ns = 0
+        busy_ns, refresh_at = 0, now() + _REFRESH_NS
         while True:
             call_id, kind, name, body = receive()
             if kind == wire.STOP:
@@ -212,23 +212,24 @@ class _Worker:
             busy_ns += end - start
             words[t.BUSY_NS] = busy_ns
             words[t.BEAT_NS] = end  # last: from here on the call has ended
-            if end - self._refreshed_ns > _REFRESH_NS:
+            if end > refresh_at:
                 self._refresh(end)
+                refresh_at = end + _REFRESH_NS
             if shared:
-                send(call_id, status, b"", result)
+                send(call_id, status, result)
             else:
                 self._reply(call_id, status, result)
 
     def _run(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
         """Run one call; return the status and body of its reply. Raises nothing."""
         try:
-            if kind & wire.SESSION:
-                return self._run_in_session(kind & ~wire.SESSION, name, body)
-            if kind == wire.FUNCTION:
+            if kind == _FUNCTION_ALONE:
                 target = self._functions.get(name) or self._find(name)
-                result = target(*self._loads(body))
-            elif kind == wire.METHOD:
-                result = self._method(name)(*self._loads(body))
+                result = target(self._loads(body))
+            elif kind == _METHOD_ALONE:
+                result = self._method(name)(self._loads(body))
+            elif kind & wire.SESSION:
+                return self._run_in_session(kind & ~wire.SESSION, name, body)
             else:
                 result = self._run_other(kind, name, body)
         except BaseException as error:
@@ -253,13 +254,16 @@ class _Worker:
             self._baggage.put_away(tokens)
 
     def _run_other(self, kind: int, name: bytes, body: Any) -> Any:
+        kind, how = kind & ~wire.FLAGS, kind & wire.FLAGS
         if kind == wire.SHIPPED:
             target, args, kwargs = self._loads(body)
-        else:
-            method = kind == wire.METHOD | wire.KEYWORDS
-            target = self._method(name) if method else self._functions.get(name) or self._find(name)
+            return target(*args, **kwargs)
+        method = kind == wire.METHOD
+        target = self._method(name) if method else self._functions.get(name) or self._find(name)
+        if how == wire.KEYWORDS:
             args, kwargs = self._loads(body)
-        return target(*args, **kwargs)
+            return target(*args, **kwargs)
+        return target(*self._loads(body))
 
     def _method(self, name: bytes) -> Callable[..., Any]:
         method: Callable[..., Any] | None = getattr(self._object, name.decode(), None)
@@ -326,15 +330,14 @@ class _Worker:
 
     def _reply(self, call_id: int, status: int, body: bytes) -> None:
         if self._shared:
-            self._end.send(call_id, status, b"", body)
+            self._end.send(call_id, status, body)
         else:
-            self._end.send(call_id, status | wire.WITH_WORDS, self._packed_words(), body)
+            self._end.send(call_id, status | wire.WITH_WORDS, self._packed_words() + body)
 
     def _packed_words(self) -> bytes:
         return wire.WORDS.pack(*self._words[t.WORKER_WORDS])
 
     def _refresh(self, now: int) -> None:
-        self._refreshed_ns = now
         self._words[t.CPU_NS] = time.process_time_ns()
         self._words[t.RSS_BYTES] = resident_bytes()
         if self._voice is not None:

@@ -256,7 +256,10 @@ class Handle:
             WorkerError: the worker is of no more use, and has been killed.
         """
         try:
-            if kwargs and kind != wire.SHIPPED:
+            if len(args) == 1 and not kwargs:
+                kind |= wire.ALONE
+                body = self._dumps(args[0], 5)
+            elif kwargs and kind != wire.SHIPPED:
                 kind |= wire.KEYWORDS
                 body = self._dumps((args, kwargs), 5)
             else:
@@ -326,7 +329,7 @@ class Handle:
         session.missing()
         self.calls_before += 1  # that was no call: the next one is as much the lease's first
         left = None if timeout is None else max(0.0, timeout - took_ns / 1e9)
-        return self.request(kind & ~(wire.SESSION | wire.KEYWORDS), name, args, kwargs, left)
+        return self.request(kind & ~wire.FLAGS, name, args, kwargs, left)
 
     def _unpicklable(
         self, problem: Exception, kind: int, name: bytes, args: tuple[Any, ...], kwargs: Any

@@ -6,21 +6,21 @@ outermost one counts, as it does for Python, and not what `__wrapped__` or `__si
 it; and a class that may make anything of its name (its own `__new__`, `__getattribute__` or
 metaclass) is believed nothing.
 
-How many arguments fit where there are no keywords is a range, which is all that most calls look
-at. Of keywords the combinations that once fitted are remembered.
+How many arguments fit where there are no keywords is a set, which is all that most calls look
+at. Of the others the combinations that once fitted are remembered.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from ..errors import CallMismatch
 
-_REMEMBERED = 256  # combinations of keywords per target; others are bound each time
+_REMEMBERED = 256  # combinations per target; others are bound each time
+_MANY = 32  # positional arguments; calls with more are not in the set
 _Kind = inspect.Parameter
 
 
@@ -130,20 +130,20 @@ def _bare(function: Any) -> Any:
     return function
 
 
-def _counts(signature: inspect.Signature | None) -> range:
+def _counts(signature: inspect.Signature | None) -> frozenset[int]:
     if signature is None:
-        return range(sys.maxsize)
+        return frozenset(range(_MANY))
     required = allowed = 0
     for parameter in signature.parameters.values():
         if parameter.kind is _Kind.VAR_POSITIONAL:
-            allowed = sys.maxsize - 1
+            allowed += _MANY
         elif parameter.kind is _Kind.KEYWORD_ONLY:
             if parameter.default is _Kind.empty:
-                return range(0)  # a call without keywords cannot fit
+                return frozenset()  # a call without keywords cannot fit
         elif parameter.kind is not _Kind.VAR_KEYWORD:
             allowed += 1
             required += parameter.default is _Kind.empty
-    return range(required, allowed + 1)
+    return frozenset(range(required, allowed + 1))
 
 
 def _shown(signature: inspect.Signature | None) -> str:

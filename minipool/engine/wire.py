@@ -18,7 +18,7 @@ import pickle
 import struct
 import sys
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Tuple
 
 from ..errors import CallMismatch, RemoteError
 
@@ -33,11 +33,14 @@ LONG_LENGTH = struct.Struct("!iQ")
 REQUEST = struct.Struct("!iqBH")  # length and header in one go
 REPLY = struct.Struct("!iqB")
 
-# Kinds of request. The body is the tuple of arguments or, with KEYWORDS, that and a dict; that of
-# SHIPPED is target, arguments and keywords.
+# Kinds of request. The body is the tuple of arguments or, with KEYWORDS, that and a dict, or, with
+# ALONE, the one argument: most calls have one, and a tuple costs. That of SHIPPED is target,
+# arguments and keywords.
 METHOD, FUNCTION, SHIPPED, PROBE, STOP = range(5)
 KEYWORDS = 0x80
+ALONE = 0x20
 SESSION = 0x40  # the body begins with the head of a session, behind its length in 4 bytes
+FLAGS = KEYWORDS | ALONE | SESSION
 # Statuses of replies. Only RETURNED has a body in the pool's codec.
 RETURNED, RAISED, RAISED_AND_TAINTED, REFUSED, BEGUN, READY, START_FAILED = range(7)
 # COMMITTED: before the result, behind their length in 4 bytes, the changes of the session's state.
@@ -230,7 +233,8 @@ class Targets(Dict[Any, "Target"]):
         kind, name = self._named(target)
         text = name.decode(errors="replace")
         shape = self._shape(target, kind, text)
-        return kind, name, shape.counts, shape, text
+        counts = frozenset() if kind == SHIPPED else shape.counts  # those need a second look
+        return kind, name, counts, shape, text
 
     def _shape(self, target: Any, kind: int, name: str) -> Shape:
         from . import shape
@@ -273,7 +277,7 @@ class Targets(Dict[Any, "Target"]):
 
 # Kind, name, how many arguments fit where there are no keywords, what else is known of them, and
 # the name as text.
-Target = Tuple[int, bytes, range, "Shape", str]
+Target = Tuple[int, bytes, FrozenSet[int], "Shape", str]
 
 
 def _encoded(name: str) -> bytes:

@@ -61,19 +61,19 @@ class FastWorkerEnd(_WorkerEnd):
                 raise EOFError
             buffer += piece
 
-    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
+    def send(self, call_id: int, status: int, body: bytes) -> None:
         """Send one reply, blocking until the parent has taken it."""
-        size = _REPLY_HEADER - 4 + len(words) + len(body)
+        size = _REPLY_HEADER - 4 + len(body)
         if size <= SMALL:
-            frame = _pack_reply(size, call_id, status) + words + body
+            frame = _pack_reply(size, call_id, status) + body
             sent = _write(self._fd, frame)
             if sent != size + 4:
                 self._send_all(frame[sent:])
             return None
         if size > self._limit:
-            return self.send(call_id, *_refusal(status, words, size, self._limit))
+            return self.send(call_id, *_refusal(status, body, size, self._limit))
         length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
-        self._send_all(length + _pack_reply(0, call_id, status)[4:] + words)
+        self._send_all(length + _pack_reply(0, call_id, status)[4:])
         self._send_all(body)
 
     def _send_all(self, data: bytes) -> None:
@@ -88,19 +88,20 @@ class PortableWorkerEnd(_WorkerEnd):
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
         return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
 
-    def send(self, call_id: int, status: int, words: bytes, body: bytes) -> None:
-        size = _REPLY_HEADER - 4 + len(words) + len(body)
+    def send(self, call_id: int, status: int, body: bytes) -> None:
+        size = _REPLY_HEADER - 4 + len(body)
         if size > self._limit:
-            return self.send(call_id, *_refusal(status, words, size, self._limit))
-        self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + words + body)
+            return self.send(call_id, *_refusal(status, body, size, self._limit))
+        self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + body)
 
 
-def _refusal(status: int, words: bytes, size: int, limit: int) -> tuple[int, bytes, bytes]:
-    """Return what is sent in place of a reply that is too long."""
+def _refusal(status: int, body: bytes, size: int, limit: int) -> tuple[int, bytes]:
+    """Return status and body of what is sent in place of a reply that is too long."""
     flag, status = status & wire.WITH_WORDS, status & ~wire.WITH_WORDS
+    words = body[: wire.WORDS.size] if flag else b""
     if status not in (*wire.ERRORS, wire.START_FAILED):
         status = wire.REFUSED
-    return status | flag, words, wire.pack_error(wire.too_long_result(size, limit))
+    return status | flag, words + wire.pack_error(wire.too_long_result(size, limit))
 
 
 def _parsed(frame: memoryview) -> tuple[int, int, bytes, memoryview]:
