@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from minipool.engine.health import (
     DYING_NS,
     KILL_AFTER,
+    QUIET_NS,
     SECOND_NS,
     CountFailure,
     Limits,
@@ -23,6 +25,7 @@ from minipool.engine.health import (
     WarnLeak,
     due_in,
     plan,
+    quiet_until,
 )
 from minipool.engine.states import WorkerState as S
 
@@ -331,3 +334,56 @@ def test_reserve_is_no_surplus_and_hides_none() -> None:
     assert planned([idle(0, since=9), *reserve], limits, target=1, floor=1) == []
     shrunk = planned([idle(0, 9), idle(3, 8), *reserve], limits, target=2, floor=1)
     assert shrunk == [Retire(0, "idle for max_idle", shrink=True)]
+
+
+# -- looks that can be skipped -------------------------------------------------------------------
+
+
+def test_nothing_is_to_be_done_in_quiet_time() -> None:
+    """Whatever workers at rest there are: no plan is made before the time is over, and then one."""
+    random_ = random.Random(20)
+    ended_by_plan = 0
+
+    def some(most: int) -> int:
+        return random_.randint(0, most * SECOND_NS)
+
+    for _ in range(4000):
+        limits = Limits(
+            probe_every_ns=random_.choice([None, some(12)]),
+            probe_timeout_ns=1 + some(5),
+            overflow_idle_ns=some(12),
+            max_idle_ns=random_.choice([None, some(12)]),
+        )
+        rows = [
+            Row(
+                slot, 1, random_.choice([S.IDLE, S.IDLE, S.SPARE]), NOW - some(12), idle=True,
+                probed_ns=NOW - some(12), probe_failures=random_.choice([0, 0, 1]),
+                expires_ns=random_.choice([0, NOW - some(3) + some(12)]),
+            )
+            for slot in range(random_.randint(1, 4))
+        ]  # fmt: skip
+        wanted = (random_.randint(0, len(rows)), 0, NOW - some(12))
+        if plan(rows, NOW, limits, *wanted):
+            continue
+        until = quiet_until(rows, NOW, limits, wanted[2])
+        assert NOW <= until <= NOW + QUIET_NS
+        for moment in (random_.randint(NOW, until), until):
+            assert plan(rows, moment, limits, *wanted) == []
+        ended_by_plan += bool(plan(rows, until + 1, limits, *wanted))
+    assert ended_by_plan > 500, "the time is never long enough"
+
+
+@pytest.mark.parametrize(
+    "restless",
+    [
+        leased(), idle(idle=False), idle(worn=True), row(S.STARTING, 1), row(S.STOPPING, 1),
+        row(S.PROBING, 1), row(S.LOST, 0.1), spare(worn=True),
+    ],
+)  # fmt: skip
+def test_there_is_no_quiet_time_while_anything_is_under_way(restless: Row) -> None:
+    assert quiet_until([idle(1), spare(2)], NOW, ALL) > NOW
+    assert quiet_until([idle(1), restless, spare(2)], NOW, ALL) == NOW
+
+
+def test_there_is_no_quiet_time_for_workers_that_must_be_weighed() -> None:
+    assert quiet_until([idle()], NOW, Limits(kill_rss=1 << 30)) == NOW

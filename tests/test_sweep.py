@@ -96,3 +96,29 @@ def test_busy_worker_that_every_sweep_finds_between_two_leases_is_not_lost(
 
     assert sweeper.run(sweep_between_leases)
     assert pool.stats().workers_lost == 0
+
+
+def test_manager_looks_again_after_every_lease_and_every_loss(pool: Pool[Counter]) -> None:
+    """Only a pool in which nothing has moved since a look that found nothing is left alone."""
+    sweeper = Sweeper(pool)
+    manager, desk = sweeper.manager, sweeper.desk
+
+    def settle() -> bool:
+        sweeper.look(sweep=True)
+        manager._patience()
+        return manager._still()
+
+    def move() -> bool:
+        if not settle():
+            return False
+        desk.give_back(desk.acquire(0))
+        after_a_lease = manager._still()
+        if not settle():
+            return False
+        token = manager.turnstile.try_take()
+        assert token is not None
+        after_a_loss = manager._still()
+        manager.turnstile.publish(*token)
+        return not after_a_lease and not after_a_loss
+
+    assert sweeper.run(move)

@@ -1,4 +1,4 @@
-"""The bell: how any thread wakes the one that waits for everything.
+"""The bell: how any thread wakes the one that waits for everything, and how that one waits.
 
 A pipe with one byte in it at most. Ringing never waits, so signal handlers and finalisers may.
 """
@@ -6,7 +6,9 @@ A pipe with one byte in it at most. Ringing never waits, so signal handlers and 
 from __future__ import annotations
 
 import contextlib
+import select
 from multiprocessing import connection
+from typing import Any
 
 
 class Bell:
@@ -31,3 +33,15 @@ class Bell:
     def close(self) -> None:
         self.reader.close()
         self._writer.close()
+
+
+def ready(sources: list[Any], timeout: float) -> set[Any]:
+    """Return those that have something to say: `connection.wait` without its cost, if it can be."""
+    if not hasattr(select, "poll"):
+        return set(connection.wait(sources, timeout))
+    poll, known = select.poll(), {}
+    for source in sources:
+        fd = source if isinstance(source, int) else source.fileno()
+        known[fd] = source
+        poll.register(fd, select.POLLIN)
+    return {known[fd] for fd, _ in poll.poll(timeout * 1000)}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SECOND_NS = 1_000_000_000
 DYING_NS = SECOND_NS // 4  # from the end of a worker's pipe to the end of its process
+QUIET_NS = 10 * SECOND_NS  # a look is due at last, whatever the reasons to skip it
 KILL_AFTER = 1.0  # seconds between SIGTERM and SIGKILL for a worker that will not stop
 
 
@@ -174,6 +175,25 @@ def due_in(rows: Sequence[Row], now: int, limits: Limits) -> int | None:
         if row.expires_ns and not row.worn and row.state not in (S.STOPPING, S.LOST):
             dues.append(row.expires_ns + 1)
     return max(0, min(dues) - now) if dues else None
+
+
+def quiet_until(rows: Sequence[Row], now: int, limits: Limits, last_shrink_ns: int = 0) -> int:
+    """Return until when there is nothing to do, if there is nothing now and only time goes on.
+
+    `now` if that is not known: one of them is not at rest, or may grow while it is.
+    """
+    if limits.kill_rss is not None:
+        return now
+    dues = [now + QUIET_NS]
+    for row in rows:
+        if row.worn or not (row.state is S.SPARE or (row.state is S.IDLE and row.idle)):
+            return now
+        dues += (row.since_ns + limits.overflow_idle_ns, row.expires_ns)
+        if limits.probe_every_ns is not None:
+            dues.append(row.probed_ns + _probe_after(row, limits))
+        if limits.max_idle_ns is not None:
+            dues += (row.since_ns + limits.max_idle_ns, last_shrink_ns + limits.max_idle_ns)
+    return min(due for due in dues if due >= now)
 
 
 def _plan_row(row: Row, now: int, limits: Limits) -> Action | None:

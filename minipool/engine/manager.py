@@ -3,8 +3,9 @@
 It waits in one place, for: its bell, the death of any process, a word from a booting or probed
 worker, and the next due time. It is never on the way of a call and never blocks on a worker:
 booting, probing and stopping are states, not calls. On every turn it compares what there is with
-what there should be, so a lost message delays a repair by one tick and loses nothing. It knows
-the pool not at all, so a forgotten pool can be collected, and survives its own failures.
+what there should be, so a lost message delays a repair by one tick and loses nothing; only while
+no lease begins and nothing is due it trusts its last comparison, for some seconds. It knows the
+pool not at all, so a forgotten pool can be collected, and survives its own failures.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import threading
 import time
 import weakref
-from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..breaker import CLOSED, CircuitBreaker
@@ -22,7 +22,7 @@ from ..errors import PoolStartError
 from ..telemetry import Hooks, logger
 from . import health
 from . import table as t
-from .bell import Bell
+from .bell import Bell, ready
 from .care import Care
 from .fleet import Fleet, retry_in
 from .handle import Handle
@@ -73,6 +73,9 @@ class Manager:
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
         self._last_look = 0.0
+        self._acted = True  # the last look found something to do
+        # Looks are skipped until then, in monotonic ns, while `_seen` is the same.
+        self._quiet_until, self._quiet_seen = 0, (0, 0)
         self._seat: object = None
         self._thread = threading.Thread(
             target=self._run, name=f"minipool-{config.name}", daemon=True
@@ -183,13 +186,14 @@ class Manager:
 
     def _run(self) -> None:
         _leave_signals_to_others()
+        OOM_KILLS.begin()
         self.bell.ring()  # there are workers to start
         while not self.done:
             try:
                 self._turn(self._wait())
             except BaseException:  # a listener may raise SystemExit
                 logger().exception("the manager of %s failed and goes on", self.config.name)
-                connection.wait([self.bell.reader], self.config.tick)  # not at full speed
+                ready([self.bell.reader], self.config.tick)  # not at full speed
         with self._changed:
             self._changed.notify_all()
 
@@ -202,15 +206,19 @@ class Manager:
             sources.append(handle.process.death_fd)
             if handle.state in (S.STARTING, S.PROBING):
                 sources.append(handle.channel.fd)
-        return set(connection.wait(sources, self._patience()))
+        return ready(sources, self._patience())
 
     def _patience(self) -> float:
         """Return how long the manager may wait if nothing happens."""
         if self._orders or self._refused:
             return 0.0
         now, now_ns = time.monotonic(), time.monotonic_ns()
+        if self._still():
+            return min(self.config.tick, (self._quiet_until - now_ns) / 1e9) + 0.001
         dues = [self.config.tick, self.staff.raise_at - now]
-        due = health.due_in(self._rows(), now_ns, self._limits)
+        seen = self._seen()  # before the rows: a lease that begins now will be noticed
+        rows = self._rows()
+        due = health.due_in(rows, now_ns, self._limits)
         if due is not None:
             dues.append(due / 1e9)
         backoff = retry_in(self.fleet, now)
@@ -219,15 +227,34 @@ class Manager:
         if self._close_by is not None:
             dues.append(self._close_by - now)
             dues.append(self._close_by + _LAST_GRACE - now)
+        if not (self._acted or backoff or self.closing or self.staff.raise_at > now):
+            self._quiet_seen = seen
+            self._quiet_until = health.quiet_until(
+                rows, now_ns, self._limits, self.staff.last_shrink_ns
+            )
         positive = [due for due in dues if due > 0]
         return min(positive) + 0.001 if positive else self.config.tick
 
-    def _turn(self, ready: set[Any]) -> None:
-        self.bell.silence()
+    def _still(self) -> bool:
+        """Whether a look would find what the last one found, which was nothing to do."""
+        return time.monotonic_ns() < self._quiet_until and self._seen() == self._quiet_seen
+
+    def _seen(self) -> tuple[int, int]:
+        """Return what every lease changes at its begin, and one that was lost in it."""
+        leases = sum(handle.row[t.LEASES] for handle in self.fleet.handles.values())
+        return leases, len(self.turnstile.idle)
+
+    def _turn(self, heard: set[Any]) -> None:
+        if not (heard or self._orders or self._refused) and self._still():
+            self._sweep([], time.monotonic_ns())
+            return
+        self._quiet_until = 0
+        if self.bell.reader in heard:
+            self.bell.silence()
         for handle in tuple(self.fleet.handles.values()):
-            if handle.state in (S.STARTING, S.PROBING) and handle.channel.fd in ready:
+            if handle.state in (S.STARTING, S.PROBING) and handle.channel.fd in heard:
                 self.care.hear(handle)
-            if handle.ended_ns or handle.process.death_fd in ready:
+            if handle.ended_ns or handle.process.death_fd in heard:
                 self.care.ended(handle)
         while self._orders:
             self._orders.popleft()()
@@ -281,11 +308,12 @@ class Manager:
                     handle.sweeps_lost, handle.lost_since_ns = 1, handle.idle_since_ns
             else:
                 self._act(action, handle)
+        self._acted = bool(actions)
         if sweep:
-            self._last_look = now
             self._sweep(actions, now_ns)
 
     def _sweep(self, actions: list[health.Action], now_ns: int) -> None:
+        self._last_look = now_ns / 1e9
         lost = {action.slot for action in actions if isinstance(action, health.Lost)}
         for handle in self.fleet.handles.values():
             if handle.slot not in lost:
@@ -381,6 +409,7 @@ class Manager:
                 logger().exception("%s: the session store did not close", self.config.name)
         self._launcher.close()
         self.bell.close()
+        OOM_KILLS.end()
         self.at_end()
         self.done = True
         uptime = (self.closed_ns - self.opened_ns) / 1e9
@@ -446,6 +475,7 @@ def _abandon_all() -> None:
     for manager in tuple(_managers):
         if not manager.done:
             manager.abandon()
+    OOM_KILLS.abandon()
 
 
 if hasattr(os, "register_at_fork"):

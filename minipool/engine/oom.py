@@ -27,6 +27,8 @@ class OomKills:
         self._path = path
         self._clock = clock
         self._explaining = threading.RLock()
+        self._fd = -1
+        self._watchers = 0  # managers that look
         self._before = self._latest = 0
         self._looked = float("-inf")
 
@@ -52,15 +54,38 @@ class OomKills:
 
     def _count(self) -> int:
         try:
-            self._path = self._path or _path()
-            fd = os.open(self._path, os.O_RDONLY)  # a file object takes twice as long
-            try:
-                words = b"".join(iter(lambda: os.read(fd, 1 << 16), b"")).split()
-            finally:
-                os.close(fd)
+            if self._fd < 0:  # it stays open, because to open it is most of the work
+                self._path = self._path or _path()
+                self._fd = os.open(self._path, os.O_RDONLY)
+            words = os.pread(self._fd, 1 << 16, 0).split()
             return int(words[words.index(b"oom_kill") + 1])
         except (OSError, ValueError, IndexError):
             return 0  # none here, and none later
+        finally:
+            self._put_away()
+
+    def begin(self) -> None:
+        """Hear that one more manager will look once a tick."""
+        with self._explaining:
+            self._watchers += 1
+
+    def end(self) -> None:
+        """Hear that one of them will not any more."""
+        with self._explaining:
+            self._watchers -= 1
+            self._put_away()
+
+    def abandon(self) -> None:
+        """Begin anew in a process that was forked: who held the lock is not in it."""
+        self._explaining = threading.RLock()
+        self._watchers = 0
+        self._put_away()
+
+    def _put_away(self) -> None:
+        """Give back the descriptor, if nobody looks regularly."""
+        if not self._watchers and self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def _path() -> str:
