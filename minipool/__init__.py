@@ -33,7 +33,7 @@ _HOME = {
     "current_worker": "engine.child",
     "current_session": "engine.child",
     "Session": "engine.conversation",
-    "SessionInfo": "sessions",
+    "SessionInfo": "status",
     **dict.fromkeys(("Programs", "ProgramInfo"), "programs"),
     **dict.fromkeys(("Metrics", "Snapshot"), "observe.metrics"),
     "WorkerSnapshot": "observe.reading",
@@ -99,11 +99,11 @@ if TYPE_CHECKING:
     from .programs import ProgramInfo as ProgramInfo
     from .programs import Programs as Programs
     from .retry import RetryPolicy as RetryPolicy
-    from .sessions import SessionInfo as SessionInfo
     from .signatures import Field as Field
     from .signatures import Signature as Signature
     from .status import HealthReport as HealthReport
     from .status import PoolStats as PoolStats
+    from .status import SessionInfo as SessionInfo
     from .status import WorkerInfo as WorkerInfo
     from .telemetry import EVENTS as EVENTS
     from .telemetry import Hooks as Hooks

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from typing import Any, Callable, List, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, List, TypeVar
 
 from .backoff import at_least
 from .errors import CircuitOpen, MinipoolError, WorkerError
@@ -26,7 +26,9 @@ from .telemetry import logger
 R = TypeVar("R")
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
-Listener = Callable[["CircuitBreaker"], object]
+
+if TYPE_CHECKING:
+    Listener = Callable[["CircuitBreaker"], object]
 
 
 class CircuitBreaker:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .breaker import CircuitBreaker
     from .engine.inquest import Death
     from .observe import Dashboard
-    from .status import HealthReport, PoolStats, WorkerInfo
+    from .status import HealthReport, PoolStats, SessionInfo, WorkerInfo
 
 
 class Inspection(Lifecycle):
@@ -61,6 +61,15 @@ class Inspection(Lifecycle):
         from .engine.blackbox import stacks_of
 
         return stacks_of(self._handles().values())
+
+    def sessions(self) -> list[SessionInfo]:
+        """Return what is known of each session of this process."""
+        from .status import session_infos
+
+        if self._desk is None:
+            return []
+        self._desk.check_process()
+        return session_infos(self._sessions)
 
     def stats(self) -> PoolStats:
         """Return what the pool did so far and how it stands; also after it was closed."""

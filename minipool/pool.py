@@ -12,7 +12,6 @@ from .errors import ConfigError
 from .inspection import Inspection
 from .lease import CALL_TIMEOUT, Lease, seconds
 from .retry import policy_of
-from .sessions import SessionInfo
 from .views import CHECKOUT_TIMEOUT, PoolOptions, SessionScope, check_affinity
 
 if TYPE_CHECKING:
@@ -229,13 +228,6 @@ class Pool(Inspection, Generic[W]):
         """
         self._opened()
         return self._sessions.state(session_id)
-
-    def sessions(self) -> list[SessionInfo]:
-        """Return what is known of each session of this process."""
-        if self._desk is None:
-            return []
-        self._desk.check_process()
-        return self._sessions.infos()
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("a pool cannot be pickled: open one in each process that needs it")

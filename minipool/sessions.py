@@ -17,7 +17,7 @@ import pickle
 import threading
 import time
 import weakref
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping
 
 from .engine.desk import Desk
 from .engine.handle import Handle
@@ -33,17 +33,6 @@ from .errors import (
 from .nearness import Nearness, checked_key
 from .records import Changes, Record, Stake, pack
 from .telemetry import INFO, logger, remark
-
-
-class SessionInfo(NamedTuple):
-    """One session at one moment. Durations are seconds."""
-
-    session_id: str
-    age: float
-    idle: float  #: since its last lease ended; 0 while it is leased
-    size_bytes: int  #: of its pickled state
-    worker_id: Optional[int]  #: the worker that has it warm, if there is one
-    leased: bool
 
 
 class Sessions:
@@ -401,25 +390,9 @@ class Sessions:
             packed = loaded[1] or {}
         return {name: pickle.loads(data) for name, data in packed.items()}
 
-    def infos(self) -> list[SessionInfo]:
-        """Return what is known of each session, the longest unused first."""
-        now = time.monotonic()
-        infos = [self._info(record, now) for record in tuple(self._records.values())]
-        infos.sort(key=lambda info: info.idle, reverse=True)
-        return infos
-
-    def _info(self, record: Record, now: float) -> SessionInfo:
-        holder = record.holder
-        leased = holder is not None and holder.session is record
-        worker = self.nearness.worker_of(record)
-        return SessionInfo(
-            session_id=record.key,
-            age=now - record.born,
-            idle=0.0 if leased else max(0.0, now - record.used),
-            size_bytes=record.size_bytes,
-            worker_id=None if worker is None else worker.slot,
-            leased=leased,
-        )
+    def records(self) -> list[Record]:
+        """Return the records of this moment."""
+        return list(self._records.values())
 
     def record_of(self, key: str) -> Record | None:
         """Return a session's record, or None."""

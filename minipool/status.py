@@ -16,6 +16,8 @@ from .engine import table as t
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.states import WorkerState as S
+from .records import Record
+from .sessions import Sessions
 
 
 class WorkerInfo(NamedTuple):
@@ -31,6 +33,17 @@ class WorkerInfo(NamedTuple):
     uptime: float  #: since it was ready
     rss_bytes: int  #: as it said last
     probe_failures: int  #: in a row
+
+
+class SessionInfo(NamedTuple):
+    """One session at one moment. Durations are seconds."""
+
+    session_id: str
+    age: float
+    idle: float  #: since its last lease ended; 0 while it is leased
+    size_bytes: int  #: of its pickled state
+    worker_id: Optional[int]  #: the worker that has it warm, if there is one
+    leased: bool
 
 
 class PoolStats(NamedTuple):
@@ -81,6 +94,27 @@ class HealthReport(NamedTuple):
     status: str  #: "healthy", "degraded" (it serves, but not as it should) or "unhealthy"
     reasons: Tuple[str, ...]
     workers: Tuple[WorkerInfo, ...]
+
+
+def session_infos(sessions: Sessions) -> list[SessionInfo]:
+    """Return what is known of each session, the longest unused first."""
+    now = time.monotonic()
+    infos = [_session_info(sessions, record, now) for record in sessions.records()]
+    return sorted(infos, key=lambda info: info.idle, reverse=True)
+
+
+def _session_info(sessions: Sessions, record: Record, now: float) -> SessionInfo:
+    holder = record.holder
+    leased = holder is not None and holder.session is record
+    worker = sessions.nearness.worker_of(record)
+    return SessionInfo(
+        session_id=record.key,
+        age=now - record.born,
+        idle=0.0 if leased else max(0.0, now - record.used),
+        size_bytes=record.size_bytes,
+        worker_id=None if worker is None else worker.slot,
+        leased=leased,
+    )
 
 
 def worker_info(handle: Handle) -> WorkerInfo:

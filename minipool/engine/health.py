@@ -4,8 +4,7 @@ The manager makes one `Row` of each live worker, asks `plan` what to do, and doe
 that depends on time is decided here, so it is tested with a clock that tests turn by hand.
 """
 
-from __future__ import annotations
-
+# The types are no text here, as `typing` would compile that of every field at every import.
 from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 
 from .states import WorkerState as S
@@ -57,10 +56,10 @@ class Limits(NamedTuple):
     cpu_ns: Optional[int] = None
 
 
-def limits_of(config: PoolConfig) -> Limits:
+def limits_of(config: "PoolConfig") -> Limits:
     """Return the options that `plan` goes by."""
 
-    def ns(seconds: float | None) -> int | None:
+    def ns(seconds: Optional[float]) -> Optional[int]:
         return None if seconds is None else int(seconds * SECOND_NS)
 
     return Limits(
@@ -159,7 +158,7 @@ def plan(
     return actions
 
 
-def due_in(rows: Sequence[Row], now: int, limits: Limits) -> int | None:
+def due_in(rows: Sequence[Row], now: int, limits: Limits) -> Optional[int]:
     """Return after how many ns the first of them is overdue or worn; None if none will be."""
     dues = []
     for row in rows:
@@ -196,7 +195,7 @@ def quiet_until(rows: Sequence[Row], now: int, limits: Limits, last_shrink_ns: i
     return min(due for due in dues if due >= now)
 
 
-def _plan_row(row: Row, now: int, limits: Limits) -> Action | None:
+def _plan_row(row: Row, now: int, limits: Limits) -> Optional[Action]:
     age = now - row.since_ns
     if row.state is S.STARTING:
         if limits.init_ns is not None and age > limits.init_ns:
@@ -224,7 +223,7 @@ def _failed_probe(row: Row, limits: Limits) -> Action:
     return CountFailure(row.slot)
 
 
-def _plan_lease(row: Row, now: int, limits: Limits) -> Action | None:
+def _plan_lease(row: Row, now: int, limits: Limits) -> Optional[Action]:
     if row.leased_since_ns is None:
         if row.sweeps_lost >= 1:
             return Replace(row.slot, "neither idle nor leased: its lease was lost")
@@ -239,7 +238,7 @@ def _plan_lease(row: Row, now: int, limits: Limits) -> Action | None:
     return None
 
 
-def _plan_wear(row: Row, now: int, limits: Limits) -> Action | None:
+def _plan_wear(row: Row, now: int, limits: Limits) -> Optional[Action]:
     if row.state in (S.STOPPING, S.LOST):
         return None
     if limits.kill_rss is not None and row.rss_bytes > limits.kill_rss:

@@ -5,8 +5,7 @@ buries the worker; each may be first. What is left behind: the exit code, the ro
 the black box, the kernel's counters.
 """
 
-from __future__ import annotations
-
+# The types are no text here, as `typing` would compile that of every field at every import.
 import time
 from typing import Any, NamedTuple, Optional, Tuple
 
@@ -37,7 +36,7 @@ class Death(NamedTuple):
     output: Tuple[str, ...]  #: its last lines, with `capture_output` or `forward_logs`
 
 
-def hold(handle: Any, started: bool | None = None) -> Death:
+def hold(handle: Any, started: Optional[bool] = None) -> Death:
     """Return what is known of the end of a worker; `started` if whoever made the call knows."""
     words = _words(handle)
     call = handle.in_call.decode(errors="replace") if isinstance(handle.in_call, bytes) else None
@@ -109,7 +108,7 @@ def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
     return error
 
 
-def verdict(handle: Any, target: str, started: bool, timeout: float | None) -> CallTimeout:
+def verdict(handle: Any, target: str, started: bool, timeout: Optional[float]) -> CallTimeout:
     """Describe the end of a worker that was killed because it was too late."""
     handle.death = death = hold(handle, started)
     begun = "it was killed" if started else "it had not begun; its worker was killed"

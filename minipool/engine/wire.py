@@ -18,7 +18,7 @@ import pickle
 import struct
 import sys
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Tuple
+from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, RemoteError
 
@@ -202,7 +202,7 @@ def main_unguarded() -> bool:
     return bool(getattr(process.current_process(), "_inheriting", False))
 
 
-class Targets(Dict[Any, "Target"]):
+class Targets(dict[Any, "Target"]):
     """How each thing to call is named on the wire, and what it takes; `targets[f]` finds it once.
 
     A method goes by its name, a function by module and qualified name. What has no such name
@@ -277,7 +277,7 @@ class Targets(Dict[Any, "Target"]):
 
 # Kind, name, how many arguments fit where there are no keywords, what else is known of them, and
 # the name as text.
-Target = Tuple[int, bytes, FrozenSet[int], "Shape", str]
+Target = tuple[int, bytes, frozenset[int], "Shape", str]
 
 
 def _encoded(name: str) -> bytes:
