@@ -132,7 +132,7 @@ def _bare(function: Any) -> Any:
 
 def _counts(signature: inspect.Signature | None) -> frozenset[int]:
     if signature is None:
-        return frozenset(range(_MANY))
+        return frozenset(range(_MANY + 1))
     required = allowed = 0
     for parameter in signature.parameters.values():
         if parameter.kind is _Kind.VAR_POSITIONAL:
