@@ -209,10 +209,9 @@ class Lease(Generic[W]):
             limit = seconds(timeout, "timeout")
         return _View(self, limit, idempotent)
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_"):
-            raise AttributeError(f"a lease has no attribute {name!r}")
-        return functools.partial(self.call, name)
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -335,7 +334,21 @@ class Lease(Generic[W]):
         )
 
 
-class _View(Lease[W]):
+class ObjectLease(Lease[W]):
+    """A lease of a worker that has an object, whose methods are the lease's own: `w.predict(x)`.
+
+    Before CPython 3.12 `__getattr__` makes every attribute of its class slow.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(f"a lease has no attribute {name!r}")
+        return functools.partial(self.call, name)
+
+
+class _View(ObjectLease[W]):
     """A lease seen through other call options."""
 
     __slots__ = ("_idempotent", "_lease")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, over
 from .engine.launch import Launcher
 from .errors import ConfigError
 from .inspection import Inspection
-from .lease import CALL_TIMEOUT, Lease, seconds
+from .lease import CALL_TIMEOUT, Lease, ObjectLease, seconds
 from .retry import policy_of
 from .views import CHECKOUT_TIMEOUT, PoolOptions, SessionScope, check_affinity
 
@@ -88,6 +88,7 @@ class Pool(Inspection, Generic[W]):
 
             config = PoolConfig.from_options(options)
         super().__init__(Launcher(worker, args, kwargs, config))
+        self._lease: type[Lease[W]] = Lease if worker is None else ObjectLease
         if config.autoscale:
             from .observe import fit_to_load
 
@@ -129,11 +130,12 @@ class Pool(Inspection, Generic[W]):
             limit = seconds(timeout, "timeout")
         if session is not None:
             check_affinity(affinity, session, hint)
-            return Lease(desk, self._sessions.acquire(session, affinity, limit))
+            return self._lease(desk, self._sessions.acquire(session, affinity, limit))
         if hint is not None or affinity is not None:
             check_affinity(affinity, session, hint)
-            return Lease(desk, self._sessions.nearness.acquire(str(hint), limit))
-        return Lease(desk, desk.acquire(limit))
+            return self._lease(desk, self._sessions.nearness.acquire(str(hint), limit))
+        lease = self._lease  # see `Desk.acquire`
+        return lease(desk, desk.acquire(limit))
 
     if TYPE_CHECKING:
 

@@ -22,6 +22,7 @@ import pytest
 from minipool.engine import channel, wire
 from minipool.engine.channel import (
     CHUNK,
+    SHORT,
     SMALL,
     FastEnd,
     Garbled,
@@ -120,7 +121,7 @@ BORDERS = sorted(
     | {
         limit - head + step
         for limit, head in itertools.product(
-            (SMALL, CHUNK, 2 * CHUNK), (0, 4, REQUEST_HEAD, REPLY_HEAD, REQUEST_HEAD + 4, REPLY_HEAD + 4)
+            (SHORT, SMALL, CHUNK, 2 * CHUNK), (0, 4, REQUEST_HEAD, REPLY_HEAD, REQUEST_HEAD + 4, REPLY_HEAD + 4)
         )
         for step in (-1, 0, 1)
     }

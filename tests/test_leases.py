@@ -153,6 +153,19 @@ def test_views_with_options_are_the_same_lease(pool: Pool[Stateful]) -> None:
     assert not nothing_free(pool)
 
 
+def test_methods_of_the_object_are_the_leases_own(pool: Pool[Stateful]) -> None:
+    """But for private ones; and where there is no object, there are none."""
+    with pool.checkout() as w:
+        assert w.pid == w.call("pid") == w.options(timeout=LAST).call("pid")
+        assert w.add(2) == 2 and w.options(timeout=LAST).add(3) == 5
+        with pytest.raises(AttributeError, match="_private"):
+            w._private()
+    with Pool(size=1) as functions, functions.checkout() as w:
+        assert isinstance(w, Lease)
+        with pytest.raises(AttributeError, match="add"):
+            w.add(2)
+
+
 def test_lease_tells_who_it_has(pool: Pool[Stateful]) -> None:
     with pool.checkout() as w:
         assert (w.worker_id, w.generation) == (0, 1)

@@ -114,7 +114,7 @@ TRY_TAKE_CHECK = """            if self.current.get(token[0]) is token[1]:
                 return token
         return None
 """
-OFFER = """        if self._offer(slot, generation) is not generation:
+OFFER = """        if offer(slot, generation) is not generation:
             return self._publish_again(slot, generation)
 """
 WANTED = "            if token[0] in wanted:"

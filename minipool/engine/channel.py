@@ -25,6 +25,8 @@ from . import wire
 
 SMALL = 32 * 1024  # up to here one write takes all: the socket's buffer is far larger and empty
 CHUNK = 64 * 1024
+#: What an end reads at once until a frame was longer: so short a bytes object needs no `malloc`.
+SHORT = 448
 _FOREVER = 2e6  # seconds; what `poll` can take in milliseconds
 _LOOK = 1.0  # seconds; a signal that comes a moment before a wait begins does not end it
 _SOON = 1e-6  # seconds; 0 would mean non-blocking, which fails in another way
@@ -147,6 +149,7 @@ class FastEnd(_End):
         self._timeout: float | None = -1.0
         self._set_timeout(None)
         self._recv = sock.recv
+        self._most = SHORT  # bytes to read at once
 
     def _set_timeout(self, timeout: float | None) -> None:
         """Let `recv` wait so long. It costs a system call, and most calls have the same."""
@@ -172,12 +175,13 @@ class FastEnd(_End):
             head = wire.REQUEST.pack(0, call_id, kind, len(name))[4:]
             self._send_long(head + name, body, deadline)
             return self._reply_to(call_id, deadline)
+        recv = self._recv  # see `Handle.request`
         try:
             if timeout != self._timeout:
                 self._set_timeout(timeout)
             if _write(self.fd, _pack_request(size, call_id, kind, len(name)) + name + body) < size:
                 raise Garbled("the pipe to an idle worker was full")
-            reply = self._recv(CHUNK)
+            reply = recv(self._most)
             size, got_id, status = _unpack_reply(reply)
         except socket.timeout:  # at least one look is over
             return self._reply_to(call_id, _deadline(timeout, start))
@@ -186,6 +190,7 @@ class FastEnd(_End):
         except struct.error:
             size = got_id = -1  # less than a header, or the end
         if size + 4 != len(reply) or got_id != call_id:
+            self._most = CHUNK
             self._add(reply)
             return self._reply_to(call_id, _deadline(timeout, start))
         return status, reply[_REPLY_HEADER:]

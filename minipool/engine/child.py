@@ -222,12 +222,13 @@ class _Worker:
 
     def _run(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
         """Run one call; return the status and body of its reply. Raises nothing."""
+        loads, dumps = self._loads, self._dumps  # see `Handle.request`
         try:
             if kind == _FUNCTION_ALONE:
                 target = self._functions.get(name) or self._find(name)
-                result = target(self._loads(body))
+                result = target(loads(body))
             elif kind == _METHOD_ALONE:
-                result = self._method(name)(self._loads(body))
+                result = self._method(name)(loads(body))
             elif kind & wire.SESSION:
                 return self._run_in_session(kind & ~wire.SESSION, name, body)
             else:
@@ -235,7 +236,7 @@ class _Worker:
         except BaseException as error:
             return self._failure(error)
         try:
-            return 0, self._dumps(result, 5)
+            return 0, dumps(result, 5)
         except BaseException as problem:
             stand_in = wire.unpicklable_result(problem, type(result).__name__)
             return wire.REFUSED, wire.pack_error(stand_in)

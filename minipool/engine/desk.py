@@ -41,6 +41,14 @@ class _StandIn:
 class Desk:
     """Gives out workers and takes them back, for one pool. Any thread may call it."""
 
+    __slots__ = (  # more attributes than CPython keeps quick in a dict
+        "__weakref__", "_counting", "_handles", "_origins", "_publish", "_try_take", "_turnstile",
+        "baggage", "call_timeout", "checkout_timeout", "config", "discarded", "errors", "faults",
+        "hooks", "manager", "on_checkin", "on_checkout", "on_dropped", "on_exception", "on_queue",
+        "on_start", "on_stop", "pool_name", "queued", "sessions_lost", "sessions_moved",
+        "sessions_new", "targets", "timeouts", "turned_away",
+    )  # fmt: skip
+
     def __init__(self, manager: Manager, targets: wire.Targets) -> None:
         self.manager = manager
         self.targets = targets
@@ -85,7 +93,8 @@ class Desk:
         Raises:
             CheckoutTimeout, TooManyWaiters, PoolClosed, PoolForked: nothing was taken.
         """
-        token = self._try_take()
+        take = self._try_take  # CPython 3.11 is slow to call an attribute that is no method
+        token = take()
         if token is None:
             return self._acquire_slowly(timeout)
         handle: Handle = token[1]
@@ -250,7 +259,8 @@ class Desk:
             self._unmark(handle, (now - since) / 1e9 if since else 0.0)
         if handle.session is not None or handle.sessions_over:
             return self._give_back_both(handle)
-        self._publish(handle.slot, handle)
+        publish = self._publish  # see `acquire`
+        publish(handle.slot, handle)
 
     def _give_back_both(self, handle: Handle) -> None:
         """Offer a worker, and the session it was leased for; tell it of sessions that ended."""

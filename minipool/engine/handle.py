@@ -255,15 +255,17 @@ class Handle:
                 is well (or `tainted` says why it must not be used for the next one).
             WorkerError: the worker is of no more use, and has been killed.
         """
+        # CPython 3.11 is slow to call an attribute that is no method.
+        dumps, exchange, loads = self._dumps, self._exchange, self._loads
         try:
             if len(args) == 1 and not kwargs:
                 kind |= wire.ALONE
-                body = self._dumps(args[0], 5)
+                body = dumps(args[0], 5)
             elif kwargs and kind != wire.SHIPPED:
                 kind |= wire.KEYWORDS
-                body = self._dumps((args, kwargs), 5)
+                body = dumps((args, kwargs), 5)
             else:
-                body = self._dumps(args, 5)
+                body = dumps(args, 5)
         except Exception as problem:
             raise self._unpicklable(problem, kind, name, args, kwargs) from problem
         session = self.session  # ours until the call is over, whoever releases the lease meanwhile
@@ -274,7 +276,7 @@ class Handle:
         self.in_call = name
         start = _monotonic_ns()
         try:
-            status, reply = self._exchange(call_id, kind, name, body, timeout, start)
+            status, reply = exchange(call_id, kind, name, body, timeout, start)
         except (PeerGone, TimedOut, Garbled) as problem:
             error = self._failed(problem, name, timeout)
             error.sent_ns = start
@@ -295,7 +297,7 @@ class Handle:
         if status:
             raise self._remote_error(status, reply, name)
         try:
-            return self._loads(reply)
+            return loads(reply)
         except Exception as problem:
             raise wire.unreadable_result(problem) from problem
 

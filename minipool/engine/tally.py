@@ -15,6 +15,8 @@ from .reserve import nearly_used_up
 class TallyDesk(Desk):
     """Offers no worker again that has made its `max_calls`."""
 
+    __slots__ = ("_most", "_soon")
+
     def __init__(self, manager: Manager, targets: wire.Targets) -> None:
         super().__init__(manager, targets)
         self._most = manager.config.max_calls or 0

@@ -102,9 +102,10 @@ class Turnstile:
 
     def try_take(self) -> Token | None:
         """Take an idle slot if there is one and nobody waits for it; never waits."""
+        pop = self._pop  # CPython 3.11 is slow to call an attribute that is no method
         while not self.waiters and not self.closed:
             try:
-                token = self._pop()
+                token = pop()
             except KeyError:
                 return None
             if self.current.get(token[0]) is token[1]:
@@ -234,7 +235,8 @@ class Turnstile:
         if self.current.get(slot) is not generation:
             self._on_refused(slot, generation)  # fenced
             return False
-        if self._offer(slot, generation) is not generation:
+        offer = self._offer  # see `try_take`
+        if offer(slot, generation) is not generation:
             return self._publish_again(slot, generation)
         if self.closed and self.idle.pop(slot, None) is not None:
             self._on_refused(slot, generation)  # had the closer popped it, it would be his

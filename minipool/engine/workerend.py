@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from . import wire
-from .channel import CHUNK, PIECE, SMALL, length_of, long_length
+from .channel import CHUNK, PIECE, SHORT, SMALL, length_of, long_length
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
 _read, _write = os.read, os.write
@@ -33,6 +33,7 @@ class FastWorkerEnd(_WorkerEnd):
     def __init__(self, conn: Any, limit: int) -> None:
         super().__init__(conn, limit)
         self._fd = conn.fileno()
+        self._most = SHORT  # bytes to read at once
 
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
         """Wait for the next request; return its call id, kind, name and body.
@@ -40,7 +41,7 @@ class FastWorkerEnd(_WorkerEnd):
         Raises:
             EOFError: the parent is gone or has closed the pipe.
         """
-        frame = _read(self._fd, CHUNK)
+        frame = _read(self._fd, self._most)
         if len(frame) >= _NAME:
             size, call_id, kind, name_size = _unpack_request(frame)
             if size == len(frame) - 4:
@@ -51,6 +52,7 @@ class FastWorkerEnd(_WorkerEnd):
     def _receive_rest(self, frame: bytes) -> tuple[int, int, bytes, bytes | memoryview]:
         if not frame:
             raise EOFError
+        self._most = CHUNK
         buffer = bytearray(frame)
         while True:
             head, size = length_of(buffer, self._limit)
