@@ -45,7 +45,9 @@ class Backoff:
 
     def next(self) -> float:
         """Count one more failure; return the seconds to wait after it."""
-        steady = min(self.cap, self._last * self.multiplier) if self.failures else self.base
+        steady = self.base
+        if self.failures:  # decorrelated, the last one may have been shorter than `base`
+            steady = max(self.base, min(self.cap, self._last * self.multiplier))
         self.failures += 1
         pause = steady * (1 + self.jitter * (2 * self._random() - 1))
         self._last = pause if self._decorrelated else steady

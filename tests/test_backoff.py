@@ -41,6 +41,11 @@ def test_decorrelated_pauses_start_from_the_last_one_as_it_was() -> None:
     assert backoff.next() == pytest.approx(0.375)
 
 
+def test_decorrelated_pauses_do_not_drift_below_the_base() -> None:
+    backoff = Backoff(base=1.0, multiplier=1.0, decorrelated=True, random=lambda: 0.0)
+    assert [backoff.next() for _ in range(50)] == [pytest.approx(0.75)] * 50
+
+
 def test_decorrelated_crowd_spreads_wider() -> None:
     """After ten failures in step, those who come back are further apart than with plain jitter."""
     spread = {}
