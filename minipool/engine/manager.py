@@ -214,7 +214,7 @@ class Manager:
             return 0.0
         now, now_ns = time.monotonic(), time.monotonic_ns()
         if self._still():
-            return min(self.config.tick, (self._quiet_until - now_ns) / 1e9) + 0.001
+            return min(self._tick_at_rest(), (self._quiet_until - now_ns) / 1e9) + 0.001
         dues = [self.config.tick, self.staff.raise_at - now]
         seen = self._seen()  # before the rows: a lease that begins now will be noticed
         rows = self._rows()
@@ -238,6 +238,12 @@ class Manager:
     def _still(self) -> bool:
         """Whether a look would find what the last one found, which was nothing to do."""
         return time.monotonic_ns() < self._quiet_until and self._seen() == self._quiet_seen
+
+    def _tick_at_rest(self) -> float:
+        """Return how long a pool at rest is left alone: a lease that begins has no hurry."""
+        limits = self._limits
+        hurry = limits.lease_ns is not None or limits.leak_ns is not None
+        return self.config.tick * (1 if hurry or self.hooks["utilization"] else 2)
 
     def _seen(self) -> tuple[int, int]:
         """Return what every lease changes at its begin, and one that was lost in it."""
