@@ -102,9 +102,9 @@ class PoolConfig:
     startup_batch: int = 8
     #: Environment variables set in each worker before your code is imported there.
     worker_env: Mapping[str, str] | None = None
-    #: Added to each worker's niceness. With 2 the scheduler lets a caller go on as soon as the
-    #: worker has replied, where both share a core; 0 leaves it alone. Not on Windows.
-    niceness: int = 2
+    #: Added to each worker's niceness: busy workers leave this process the processor time it
+    #: wants. Not on Windows.
+    niceness: int = 0
     #: Whether what a worker has started ends with it. Not on Windows.
     kill_group: bool = True
     #: Anything with `dumps` and `loads` for arguments and results. None: pickle, protocol 5.

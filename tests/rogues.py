@@ -149,28 +149,25 @@ def stand_and_return(gate: str, value: Any) -> Any:
     return value
 
 
-def _pipe_fds() -> list[int]:
-    """Return the sockets among our descriptors: the pipe to the parent is one of them."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                found.append(int(name))
-        except OSError:
-            pass
-    return found
+def _end() -> Any:
+    """Return the worker's end of its pipe: the loop that calls us, in the main thread, has it."""
+    frame: Any = sys._current_frames()[threading.main_thread().ident or 0]
+    while not hasattr(frame.f_locals.get("self"), "_end"):
+        frame = frame.f_back
+    return frame.f_locals["self"]._end
 
 
 def close_pipe() -> str:
-    for fd in _pipe_fds():
+    end = _end()
+    for fd in [end._fd, end._out] if hasattr(end, "_out") else [end._conn.fileno()]:
         os.close(fd)
     return "closed"
 
 
 def write_to_pipe(data: bytes = b"\0\0\0\x09 not a frame ") -> str:
     """Write what is no reply before the reply."""
-    for fd in _pipe_fds():
-        os.write(fd, data)
+    end = _end()
+    os.write(end._out if hasattr(end, "_out") else end._conn.fileno(), data)
     return "written"
 
 

@@ -1,8 +1,9 @@
-"""Both ends of the pipe in all combinations, over real sockets, with real deaths."""
+"""Both ends of the pipe in all combinations, over real pipes and sockets, with real deaths."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import math
 import os
@@ -27,9 +28,9 @@ from minipool.engine.channel import (
     FastEnd,
     Garbled,
     PeerGone,
-    PortableEnd,
     TimedOut,
 )
+from minipool.engine.portable import PortableEnd
 from minipool.engine.workerend import FastWorkerEnd, PortableWorkerEnd
 
 LAST = 20.0  # seconds: far longer than anything here takes
@@ -37,17 +38,61 @@ KINDS = ["fast", "portable"]
 LIMIT = 4 << 30  # bytes in a frame
 
 
+class Raw:
+    """The worker's side of a pipe, without an end: what to read from and what to write to."""
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self._fds = [reader, writer]
+
+    def recv(self, most: int) -> bytes:
+        return os.read(self._fds[0], most)
+
+    def sendall(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._fds[1], data) :]
+
+    def copy(self) -> int:
+        """Return a copy of what is written to."""
+        return os.dup(self._fds[1])
+
+    def detach(self) -> list[int]:
+        fds, self._fds = self._fds, []
+        return fds
+
+    def close(self) -> None:
+        for fd in self.detach():
+            os.close(fd)
+
+
+class Connections:
+    """One for each direction, as a worker's end takes one for both."""
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self._ends = Connection(reader, writable=False), Connection(writer, readable=False)
+        self.recv_bytes, self.send_bytes = self._ends[0].recv_bytes, self._ends[1].send_bytes
+
+    def close(self) -> None:
+        for end in self._ends:
+            end.close()
+
+
+def make(kind: str, death_fd: int) -> tuple[Any, Raw]:
+    """Return a parent's end, and the worker's side of its pipe."""
+    if kind == "portable":
+        ours, theirs = socket.socketpair()
+        fd = theirs.detach()
+        return PortableEnd(Connection(ours.detach()), death_fd, LIMIT), Raw(fd, os.dup(fd))
+    ends, pipes = channel.pair(None, portable=False)
+    return FastEnd(ends, death_fd, LIMIT), Raw(pipes.reader.fd, pipes.writer.fd)
+
+
 class Pipe:
-    """A socket pair with a parent's end; `raw` is the worker's side of it."""
+    """A pipe with a parent's end; `raw` is the worker's side of it."""
 
     def __init__(self, kind: str) -> None:
         self.kind, self.started_ns = kind, 0  # 0: an exchange begins when it is called
-        ours, self.raw = socket.socketpair()
         self.alive, self._dying = os.pipe()  # hangs up when the worker is declared dead
-        if kind == "fast":
-            self.end: Any = FastEnd(ours, self.alive, LIMIT)
-        else:
-            self.end = PortableEnd(Connection(ours.detach()), self.alive, LIMIT)
+        self.end, self.raw = make(kind, self.alive)
         self._threads: list[threading.Thread] = []
 
     def exchange(self, body: bytes = b"", timeout: float | None = LAST, call_id: int = 1) -> Any:
@@ -59,11 +104,16 @@ class Pipe:
         self, kind: str, answer: Callable[..., bytes] = lambda kind, name, body: body
     ) -> None:
         """Answer requests in a thread, with a worker's end of that kind."""
-        conn = Connection(self.raw.detach())
-        end: Any = (FastWorkerEnd if kind == "fast" else PortableWorkerEnd)(conn, LIMIT)
+        reader, writer = self.raw.detach()
+        if kind == "fast":
+            conn: Any = wire.Ends(wire.Descriptor(reader), wire.Descriptor(writer))
+            end: Any = FastWorkerEnd(conn, LIMIT)
+        else:
+            conn = Connections(reader, writer)
+            end = PortableWorkerEnd(conn, LIMIT)
 
         def loop() -> None:
-            with conn, contextlib.suppress(EOFError, OSError):
+            with contextlib.closing(conn), contextlib.suppress(EOFError, OSError):
                 while True:
                     call_id, kind, name, body = end.receive()
                     end.send(call_id, wire.RETURNED, answer(kind, name, bytes(body)))
@@ -298,28 +348,36 @@ def test_death_instead_of_a_reply_is_death_at_once(pipe: Pipe) -> None:
         pipe.exchange(timeout=None)
 
 
-def test_hang_up_ends_the_wait_for_a_pipe_that_does_not_end() -> None:
-    """A grandchild may hold a copy of the dead worker's end; the manager knows better."""
+@pytest.mark.parametrize("said", [b"", b"half a"])
+def test_death_ends_the_wait_for_a_pipe_that_does_not_end(pipe: Pipe, said: bytes) -> None:
+    """A grandchild may hold a copy of the dead worker's end."""
+    copy = pipe.raw.copy()
+    pipe.do(lambda: (pipe.raw.recv(CHUNK), pipe.raw.sendall(said), pipe.die()))
+
+    with pytest.raises(PeerGone):
+        pipe.exchange(timeout=None)
+    os.close(copy)
+
+
+def test_hang_up_ends_the_wait_where_nothing_else_tells_of_the_death() -> None:
+    """The descriptor that would tell may be another worker's by then; the manager knows better."""
     pipe = Pipe("fast")
-    copy = pipe.raw.dup()
-    pipe.do(lambda: (pipe.raw.recv(CHUNK), pipe.die(), pipe.end.hang_up()))
+    copy = pipe.raw.copy()
+    pipe.do(lambda: (pipe.raw.recv(CHUNK), pipe.raw.close(), pipe.end.hang_up()))
 
     with pytest.raises(PeerGone):
         pipe.exchange(timeout=None)
-    copy.close()
+    os.close(copy)
     pipe.close()
 
 
-def test_sentinel_ends_the_wait_for_a_pipe_that_does_not_end() -> None:
-    """The portable end watches for the death itself."""
-    pipe = Pipe("portable")
-    copy = pipe.raw.dup()
-    pipe.do(lambda: (pipe.raw.recv(CHUNK), pipe.die()))
-
-    with pytest.raises(PeerGone):
-        pipe.exchange(timeout=None)
-    copy.close()
-    pipe.close()
+def test_small_pipe_is_written_to_the_end(pipe: Pipe) -> None:
+    """A user who has very many pipes gets small ones."""
+    if pipe.kind == "fast":
+        fcntl.fcntl(pipe.end._out, fcntl.F_SETPIPE_SZ, 4096)
+    pipe.serve("fast")
+    for call_id, size in enumerate((4000, 4096, 5000, SMALL - 100, SMALL, 5 * SMALL), 1):
+        assert pipe.exchange(bytes(size), call_id=call_id) == (wire.RETURNED, bytes(size))
 
 
 @pytest.mark.parametrize("timeout", [0, 0.001, 0.2])
@@ -392,17 +450,15 @@ class Stranger:
     """A real process that holds the worker's side of a pipe and never reads from it."""
 
     def __init__(self, kind: str) -> None:
-        ours, theirs = socket.socketpair()
+        self.death_fd, theirs = os.pipe()  # whose other end is the process's alone
+        self.end, raw = make(kind, self.death_fd)
+        fds = [theirs, *raw.detach()]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "import signal; signal.pause()"], pass_fds=[theirs.fileno()]
+            [sys.executable, "-c", "import signal; signal.pause()"], pass_fds=fds
         )
-        theirs.close()
-        self.death_fd = os.pidfd_open(self.process.pid)
-        self.fd = ours.fileno()
-        if kind == "fast":
-            self.end: Any = FastEnd(ours, self.death_fd, LIMIT)
-        else:
-            self.end = PortableEnd(Connection(ours.detach()), self.death_fd, LIMIT)
+        for fd in fds:
+            os.close(fd)
+        self.fd = self.end._out if kind == "fast" else self.end.fd.fileno()
 
     def wait_full(self) -> None:
         """Wait until no more can be written: the send is in the middle of its body."""
@@ -473,10 +529,8 @@ def test_receive_now_never_waits(pipe: Pipe) -> None:
 def test_receive_now_keeps_half_a_frame_for_the_next_time() -> None:
     """A worker that was stopped while it told its readiness does not stop the manager."""
     pipe = Pipe("fast")
-    whole = frame(0, wire.READY, bytes(CHUNK * 2))
+    whole = frame(0, wire.READY, bytes(CHUNK))
     half = len(whole) // 2
-    pipe.raw.setblocking(True)
-
     pipe.do(lambda: pipe.raw.sendall(whole[:half])).join(LAST)
     assert pipe.end.receive_now() is None
     pipe.do(lambda: pipe.raw.sendall(whole[half:])).join(LAST)
@@ -541,9 +595,9 @@ def test_quiet_pipe_is_undisturbed(pipe: Pipe) -> None:
 def test_disturbance_is_seen_before_the_next_call(pipe: Pipe, how: str) -> None:
     """Stray bytes, the pipe's end, the process's end, our own end closed: all are told."""
     if how == "bytes":
-        pipe.raw.send(b"!")
+        pipe.raw.sendall(b"!")
     elif how == "end":
-        pipe.raw.shutdown(socket.SHUT_RDWR)
+        pipe.raw.close()
     elif how == "death":
         os.close(pipe._dying)
         pipe._dying = -1

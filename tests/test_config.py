@@ -93,7 +93,7 @@ def test_defaults_are_as_documented() -> None:
         "retry": None, "breaker": True,
         "warm_up": (),
         "start_method": None, "preload": (), "startup_batch": 8,
-        "worker_env": None, "niceness": 2, "kill_group": True, "max_message": 4 << 30, "codec": None, "context": (),
+        "worker_env": None, "niceness": 0, "kill_group": True, "max_message": 4 << 30, "codec": None, "context": (),
         "forward_logs": False, "capture_output": False,
         "close_timeout": 30.0, "lease_timeout": None, "leak_warn_after": None,
         "name": "p",

@@ -64,7 +64,7 @@ def kill_once_sent(pool: Pool[Any], worker_id: int) -> None:
     """Have the next call of a stopped worker find it killed just after the request was written."""
     handle = handle_of(pool, worker_id)
     channel = handle.channel
-    name = "_recv" if hasattr(channel, "_recv") else "_receive"
+    name = "_poll" if hasattr(channel, "_poll") else "_receive"
     receive = getattr(channel, name)
     kill(handle.pid, signal.SIGSTOP)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from multiprocessing import connection
 from typing import Any, Iterator
@@ -12,7 +11,7 @@ from typing import Any, Iterator
 import pytest
 
 from minipool import Pool, WorkerDied
-from workers import getpid, identity
+from workers import identity
 
 
 @pytest.fixture
@@ -64,15 +63,3 @@ def test_death_is_told_with_its_signal_every_time(pool: Pool[None]) -> None:
             with pytest.raises(WorkerDied) as caught:
                 w.call(identity, 2)
             assert (caught.value.signal, caught.value.exitcode) == ("SIGKILL", -signal.SIGKILL)
-
-
-def test_default_timeout_of_sockets_leaves_the_pipes_alone(start_method: str) -> None:
-    """`socket.setdefaulttimeout` makes new sockets non-blocking; a worker still waits for calls."""
-    socket.setdefaulttimeout(5.0)
-    try:
-        with Pool(size=1, start_method=start_method) as pool:
-            first = pool.call(getpid)
-            assert pool.health_check(probe=True).status == "healthy"  # it sees the worker wait
-            assert pool.call(getpid) == first
-    finally:
-        socket.setdefaulttimeout(None)

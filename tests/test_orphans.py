@@ -17,7 +17,7 @@ import pytest
 import scripts
 from gates import Gate
 from minipool import Pool
-from troublemakers import sockets_of
+from troublemakers import ends_of
 
 ONE_SECOND = 1.0  # what is promised; the kernel needs a few milliseconds
 
@@ -190,14 +190,22 @@ def test_forked_child_of_the_parent_keeps_no_worker_alive(
 
 
 def test_siblings_hold_none_of_each_others_pipes(start_method: str) -> None:
-    """Each worker has its own end of its own pipe, and no other end of any pipe of the pool."""
-    ours_before = sockets_of(os.getpid())
+    """Each worker has its own ends of its own pipes, and no other end of any pipe of the pool."""
+    before = ends_of(os.getpid())
     with Pool(size=3, start_method=start_method) as pool:
-        ours = sockets_of(os.getpid()) - ours_before
-        assert len(ours) >= 3
-        theirs = [sockets_of(info.pid or 0) - ours_before for info in pool.workers() if info.pid]
-        for index, sockets in enumerate(theirs):
-            assert not sockets & ours, "a copy of the parent's end"
+        assert pool._desk is not None
+        handles = pool._desk.manager.fleet.handles.values()
+        sources = [handle.channel.fd for handle in handles]
+        fds = [fd if isinstance(fd, int) else fd.fileno() for fd in sources]
+        fds += [handle.channel._out for handle in handles if hasattr(handle.channel, "_out")]
+        pipes = {os.readlink(f"/proc/self/fd/{fd}") for fd in fds}
+        ours = {end for end in ends_of(os.getpid()) - before if end[0] in pipes}
+        assert len(pipes) == len(ours) == len(fds)
+        theirs = [
+            {e for e in ends_of(handle.pid or 0) - before if e[0] in pipes or "socket" in e[0]}
+            for handle in handles
+        ]
+        for index, ends in enumerate(theirs):
+            assert ends and not ends & ours, "a copy of the parent's end"
             for other in theirs[index + 1 :]:
-                assert not sockets & other, "a copy of a sibling's end"
-        assert all(len(sockets) >= 1 for sockets in theirs)
+                assert not ends & other, "a copy of a sibling's end"

@@ -5,6 +5,7 @@ A module of its own, without pytest, because every worker that uses one of them 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -251,15 +252,14 @@ def nested_sum(start_method: str, close: bool) -> int:
 _kept: list[Any] = []
 
 
-def sockets_of(pid: int) -> set[str]:
-    """Return the sockets that a process has open."""
+def ends_of(pid: int) -> set[tuple[str, int]]:
+    """Return the ends of pipes and sockets that a process has open, each with its access mode."""
     found = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            found.add(os.readlink(link))
-        except OSError:  # closed meanwhile
-            continue
-    return {name for name in found if name.startswith("socket:")}
+        with contextlib.suppress(OSError):  # closed meanwhile
+            flags = (link.parent.parent / "fdinfo" / link.name).read_text().split()[3]
+            found.add((os.readlink(link), int(flags, 8) & os.O_ACCMODE))
+    return {end for end in found if end[0].startswith(("pipe:", "socket:"))}
 
 
 def thread_names() -> list[str]:

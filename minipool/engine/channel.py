@@ -1,8 +1,8 @@
 """The parent's end of a worker's pipe, in a fast and a portable kind.
 
-The fast kind makes one write and one read for a small message. The portable kind uses
-`multiprocessing.Connection` and `connection.wait` and runs everywhere. Both write the same bytes,
-so either can talk to either kind of worker's end (see `workerend`).
+The fast kind has a pipe for each direction, and makes one write and one read for a small message.
+The portable kind uses `multiprocessing.Connection` and `connection.wait` and runs everywhere. Both
+write the same bytes, so either can talk to either kind of worker's end (see `workerend`).
 
 A parent's end is used by one thread at a time, the one that owns the worker. Neither end is ever
 left with half a frame by a failed attempt to *make* one; what breaks in mid-frame stays broken,
@@ -14,26 +14,23 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import struct
-import sys
-import threading
 import time
-from typing import Any, Callable
+from typing import Any, Iterable
 
 from . import wire
 
-SMALL = 32 * 1024  # up to here one write takes all: the socket's buffer is far larger and empty
+SMALL = 32 * 1024  # up to here one write takes all, as a rule: a pipe has room for twice as much
 CHUNK = 64 * 1024
 #: What an end reads at once until a frame was longer: so short a bytes object needs no `malloc`.
 SHORT = 448
 _FOREVER = 2e6  # seconds; what `poll` can take in milliseconds
-_LOOK = 1.0  # seconds; a signal that comes a moment before a wait begins does not end it
-_SOON = 1e-6  # seconds; 0 would mean non-blocking, which fails in another way
-PIECE = 8 << 20  # grow the buffer of a long frame by this much, never by what it claims to be
+LOOK = 1.0  # seconds; a signal that comes a moment before a wait begins does not end it
+PIECE = 256 * 1024  # grow the buffer of a long frame by this much, never by what it claims to be
+_F_SETPIPE_SZ = 1031  # of Linux; `fcntl` knows it from Python 3.10 on
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
-_write = os.write
+_read, _write = os.read, os.write
 _pack_request, _unpack_reply = wire.REQUEST.pack, wire.REPLY.unpack_from
 _REQUEST_HEADER = wire.REQUEST.size - 4  # what the length counts of it
 _REPLY_HEADER = wire.REPLY.size
@@ -55,15 +52,29 @@ class TooLong(Exception):
     """The request is longer than `max_message`. Nothing was sent; the pipe is as good as before."""
 
 
-class _QuietSocket(socket.socket):
-    """Closes itself when it is collected: a lease may outlive its worker, and then has the last
-    hold of the pipe. That is no reason for a ResourceWarning."""
+class _Ends:
+    """Ours of the two pipes. Closed once, whoever comes, and at the latest when it is collected:
+    a lease may outlive its worker, and then has the last hold of it."""
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self.reader, self.writer = reader, writer
+        self._open = [reader, writer]
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+
+    def close(self) -> None:
+        while self._open:
+            try:
+                fd = self._open.pop()
+            except IndexError:  # another thread was faster
+                return
+            os.close(fd)
 
     def __del__(self) -> None:
         self.close()
 
 
-class _End:
+class End:
     """What both kinds share: frames are put together from whatever pieces they come in."""
 
     def __init__(self, limit: int) -> None:
@@ -132,30 +143,32 @@ class _End:
             raise Garbled("more came than one reply")
 
 
-class FastEnd(_End):
-    """The parent's end, on a socket. `death_fd` becomes readable when the worker is gone.
+class FastEnd(End):
+    """The parent's end, on two pipes. `death_fd` becomes readable when the worker is gone.
 
-    `socket.recv` with a timeout polls and reads in one C call, keeps its deadline through signals,
-    and is the cheapest wait there is from Python. It does not watch `death_fd`: the end of the
-    pipe tells of a death as fast. Where siblings hold copies of the worker's end, so that it does
-    not end, the manager sees the death and calls `hang_up`, which ends the wait.
+    Pipes, because they take three microseconds less there and back than a pair of sockets: nothing
+    is allocated for a message, and to take one wakes nobody who waits for another. Each wait is a
+    `poll` of the pipe and of `death_fd`: where siblings hold copies of the worker's end, or what
+    the worker has started does, the pipe does not end with it.
     """
 
-    def __init__(self, sock: socket.socket, death_fd: int, limit: int) -> None:
+    def __init__(self, ends: _Ends, death_fd: int, limit: int) -> None:
         super().__init__(limit)
-        self._sock = sock  # owns the descriptor
-        self.fd = sock.fileno()
+        self._ends = ends  # owns the descriptors
+        self.fd, self._out = ends.reader, ends.writer
         self._death_fd = death_fd
-        self._timeout: float | None = -1.0
+        self._dead = False
+        poll = select.poll()  # used by who owns the worker
+        poll.register(self.fd, select.POLLIN)
+        poll.register(death_fd, select.POLLIN)
+        self._poll = poll.poll
         self._set_timeout(None)
-        self._recv = sock.recv
         self._most = SHORT  # bytes to read at once
+        self._narrow = True
 
     def _set_timeout(self, timeout: float | None) -> None:
-        """Let `recv` wait so long. It costs a system call, and most calls have the same."""
-        limit = _LOOK if timeout is None else min(max(_SOON, timeout), _LOOK)
-        self._sock.settimeout(limit)
         self._timeout = timeout
+        self._look = _look_ms(timeout)
 
     def exchange(
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
@@ -170,29 +183,32 @@ class FastEnd(_End):
         """
         size = _REQUEST_HEADER + len(name) + len(body)
         if size > SMALL:
-            deadline = _deadline(timeout, start)
+            deadline = deadline_of(timeout, start)
             self._check(size)
             head = wire.REQUEST.pack(0, call_id, kind, len(name))[4:]
-            self._send_long(head + name, body, deadline)
+            length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
+            self._send_long((length + head + name, body), deadline)
             return self._reply_to(call_id, deadline)
-        recv = self._recv  # see `Handle.request`
+        poll = self._poll  # see `Handle.request`
         try:
             if timeout != self._timeout:
                 self._set_timeout(timeout)
-            if _write(self.fd, _pack_request(size, call_id, kind, len(name)) + name + body) < size:
-                raise Garbled("the pipe to an idle worker was full")
-            reply = recv(self._most)
+            frame = _pack_request(size, call_id, kind, len(name)) + name + body
+            sent = _write(self._out, frame)
+            if sent != size + 4:  # a pipe of a user who has very many is small
+                self._send_long((frame[sent:],), deadline_of(timeout, start))
+            if not poll(self._look):  # at least one look is over
+                return self._reply_to(call_id, deadline_of(timeout, start))
+            reply = _read(self.fd, self._most)
             size, got_id, status = _unpack_reply(reply)
-        except socket.timeout:  # at least one look is over
-            return self._reply_to(call_id, _deadline(timeout, start))
-        except OSError:
+        except OSError:  # it is dead, and has said nothing
             raise PeerGone from None
         except struct.error:
             size = got_id = -1  # less than a header, or the end
         if size + 4 != len(reply) or got_id != call_id:
             self._most = CHUNK
             self._add(reply)
-            return self._reply_to(call_id, _deadline(timeout, start))
+            return self._reply_to(call_id, deadline_of(timeout, start))
         return status, reply[_REPLY_HEADER:]
 
     def _reply_to(self, call_id: int, deadline: float | None) -> tuple[int, bytes | memoryview]:
@@ -208,7 +224,7 @@ class FastEnd(_End):
         """
         try:
             size = _REQUEST_HEADER + len(body)
-            os.write(self.fd, _pack_request(size, call_id, kind, 0) + body)
+            os.write(self._out, _pack_request(size, call_id, kind, 0) + body)
         except OSError:
             raise PeerGone from None
 
@@ -234,28 +250,31 @@ class FastEnd(_End):
         while True:
             left = None if deadline is None else deadline - time.monotonic()
             try:
-                self._set_timeout(left)
-                return self._recv(most)
-            except socket.timeout:
-                if left is not None and left <= _LOOK:
-                    raise TimedOut from None
-            except OSError:
+                if self._poll(0 if self._dead else _look_ms(left)):
+                    return os.read(self.fd, most)
+            except OSError:  # it is dead and has said no more, or our end is closed
                 raise PeerGone from None
+            if self._dead:
+                raise PeerGone
+            if left is not None and left <= LOOK:
+                raise TimedOut
 
-    def _send_long(self, head: bytes, body: bytes, deadline: float | None) -> None:
-        """Write a frame that may not fit the socket's buffer, watching the worker and the clock."""
-        size = len(head) + len(body)
-        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
+    def _send_long(self, parts: Iterable[bytes], deadline: float | None) -> None:
+        """Write what may not fit the pipe's buffer, watching the worker and the clock."""
         poll = select.poll()
         try:
-            poll.register(self.fd, select.POLLOUT)
+            poll.register(self._out, select.POLLOUT)
         except ValueError:
             raise PeerGone from None  # closed
+        if self._narrow:
+            self._narrow = False
+            widen(self._out)
         poll.register(self._death_fd, select.POLLIN)
-        for part in (memoryview(length + head), memoryview(body)):
-            while part:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
                 try:
-                    part = part[os.write(self.fd, part) :]
+                    rest = rest[os.write(self._out, rest) :]
                 except BlockingIOError:
                     events = poll.poll(_left_ms(deadline))
                     if not events:
@@ -266,129 +285,13 @@ class FastEnd(_End):
                     raise PeerGone from None
 
     def hang_up(self) -> None:
-        """End the wait of whoever waits for this worker, which is dead."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        """Hear that the worker is dead: from now on its `death_fd` may be that of another."""
+        self._dead = True
 
     def close(self) -> None:
-        """Close the pipe. A thread that still wants to use it gets PeerGone."""
-        self.fd = -1
-        self._sock.close()
-
-
-class PortableEnd(_End):
-    """The parent's end, on `multiprocessing.Connection`; made for platforms without `poll`."""
-
-    def __init__(self, conn: Any, sentinel: int, limit: int) -> None:
-        super().__init__(limit)
-        self._conn = conn
-        self._open = [conn]  # whoever pops it closes it
-        self._closed = self._sending = False
-        self.fd = conn  # what `connection.wait` takes in place of a descriptor
-        self._sentinel = sentinel
-        #: Called with the words that a worker without a shared table sends along.
-        self.on_words: Callable[[bytes | memoryview], None] = lambda words: None
-
-    def exchange(
-        self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
-    ) -> tuple[int, bytes | memoryview]:
-        deadline = _deadline(timeout, start)
-        payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
-        if len(payload) > SMALL:
-            self._check(len(payload))
-            self._send_watched(payload, deadline)
-        else:
-            self._send(payload)
-        while True:
-            status, reply = self._receive(call_id, deadline)
-            if status & wire.WITH_WORDS:
-                if len(reply) < wire.WORDS.size:
-                    raise Garbled("a reply without the words it should have")
-                self.on_words(reply)
-                status, reply = status & ~wire.WITH_WORDS, reply[wire.WORDS.size :]
-            if status != wire.BEGUN:
-                self._expect_no_more()
-                return status, reply
-
-    def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
-        self._send(wire.REQUEST.pack(0, call_id, kind, 0)[4:] + body)
-
-    def _piece_now(self) -> bytes | None:
-        return self._receive_piece(CHUNK, time.monotonic()) if self._readable() else None
-
-    def hang_up(self) -> None:
-        pass  # `_receive` watches the sentinel itself
-
-    def disturbed(self) -> bool:
-        try:
-            return bool(_ready([self._conn, self._sentinel], 0))
-        except (OSError, ValueError):
-            return True  # closed
-
-    def _readable(self) -> bool:
-        try:
-            return bool(self._conn.poll(0))
-        except (OSError, EOFError):
-            raise PeerGone from None
-
-    def _send(self, payload: bytes) -> None:
-        try:
-            self._conn.send_bytes(payload)
-        except (OSError, ValueError):
-            raise PeerGone from None
-
-    def _send_watched(self, payload: bytes, deadline: float | None) -> None:
-        """Send from a thread of its own, because a blocking send cannot be given a deadline.
-
-        If it does not end in time the worker is killed, which ends the send as well.
-        """
-        done = threading.Event()
-
-        def send() -> None:
-            try:
-                self._conn.send_bytes(payload)
-            except (OSError, ValueError):
-                pass  # the wait for the reply finds the worker dead
-            finally:
-                self._sending = False
-                done.set()
-                if self._closed:
-                    self.close()
-
-        self._sending = True
-        threading.Thread(target=send, name="minipool-send", daemon=True).start()
-        if not done.wait(_left(deadline)):
-            raise TimedOut
-
-    def _receive_piece(self, most: int, deadline: float | None) -> bytes:
-        try:
-            ready: list[Any] = []
-            while not ready:
-                left = _left(deadline)
-                ready = _ready(
-                    [self._conn, self._sentinel], _LOOK if left is None else min(left, _LOOK)
-                )
-                if not ready and left is not None and left <= _LOOK:
-                    raise TimedOut
-            if self._conn not in ready and not self._conn.poll(0):
-                raise PeerGone
-            if sys.platform != "win32":  # there a message comes whole, here it may never end
-                return os.read(self._conn.fileno(), most)
-            message: bytes = self._conn.recv_bytes()
-            short = len(message) <= wire.SHORT_FRAME
-            return (wire.LENGTH.pack if short else long_length)(len(message)) + message
-        except (EOFError, OSError, ValueError, TypeError):  # at its end, or closed meanwhile
-            raise PeerGone from None
-
-    def close(self) -> None:
-        """Close the pipe, once: two threads may come, and `Connection.close` is no single step.
-
-        While a request is being sent, which nobody waits for any more, its sender will close it.
-        """
-        self._closed = True
-        while self._open and not self._sending:
-            with contextlib.suppress(IndexError):
-                self._open.pop().close()
+        """Close the pipes. A thread that still wants to use them gets PeerGone."""
+        self.fd, self._out, self._dead = -1, -1, True
+        self._ends.close()
 
 
 def _checked(call_id: int, frame: bytes | memoryview) -> tuple[int, bytes | memoryview]:
@@ -425,19 +328,13 @@ def long_length(size: int) -> bytes:
     return wire.LONG_LENGTH.pack(-1, size)
 
 
-def _deadline(timeout: float | None, start: int) -> float | None:
+def deadline_of(timeout: float | None, start: int) -> float | None:
     return None if timeout is None else start / 1e9 + timeout
 
 
-def _left(deadline: float | None) -> float | None:
+def left_until(deadline: float | None) -> float | None:
     """Return the seconds until then, as far as they can be waited for."""
     return None if deadline is None else min(max(0.0, deadline - time.monotonic()), _FOREVER)
-
-
-def _ready(sources: list[Any], timeout: float | None) -> list[Any]:
-    from multiprocessing import connection  # imports much that most workers can do without
-
-    return connection.wait(sources, timeout)
 
 
 def pair(context: Any, portable: bool) -> tuple[Any, Any]:
@@ -445,12 +342,30 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     if portable:
         ends: tuple[Any, Any] = context.Pipe(duplex=True)
         return ends
-    ours, theirs = socket.socketpair()
-    ours = _QuietSocket(ours.family, ours.type, 0, ours.detach())
-    theirs.setblocking(True)  # which `socket.setdefaulttimeout` would have changed
-    return ours, wire.Descriptor(theirs.detach())
+    requests = os.pipe()
+    try:
+        replies = os.pipe()
+    except OSError:
+        for fd in requests:
+            os.close(fd)
+        raise
+    theirs = wire.Ends(wire.Descriptor(requests[0]), wire.Descriptor(replies[1]))
+    return _Ends(replies[0], requests[1]), theirs
+
+
+def widen(fd: int) -> None:
+    """Give a pipe that long frames are written to more room, if the kernel has it for this user."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, _F_SETPIPE_SZ, PIECE)
+
+
+def _look_ms(timeout: float | None) -> float:
+    """Return how long to wait at once: a signal that comes just before does not end a wait."""
+    return 1000 * (LOOK if timeout is None else min(max(0.0, timeout), LOOK))
 
 
 def _left_ms(deadline: float | None) -> float | None:
-    left = _left(deadline)
+    left = left_until(deadline)
     return None if left is None else left * 1000

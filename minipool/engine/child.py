@@ -108,7 +108,8 @@ def main(conn: Any, setup: Setup) -> None:
     if hasattr(_signal, "pthread_sigmask"):
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     die_with_parent(setup.lifeline, group)
-    _let_go_when_forked(conn.fileno())
+    portable = setup.portable
+    _let_go_when_forked([conn.fileno()] if portable else [conn.reader.fd, conn.writer.fd])
     if setup.box is not None:
         blackbox.install(setup.box.fd)
     if setup.env:
@@ -117,7 +118,7 @@ def main(conn: Any, setup: Setup) -> None:
         os.nice(setup.niceness)
     _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
     words = _row(setup)
-    end = (PortableWorkerEnd if setup.portable else FastWorkerEnd)(conn, setup.max_message)
+    end = (PortableWorkerEnd if portable else FastWorkerEnd)(conn, setup.max_message)
     if setup.voice is not None:
         setup.voice.begin(words, lambda: None if _session is None else _session.id, setup.baggage)
     worker = _Worker(end, words, shared=setup.table is not None)
@@ -366,18 +367,20 @@ def _row(setup: Setup) -> memoryview:
     return words
 
 
-def _let_go_when_forked(fd: int) -> None:
+def _let_go_when_forked(fds: list[int]) -> None:
     """Take the pipe from every child of this process: a call may fork, and both return from it."""
     if not hasattr(os, "register_at_fork"):
         return
     pid = os.getpid()
-    os.set_inheritable(fd, False)  # which `spawn` made it, to pass it through `exec`
+    for fd in fds:
+        os.set_inheritable(fd, False)  # which `spawn` made it, to pass it through `exec`
 
     def let_go() -> None:
         if os.getppid() == pid:  # a grandchild has let go of it already
             with contextlib.suppress(OSError):
                 null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(null, fd, inheritable=False)  # the number is not free for another file
+                for fd in fds:
+                    os.dup2(null, fd, inheritable=False)  # the number is not free for another file
                 os.close(null)
 
     os.register_at_fork(after_in_child=let_go)

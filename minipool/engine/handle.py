@@ -24,7 +24,7 @@ from ..errors import (
 from . import blackbox, inquest, wire
 from . import table as t
 from .blackbox import LAST_WORDS, SHOW
-from .channel import FastEnd, Garbled, PeerGone, PortableEnd, TimedOut, TooLong, pair
+from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, pair
 from .child import Setup, main
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
@@ -155,6 +155,8 @@ class Handle:
         row[t.GENERATION], row[t.PID], row[t.LEASED_SINCE_NS] = self.generation, self.pid or 0, 0
         self.move(WorkerEvent.SPAWNED)
         if self._portable:
+            from .portable import PortableEnd
+
             self.channel = PortableEnd(self.conn, self.process.sentinel, self._limit)
             self.channel.on_words = self._note
         else:

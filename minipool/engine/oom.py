@@ -68,6 +68,7 @@ class OomKills:
         """Hear that one more manager will look once a tick."""
         with self._explaining:
             self._watchers += 1
+            self._count()  # opens what is read: a pool has all its descriptors from its start
 
     def end(self) -> None:
         """Hear that one of them will not any more."""

@@ -102,6 +102,17 @@ class Descriptor:
         return _received, (reduction.DupFd(self.fd),)
 
 
+class Ends:
+    """One side's ends of two pipes: one to read from, one to write to. Travels to the worker."""
+
+    def __init__(self, reader: Descriptor, writer: Descriptor) -> None:
+        self.reader, self.writer = reader, writer
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+
 def _received(dup: Any) -> Descriptor:
     return Descriptor(dup.detach())
 

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from . import wire
-from .channel import CHUNK, PIECE, SHORT, SMALL, length_of, long_length
+from .channel import CHUNK, PIECE, SHORT, SMALL, length_of, long_length, widen
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
 _read, _write = os.read, os.write
@@ -28,12 +28,13 @@ class _WorkerEnd:
 
 
 class FastWorkerEnd(_WorkerEnd):
-    """The worker's end, on the descriptor: blocking, because a worker has nothing else to do."""
+    """The worker's end, on two pipes: blocking, because a worker has nothing else to do."""
 
-    def __init__(self, conn: Any, limit: int) -> None:
+    def __init__(self, conn: wire.Ends, limit: int) -> None:
         super().__init__(conn, limit)
-        self._fd = conn.fileno()
+        self._fd, self._out = conn.reader.fd, conn.writer.fd
         self._most = SHORT  # bytes to read at once
+        self._narrow = True
 
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
         """Wait for the next request; return its call id, kind, name and body.
@@ -68,12 +69,15 @@ class FastWorkerEnd(_WorkerEnd):
         size = _REPLY_HEADER - 4 + len(body)
         if size <= SMALL:
             frame = _pack_reply(size, call_id, status) + body
-            sent = _write(self._fd, frame)
+            sent = _write(self._out, frame)
             if sent != size + 4:
                 self._send_all(frame[sent:])
             return None
         if size > self._limit:
             return self.send(call_id, *_refusal(status, body, size, self._limit))
+        if self._narrow:
+            self._narrow = False
+            widen(self._out)
         length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
         self._send_all(length + _pack_reply(0, call_id, status)[4:])
         self._send_all(body)
@@ -81,7 +85,7 @@ class FastWorkerEnd(_WorkerEnd):
     def _send_all(self, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
-            rest = rest[os.write(self._fd, rest) :]
+            rest = rest[os.write(self._out, rest) :]
 
 
 class PortableWorkerEnd(_WorkerEnd):

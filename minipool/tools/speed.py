@@ -7,7 +7,6 @@ All times are in seconds.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -27,7 +26,6 @@ _clock = time.perf_counter
 
 _ABOUT = {
     "floor": "floor: pickle, os.write, os.read, both ways",
-    "floor_niced": "the same, the process niced as minipool's workers are",
     "lease_call": "w.call(identity, 1), lease held",
     "checkout_call": "with pool.checkout() as w: w.call(identity, 1)",
     "pool_call": "pool.call(identity, 1)",
@@ -40,7 +38,6 @@ _RATIOS = (  # name, what is compared, measured, floor, target when pinned
     ("lease_call", "call in a lease / floor", "lease_call", "floor", 1.35),
     ("checkout_call", "checkout + call / floor", "checkout_call", "floor", 1.5),
     ("pool_call", "pool.call / floor", "pool_call", "floor", None),
-    ("lease_call_over_niced", "call in a lease / niced floor", "lease_call", "floor_niced", None),
     ("checkout_call_over_executor", f"checkout + call / {EXECUTOR}",
      "checkout_call", EXECUTOR, 0.25),
     ("checkout_call_over_multiprocessing", f"checkout + call / {MULTIPROCESSING}",
@@ -54,11 +51,10 @@ def latency(plan: Plan) -> list[Group]:
     """Time one call at a time, everything on one core, then wherever the kernel puts it."""
     groups = []
     with contextlib.ExitStack() as stack:
-        plain, niced = stack.enter_context(bare_processes(plan, 2))
+        (bare,) = stack.enter_context(bare_processes(plan, 1))
         pool = stack.enter_context(plan.pool(1))
         peers, notes = stack.enter_context(opened_peers(plan, 1))
-        _nice(niced, pool.config.niceness)
-        subjects = _calls(pool, plain, niced, peers)
+        subjects = _calls(pool, bare, peers)
         with procfs.pinned() as core:
             if core is None:
                 notes += ("nothing can be pinned to a core here, so no target is looked at",)
@@ -72,12 +68,7 @@ def latency(plan: Plan) -> list[Group]:
     return groups
 
 
-def _nice(bare: Bare, niceness: int) -> None:
-    if niceness and hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, bare.pid, niceness)
-
-
-def _calls(pool: Pool[None], plain: Bare, niced: Bare, peers: Sequence[Peer]) -> Subjects:
+def _calls(pool: Pool[None], bare: Bare, peers: Sequence[Peer]) -> Subjects:
     def checkout_call() -> Any:
         with pool.checkout() as w:
             return w.call(identity, 1)
@@ -93,10 +84,9 @@ def _calls(pool: Pool[None], plain: Bare, niced: Bare, peers: Sequence[Peer]) ->
         return line.get()
 
     return {
-        "floor": plain.caller(),
+        "floor": bare.caller(),
         "checkout_call": checkout_call,
         "pool_call": lambda: pool.call(identity, 1),
-        "floor_niced": niced.caller(),
         "checkout_checkin": checkout_checkin,
         "queue": put_get,
         **{peer.name: peer.call for peer in peers},
