@@ -24,7 +24,6 @@ SMALL = 32 * 1024  # up to here one write takes all, as a rule: a pipe has room 
 CHUNK = 64 * 1024
 #: What an end reads at once until a frame was longer: so short a bytes object needs no `malloc`.
 SHORT = 448
-_FOREVER = 2e6  # seconds; what `poll` can take in milliseconds
 LOOK = 1.0  # seconds; a signal that comes a moment before a wait begins does not end it
 PIECE = 256 * 1024  # grow the buffer of a long frame by this much, never by what it claims to be
 _F_SETPIPE_SZ = 1031  # of Linux; `fcntl` knows it from Python 3.10 on
@@ -276,11 +275,12 @@ class FastEnd(End):
                 try:
                     rest = rest[os.write(self._out, rest) :]
                 except BlockingIOError:
-                    events = poll.poll(_left_ms(deadline))
-                    if not events:
-                        raise TimedOut from None
-                    if any(fd == self._death_fd for fd, _ in events):
+                    left = None if deadline is None else deadline - time.monotonic()
+                    events = poll.poll(0 if self._dead else _look_ms(left))
+                    if self._dead or any(fd == self._death_fd for fd, _ in events):
                         raise PeerGone from None
+                    if not events and left is not None and left <= LOOK:
+                        raise TimedOut from None
                 except OSError:
                     raise PeerGone from None
 
@@ -332,11 +332,6 @@ def deadline_of(timeout: float | None, start: int) -> float | None:
     return None if timeout is None else start / 1e9 + timeout
 
 
-def left_until(deadline: float | None) -> float | None:
-    """Return the seconds until then, as far as they can be waited for."""
-    return None if deadline is None else min(max(0.0, deadline - time.monotonic()), _FOREVER)
-
-
 def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     """Make a pipe; return what becomes the parent's end and what travels to the worker."""
     if portable:
@@ -364,8 +359,3 @@ def widen(fd: int) -> None:
 def _look_ms(timeout: float | None) -> float:
     """Return how long to wait at once: a signal that comes just before does not end a wait."""
     return 1000 * (LOOK if timeout is None else min(max(0.0, timeout), LOOK))
-
-
-def _left_ms(deadline: float | None) -> float | None:
-    left = left_until(deadline)
-    return None if left is None else left * 1000

@@ -36,6 +36,7 @@ from .turnstile import Turnstile, Waiter
 if TYPE_CHECKING:
     from ..config import PoolConfig
 
+_TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it for silent
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
 
@@ -243,7 +244,7 @@ class Manager:
         """Return how long a pool at rest is left alone: a lease that begins has no hurry."""
         limits = self._limits
         hurry = limits.lease_ns is not None or limits.leak_ns is not None
-        return self.config.tick * (1 if hurry or self.hooks["utilization"] else 2)
+        return self.config.tick * (1 if hurry or self.hooks["utilization"] else _TICKS_AT_REST)
 
     def _seen(self) -> tuple[int, int]:
         """Return what every lease changes at its begin, and one that was lost in it."""

@@ -24,9 +24,10 @@ from .channel import (
     PeerGone,
     TimedOut,
     deadline_of,
-    left_until,
     long_length,
 )
+
+_FOREVER = 2e6  # seconds; what `connection.wait` can take in milliseconds
 
 
 class PortableEnd(End):
@@ -110,14 +111,14 @@ class PortableEnd(End):
 
         self._sending = True
         threading.Thread(target=send, name="minipool-send", daemon=True).start()
-        if not done.wait(left_until(deadline)):
+        if not done.wait(_left(deadline)):
             raise TimedOut
 
     def _receive_piece(self, most: int, deadline: float | None) -> bytes:
         try:
             ready: list[Any] = []
             while not ready:
-                left = left_until(deadline)
+                left = _left(deadline)
                 ready = connection.wait(
                     [self._conn, self._sentinel], LOOK if left is None else min(left, LOOK)
                 )
@@ -142,3 +143,8 @@ class PortableEnd(End):
         while self._open and not self._sending:
             with contextlib.suppress(IndexError):
                 self._open.pop().close()
+
+
+def _left(deadline: float | None) -> float | None:
+    """Return the seconds until then, as far as they can be waited for."""
+    return None if deadline is None else min(max(0.0, deadline - time.monotonic()), _FOREVER)

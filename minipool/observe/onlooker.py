@@ -25,7 +25,7 @@ from ..tools import procfs
 
 _LINK = "/memfd:minipool:"
 _TRIES = 100  # copies of a row whose worker changes meanwhile, a hundred times in a millisecond
-_SILENT = 5.0  # seconds; a manager tells something every second, or every other at rest
+_SILENT = 5.0  # seconds; a manager tells something every second, or at rest every three
 
 
 class Process(NamedTuple):

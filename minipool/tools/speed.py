@@ -26,6 +26,7 @@ _clock = time.perf_counter
 
 _ABOUT = {
     "floor": "floor: pickle, os.write, os.read, both ways",
+    "floor_pipes": "the same over two pipes",
     "lease_call": "w.call(identity, 1), lease held",
     "checkout_call": "with pool.checkout() as w: w.call(identity, 1)",
     "pool_call": "pool.call(identity, 1)",
@@ -38,6 +39,8 @@ _RATIOS = (  # name, what is compared, measured, floor, target when pinned
     ("lease_call", "call in a lease / floor", "lease_call", "floor", 1.35),
     ("checkout_call", "checkout + call / floor", "checkout_call", "floor", 1.5),
     ("pool_call", "pool.call / floor", "pool_call", "floor", None),
+    ("lease_call_over_pipes", "call in a lease / floor over pipes",
+     "lease_call", "floor_pipes", None),
     ("checkout_call_over_executor", f"checkout + call / {EXECUTOR}",
      "checkout_call", EXECUTOR, 0.25),
     ("checkout_call_over_multiprocessing", f"checkout + call / {MULTIPROCESSING}",
@@ -52,9 +55,11 @@ def latency(plan: Plan) -> list[Group]:
     groups = []
     with contextlib.ExitStack() as stack:
         (bare,) = stack.enter_context(bare_processes(plan, 1))
+        piped = stack.enter_context(Bare(plan.context, pipes=True))
+        piped.wait_ready()
         pool = stack.enter_context(plan.pool(1))
         peers, notes = stack.enter_context(opened_peers(plan, 1))
-        subjects = _calls(pool, bare, peers)
+        subjects = {**_calls(pool, bare, peers), "floor_pipes": piped.caller()}
         with procfs.pinned() as core:
             if core is None:
                 notes += ("nothing can be pinned to a core here, so no target is looked at",)
