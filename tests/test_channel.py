@@ -374,7 +374,7 @@ def test_hang_up_ends_the_wait_where_nothing_else_tells_of_the_death() -> None:
 def test_small_pipe_is_written_to_the_end(pipe: Pipe) -> None:
     """A user who has very many pipes gets small ones."""
     if pipe.kind == "fast":
-        fcntl.fcntl(pipe.end._out, fcntl.F_SETPIPE_SZ, 4096)
+        fcntl.fcntl(pipe.end._out, channel._F_SETPIPE_SZ, 4096)
     pipe.serve("fast")
     for call_id, size in enumerate((4000, 4096, 5000, SMALL - 100, SMALL, 5 * SMALL), 1):
         assert pipe.exchange(bytes(size), call_id=call_id) == (wire.RETURNED, bytes(size))

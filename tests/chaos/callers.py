@@ -11,6 +11,7 @@ from typing import Any, Callable
 import subjects
 from ledger import Ledger
 
+import rogues
 from minipool import (
     CallTimeout,
     CheckoutTimeout,
@@ -161,9 +162,9 @@ TROUBLE: list[tuple[Callable[..., Any], tuple[Any, ...], tuple[type[Exception], 
     (subjects.crash, (signal.SIGKILL,), (WorkerDied,)),
     (subjects.hang, (), (CallTimeout,)),
     (subjects.spin, (), (CallTimeout,)),
-    (subjects.babble, (b"x",), (ProtocolError,)),
-    (subjects.babble, (b"\0\0\0\x0d" + bytes(13),), (ProtocolError,)),
-    (subjects.babble, (b"\x7f\xff\xff\xff",), (ProtocolError,)),
+    (rogues.write_to_pipe, (b"x",), (ProtocolError,)),
+    (rogues.write_to_pipe, (b"\0\0\0\x0d" + bytes(13),), (ProtocolError,)),
+    (rogues.write_to_pipe, (b"\x7f\xff\xff\xff",), (ProtocolError,)),
     (subjects.hang_up, (), (WorkerDied,)),
     (subjects.fail, ("as it should",), (ArithmeticError,)),
     (subjects.quit_python, (), (RemoteError,)),

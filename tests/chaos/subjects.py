@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import sys
 import threading
 from pathlib import Path
@@ -70,16 +69,6 @@ def hang() -> None:
 def spin() -> None:
     while True:
         pass
-
-
-def babble(data: bytes) -> None:
-    """Write to every socket there is, the worker's pipe among them."""
-    for fd in range(3, 1024):
-        try:
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                os.write(fd, data)
-        except OSError:
-            continue
 
 
 def hang_up() -> None:
