@@ -75,11 +75,32 @@ EVENTS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def logger() -> logging.Logger:
-    """Return minipool's logger; imported when there is something to log, which is seldom."""
-    import logging
+def logger() -> logging.Logger | _Unlogged:
+    """Return minipool's logger; imported when there is something to log, which is seldom.
 
+    A process that has given up its root or its rights by then may be able to import nothing: what
+    would be shown by default goes to standard error, and nobody fails for want of a message.
+    """
+    try:
+        import logging
+    except (ImportError, OSError):
+        return _Unlogged()
     return logging.getLogger("minipool")
+
+
+class _Unlogged:
+    """Takes a logger's place where there is none."""
+
+    def log(self, level: int, message: str, *args: object, **more: Any) -> None:
+        if level >= WARNING and sys.stderr is not None:
+            print(message % args, file=sys.stderr)
+
+    def warning(self, message: str, *args: object) -> None:
+        self.log(WARNING, message, *args)
+
+    def exception(self, message: str, *args: object) -> None:
+        self.log(ERROR, message, *args)
+        sys.excepthook(*sys.exc_info())
 
 
 def remark(level: int, message: str, *args: object, **more: Any) -> None:

@@ -728,3 +728,28 @@ def test_process_of_multiprocessing_ends_with_its_pool_left_open(
     assert (code, err) == (0, "")
     assert len(out.split()) == 2
     wait_gone(*map(int, out.split()))
+
+
+WITHOUT_LOGGING = """
+    import os, signal, sys
+    from ears import wait_until
+    from minipool import Pool
+
+    if __name__ == "__main__":
+        with Pool(size=2, start_method=sys.argv[1]) as pool:
+            sys.modules.pop("logging", None)
+            sys.modules["logging"] = None  # as for who has another root by now, or no rights
+            before = pool.workers()[0].pid
+            os.kill(before, signal.SIGKILL)
+            wait_until(pool, lambda: pool.stats().workers_lost == 1 and pool.stats().idle == 2)
+            print(before not in [worker.pid for worker in pool.workers()], pool.call(abs, -3))
+"""
+
+
+def test_pool_goes_on_in_a_process_that_can_import_no_more(
+    start_method: str, tmp_path: Path
+) -> None:
+    """What cannot be logged for want of `logging` is written; the worker is replaced as ever."""
+    code, out, err = scripts.run(tmp_path, WITHOUT_LOGGING, start_method)
+    assert (code, out) == (0, "True 3\n"), err
+    assert "died by SIGKILL" in err and "Traceback" not in err

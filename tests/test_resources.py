@@ -36,6 +36,7 @@ SCRIPT = """
             with Pool(worker, size=2, start_method=method) as first:
                 with first.checkout() as w, first.checkout() as other:
                     os.kill(other.pid, signal.SIGKILL)
+                    wait_until(first, lambda: first.deaths() and first.stats().idle == 1)
                     w.call("add", 1), first.health_check()  # imported, whoever may read what
             os.setuid(54321)  # the superuser has no such limit
         pool = Pool(worker, size=2, start_method=method, breaker=False)
