@@ -261,11 +261,9 @@ class Handle:
         dumps, exchange, loads = self._dumps, self._exchange, self._loads
         try:
             if len(args) == 1 and not kwargs:
-                kind |= wire.ALONE
-                body = dumps(args[0], 5)
+                kind, body = kind | wire.ALONE, dumps(args[0], 5)
             elif kwargs and kind != wire.SHIPPED:
-                kind |= wire.KEYWORDS
-                body = dumps((args, kwargs), 5)
+                kind, body = kind | wire.KEYWORDS, dumps((args, kwargs), 5)
             else:
                 body = dumps(args, 5)
         except Exception as problem:
@@ -280,9 +278,7 @@ class Handle:
         try:
             status, reply = exchange(call_id, kind, name, body, timeout, start)
         except (PeerGone, TimedOut, Garbled) as problem:
-            error = self._failed(problem, name, timeout)
-            error.sent_ns = start
-            raise error from None
+            raise self._failed(problem, name, timeout, start) from None
         except TooLong as problem:
             raise self._too_long(problem, name) from None
         self.in_call = False
@@ -353,9 +349,8 @@ class Handle:
     def _nonsense(self, problem: Exception, name: bytes) -> WorkerError:
         """End a worker whose reply is one by its header only; return the error that tells so."""
         self.in_call = True
-        error = self._failed(Garbled(f"its body is none: {problem!r}"), name, None)
-        error.sent_ns = time.monotonic_ns()  # as good as any: it is not made again
-        return error
+        now = time.monotonic_ns()  # as good as any: it is not made again
+        return self._failed(Garbled(f"its body is none: {problem!r}"), name, None, now)
 
     def _remote_error(self, status: int, body: bytes | memoryview, name: bytes) -> BaseException:
         """Return the exception that a reply brought."""
@@ -376,7 +371,9 @@ class Handle:
         self.row[t.WORKER_WORDS] = noted
         self._noted_id = noted[t.CALL_ID - t.WORKER_WORDS.start]
 
-    def _failed(self, problem: Exception, name: bytes, timeout: float | None) -> WorkerError:
+    def _failed(
+        self, problem: Exception, name: bytes, timeout: float | None, start: int
+    ) -> WorkerError:
         """Kill the worker after a broken exchange; return the error that tells of it."""
         if self.abandoned:
             raise PoolForked(
@@ -404,6 +401,7 @@ class Handle:
                 pid=self.pid,
             )
         self.kill()
+        error.sent_ns = start
         return error
 
     @property
