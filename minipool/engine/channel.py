@@ -1,8 +1,8 @@
-"""The parent's end of a worker's pipe, in a fast and a portable kind.
+"""The parent's end of a worker's pipe: what all kinds share, and the fast kind.
 
 The fast kind has a pipe for each direction, and makes one write and one read for a small message.
-The portable kind uses `multiprocessing.Connection` and `connection.wait` and runs everywhere. Both
-write the same bytes, so either can talk to either kind of worker's end (see `workerend`).
+The other is in `portable`. Both write the same bytes, so either can talk to either kind of
+worker's end (see `workerend`).
 
 A parent's end is used by one thread at a time, the one that owns the worker. Neither end is ever
 left with half a frame by a failed attempt to *make* one; what breaks in mid-frame stays broken,
