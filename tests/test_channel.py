@@ -446,6 +446,13 @@ def test_reply_that_claims_more_than_the_limit_is_garbage(pipe: Pipe) -> None:
         pipe.exchange()
 
 
+def wait_full(fd: int) -> None:
+    """Wait until no more can be written: a send is in the middle of its body."""
+    until = time.monotonic() + LAST
+    while select.select([], [fd], [], 0)[1]:
+        assert time.monotonic() < until, "nothing was sent"
+
+
 class Stranger:
     """A real process that holds the worker's side of a pipe and never reads from it."""
 
@@ -459,12 +466,6 @@ class Stranger:
         for fd in fds:
             os.close(fd)
         self.fd = self.end._out if kind == "fast" else self.end.fd.fileno()
-
-    def wait_full(self) -> None:
-        """Wait until no more can be written: the send is in the middle of its body."""
-        until = time.monotonic() + LAST
-        while select.select([], [self.fd], [], 0)[1]:
-            assert time.monotonic() < until, "nothing was sent"
 
     def close(self) -> None:
         self.process.kill()
@@ -487,7 +488,7 @@ def test_death_in_mid_send_surfaces_at_once(stranger: Stranger) -> None:
     """Megabytes are on their way to a worker that is killed: no timeout is needed to see it."""
 
     def kill() -> None:
-        stranger.wait_full()
+        wait_full(stranger.fd)
         stranger.process.kill()
 
     killer = threading.Thread(target=kill)
@@ -497,6 +498,39 @@ def test_death_in_mid_send_surfaces_at_once(stranger: Stranger) -> None:
         stranger.end.exchange(1, wire.METHOD, b"name", bytes(64 << 20), None, time.monotonic_ns())
     assert time.monotonic() - start < LAST
     killer.join()
+
+
+def test_hang_up_ends_a_send_where_nothing_else_tells_of_the_death() -> None:
+    """Nobody reads, nothing tells of a death, and there is no timeout."""
+    pipe = Pipe("fast")
+
+    def hang_up() -> None:
+        wait_full(pipe.end._out)
+        pipe.end.hang_up()
+
+    pipe.do(hang_up)
+    with pytest.raises(PeerGone):
+        pipe.exchange(bytes(64 << 20), timeout=None)
+    pipe.close()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux can widen a pipe")
+def test_long_frames_get_wider_pipes_and_short_ones_do_not() -> None:
+    """A user has only so many pages in pipes, so only who needs them takes them."""
+    pipe = Pipe("fast")
+    fds = pipe.end._out, pipe.raw.copy()
+    pipe.serve("fast")
+
+    def sizes() -> list[int]:
+        return [fcntl.fcntl(fd, channel._F_SETPIPE_SZ + 1) for fd in fds]  # F_GETPIPE_SZ
+
+    usual = sizes()
+    pipe.exchange(bytes(SMALL // 2), call_id=1)
+    assert sizes() == usual
+    pipe.exchange(bytes(2 * CHUNK), call_id=2)
+    assert sizes() == [channel.PIECE] * 2
+    os.close(fds[1])
+    pipe.close()
 
 
 def test_stopped_reader_times_out_in_mid_send(stranger: Stranger) -> None:

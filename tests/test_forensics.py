@@ -494,6 +494,42 @@ def test_old_count_explains_nothing(tmp_path: Path) -> None:
     assert not kills.explain(), "counted two looks ago"
 
 
+def test_counter_stays_open_while_anybody_looks_and_no_longer(tmp_path: Path) -> None:
+    """Of several managers the last one gives it back; who asks after that leaves nothing open."""
+    counter = tmp_path / "counter"
+    counter.write_text(VMSTAT.format(1))
+    kills = OomKills(str(counter))
+
+    def taken() -> int:
+        return [
+            os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+        ].count(str(counter))
+
+    kills.begin(), kills.begin()
+    assert taken() == 1
+    kills.look()
+    kills.end()
+    assert taken() == 1
+    kills.end()
+    assert taken() == 0
+    counter.write_text(VMSTAT.format(2))
+    assert kills.explain() and taken() == 0
+
+
+def test_forked_process_does_not_wait_for_a_thread_that_is_not_in_it(tmp_path: Path) -> None:
+    """The thread that was looking at the moment of the fork holds the lock for ever there."""
+    counter = tmp_path / "counter"
+    counter.write_text(VMSTAT.format(1))
+    kills = OomKills(str(counter))
+    kills.begin()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(kills._explaining.acquire).result(LAST)
+        kills.abandon()  # as after a fork
+        assert not kills._fd >= 0
+        kills.look()
+        assert not kills.explain()
+
+
 def test_kernel_that_does_not_count_explains_nothing(tmp_path: Path) -> None:
     for content in (None, "", "oom_kill", "oom_kill many"):
         counter = tmp_path / "counter"

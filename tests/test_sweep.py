@@ -98,6 +98,28 @@ def test_busy_worker_that_every_sweep_finds_between_two_leases_is_not_lost(
     assert pool.stats().workers_lost == 0
 
 
+def test_pool_at_rest_is_left_alone_for_longer_unless_somebody_counts_on_each_look() -> None:
+    def patience(**options: Any) -> float:
+        with Pool(Counter, size=1, health_check_interval=None, **options) as pool:
+            sweeper, found = Sweeper(pool), []
+
+            def ask() -> bool:
+                sweeper.look(sweep=True)
+                found.extend(sweeper.manager._patience() for _ in range(2))
+                return sweeper.manager._still()
+
+            assert sweeper.run(ask)
+            if not options:
+                pool.hooks["utilization"].append(lambda *event: None)
+                assert sweeper.run(ask)
+                assert found.pop() == pytest.approx(1.0, abs=0.01)
+            return found[1]
+
+    assert patience() == pytest.approx(3.0, abs=0.01)
+    assert patience(lease_timeout=60.0) == pytest.approx(1.0, abs=0.01)
+    assert patience(leak_warn_after=60.0) == pytest.approx(1.0, abs=0.01)
+
+
 def test_manager_looks_again_after_every_lease_and_every_loss(pool: Pool[Counter]) -> None:
     """Only a pool in which nothing has moved since a look that found nothing is left alone."""
     sweeper = Sweeper(pool)

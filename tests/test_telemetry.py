@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from ears import Ear, Event, wait_until
 from minipool import EVENTS, Hooks, Pool, SessionLost, WorkerDied
 from minipool.errors import CheckoutTimeout, PoolClosed, PoolError, PoolStartError
-from minipool.telemetry import span
+from minipool.telemetry import INFO, WARNING, logger, span
 from rogues import Stateful, raise_it
 from workers import RaisesAtStart, identity
 
@@ -587,3 +588,21 @@ def test_no_listener_runs_under_a_lock(
 
     assert watch.seen == set(EVENTS)
     assert not watch.stuck
+
+
+def test_what_cannot_be_logged_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where `logging` cannot be imported: what would be shown, and nothing else."""
+    monkeypatch.setitem(sys.modules, "logging", None)
+    log = logger()
+    log.log(INFO, "%s is not shown", "this")
+    log.log(WARNING, "%s is", "that")
+    log.warning("so is %d", 1)
+    try:
+        raise ValueError("of this kind")
+    except ValueError:
+        log.exception("and an error")
+    written = capsys.readouterr().err
+    assert written.startswith("that is\nso is 1\nand an error\nTraceback")
+    assert written.endswith("ValueError: of this kind\n")
