@@ -1,14 +1,19 @@
 """The bell: how any thread wakes the one that waits for everything, and how that one waits.
 
-A pipe with one byte in it at most. Ringing never waits, so signal handlers and finalisers may.
+A pipe that takes a byte each time, until it is full. Nothing else remembers that it was rung, so an
+exception that strikes a ringing thread between two steps cannot mute it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import select
+import sys
 from multiprocessing import connection
 from typing import Any
+
+_ALL = 1 << 20  # bytes; more than a pipe holds
 
 
 class Bell:
@@ -16,19 +21,25 @@ class Bell:
 
     def __init__(self) -> None:
         self.reader, self._writer = connection.Pipe(duplex=False)
-        self._rung = False
+        if sys.platform != "win32":
+            os.set_blocking(self.reader.fileno(), False)
+            os.set_blocking(self._writer.fileno(), False)
 
     def ring(self) -> None:
-        if not self._rung:  # one byte is enough: the manager looks at everything
-            self._rung = True
-            with contextlib.suppress(OSError, ValueError):  # closed: nobody needs waking any more
+        with contextlib.suppress(OSError):  # full: it is about to wake; closed: nobody sleeps
+            if sys.platform != "win32":
+                os.write(self._writer.fileno(), b"!")
+            else:
                 self._writer.send_bytes(b"!")
 
     def silence(self) -> None:
-        """Take the byte, then forget that it came: what is written later rings again."""
-        if self.reader.poll(0):
-            self.reader.recv_bytes()
-        self._rung = False
+        """Take what is there: who looks at everything afterwards has heard all of it."""
+        if sys.platform != "win32":
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.reader.fileno(), _ALL)
+        else:
+            while self.reader.poll(0):
+                self.reader.recv_bytes()
 
     def close(self) -> None:
         self.reader.close()
