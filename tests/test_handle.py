@@ -11,7 +11,28 @@ from typing import Any, Iterator
 import pytest
 
 from minipool import Pool, WorkerDied
+from minipool.engine import blackbox, channel, wire
+from minipool.engine import process as process_room
+from strikes import strike_everywhere
 from workers import identity
+
+
+class Wanted:
+    """A lock that tells when somebody comes for it who will not wait for ever."""
+
+    def __init__(self, lock: Any, wanted: threading.Event) -> None:
+        self._lock, self._wanted = lock, wanted
+        self.release = lock.release
+
+    def acquire(self, timeout: float) -> bool:
+        self._wanted.set()
+        return bool(self._lock.acquire(timeout=timeout))
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 @pytest.fixture
@@ -20,38 +41,79 @@ def pool(start_method: str) -> Iterator[Pool[None]]:
         yield opened
 
 
-def test_reaping_does_not_hold_up_who_waits_for_the_exit_code(
+def test_burial_waits_until_a_caller_has_heard_of_the_end(
     pool: Pool[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The manager may bury a worker, and reuse its descriptors, while a caller waits for its end."""
+    """The manager buries no worker whose descriptors a caller is waiting on: they would be reused.
+
+    The caller is held where he is about to wait, the manager goes on, and the pool is as it was.
+    """
     caller, real_wait = threading.current_thread(), connection.wait
-    held, go_on = threading.Event(), threading.Event()  # the manager, until the caller waits
+    held, go_on, burying = threading.Event(), threading.Event(), threading.Event()
     found: list[Any] = []
-    pipes: list[tuple[int, int]] = []
     with pool.checkout() as w:
         assert w.call(identity, 1) == 1
         manager, dead = w._desk.manager, w._handle
+        dead.process._waiting = Wanted(dead.process._waiting, burying)
 
-        def wait_after_burial(sources: Any, timeout: float | None = None) -> Any:
-            if threading.current_thread() is not caller or not timeout or found:
+        def wait_while_it_is_buried(sources: Any, timeout: float | None = None) -> Any:
+            if threading.current_thread() is not caller or len(sources) > 1 or found:
                 return real_wait(sources, timeout)
             go_on.set()
-            assert manager.wait_for(lambda: dead not in manager.fleet.handles.values(), 20)
-            pipes.extend(os.pipe() for _ in range(8))  # takes the numbers that came free
+            assert burying.wait(20)
+            assert dead in manager.fleet.handles.values()
             found.append(real_wait(sources, timeout))
             return found[0]
 
         manager.order(lambda: (held.set(), go_on.wait(20)))
         assert held.wait(20)
-        monkeypatch.setattr(connection, "wait", wait_after_burial)
+        monkeypatch.setattr(connection, "wait", wait_while_it_is_buried)
         os.kill(w.pid or 0, signal.SIGKILL)
         with pytest.raises(WorkerDied) as caught:
             w.call(identity, 2)
         monkeypatch.undo()
-    for fd in [fd for ends in pipes for fd in ends]:
-        os.close(fd)
     assert found and found[0], "the caller waited in vain"
     assert caught.value.signal == "SIGKILL"
+    assert manager.wait_for(lambda: dead not in manager.fleet.handles.values(), 20)
+
+
+def test_interrupted_wait_for_an_end_loses_no_descriptor(pool: Pool[None]) -> None:
+    """Whatever is raised in a thread that waits for an exit code, at whichever instruction."""
+    with pool.checkout() as w:
+        process = w._handle.process
+        before = os.listdir("/proc/self/fd")
+        assert strike_everywhere(lambda: process.exitcode(0.001), process_room) > 5
+        assert os.listdir("/proc/self/fd") == before
+        assert w.call(identity, 1) == 1
+
+
+def test_interrupted_dump_loses_no_descriptor(pool: Pool[None]) -> None:
+    """The same for who asks workers where they are; the next to ask gets his answer."""
+    pool.wait_ready()
+    before = os.listdir("/proc/self/fd")
+    assert strike_everywhere(pool.dump, blackbox) > 20
+    assert os.listdir("/proc/self/fd") == before
+    assert "Current thread" in pool.dump()[0]
+
+
+def test_interrupted_close_of_pipes_loses_none() -> None:
+    """What was not closed by then is closed when the pipes are collected."""
+    before = os.listdir("/proc/self/fd")
+    made, pipes = [], []
+    for _ in range(20):
+        ours, theirs = channel.pair(None, portable=False)
+        theirs.close()
+        made.append(ours)
+
+    def close_one() -> None:
+        pipes.append(made.pop())
+        pipes[-1].close()
+
+    assert 2 <= strike_everywhere(close_one, channel, wire) < 20
+    made.clear()
+    pipes.clear()
+    del ours
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_death_is_told_with_its_signal_every_time(pool: Pool[None]) -> None:

@@ -24,7 +24,7 @@ import threading
 import time
 from typing import Any, Callable, Iterable
 
-from .wire import Descriptor
+from .wire import Descriptor, close_all
 
 _TOP = getattr(signal, "SIGRTMAX", 0)
 LAST_WORDS, SHOW = (int(_TOP) - 5, int(_TOP) - 6) if _TOP else (0, 0)  # 0: there are none
@@ -143,10 +143,13 @@ class BlackBox:
                 return
             self._said += piece
 
-    def watch(self) -> int | None:
-        """Return a descriptor that tells of news, the caller's to close; None if there is none."""
+    def watch(self, watched: list[int]) -> bool:
+        """Add a descriptor that tells of news, the caller's to close; False if there is none."""
         with self._reading:
-            return None if self._fd is None else os.dup(self._fd)
+            if self._fd is None:
+                return False
+            watched.extend(map(os.dup, (self._fd,)))  # one step, as `close_all` is
+            return True
 
     def close(self) -> None:
         """Close the pipe, after a last reading. What was read stays readable."""
@@ -195,14 +198,14 @@ def stacks_of(handles: Iterable[Any]) -> dict[int, str]:
     deadline = time.monotonic() + PATIENCE
     found: dict[int, str] = {}
     asked: dict[int, tuple[int, BlackBox, object]] = {}
+    watched: list[int] = []  # ours to close
     with _asking:
         try:
             for handle in handles:
                 found[handle.slot] = ""
                 question = handle.show(times=2)
-                fd = None if question is None else handle.box.watch()
-                if fd is not None:
-                    asked[fd] = handle.slot, handle.box, question
+                if question is not None and handle.box.watch(watched):
+                    asked[watched[-1]] = handle.slot, handle.box, question
             while asked:
                 left = max(0.0, deadline - time.monotonic())
                 ready = set(connection.wait(list(asked), left))
@@ -213,10 +216,10 @@ def stacks_of(handles: Iterable[Any]) -> dict[int, str]:
                         found[slot] = "".join(stacks[:1])
                         box.take_back(question)
                         del asked[fd]
-                        os.close(fd)
         finally:
-            for fd in asked:  # an interrupt came
-                os.close(fd)
+            close_all(watched)
+            for _, box, question in asked.values():  # an interrupt came
+                box.take_back(question)
     return found
 
 

@@ -62,12 +62,7 @@ class _Ends:
         os.set_blocking(writer, False)
 
     def close(self) -> None:
-        while self._open:
-            try:
-                fd = self._open.pop()
-            except IndexError:  # another thread was faster
-                return
-            os.close(fd)
+        wire.close_all(self._open)
 
     def __del__(self) -> None:
         self.close()
@@ -341,8 +336,7 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     try:
         replies = os.pipe()
     except OSError:
-        for fd in requests:
-            os.close(fd)
+        wire.close_all(list(requests))
         raise
     theirs = wire.Ends(wire.Descriptor(requests[0]), wire.Descriptor(replies[1]))
     return _Ends(replies[0], requests[1]), theirs

@@ -27,9 +27,10 @@ _F_SETSIG = 10  # Linux; the fcntl module has no name for it before 3.11
 class Lifeline:
     """A pipe that hangs up when this process ends, which ends the workers."""
 
+    read_fd: int | None = None
+    _write_fd: int | None = None
+
     def __init__(self) -> None:
-        self.read_fd: int | None = None
-        self._write_fd: int | None = None
         if sys.platform != "win32":
             self.read_fd, self._write_fd = os.pipe()
 
@@ -45,6 +46,9 @@ class Lifeline:
         if self.read_fd is not None:
             os.close(self.read_fd)
             self.read_fd = None
+
+    def __del__(self) -> None:  # for an opening that was interrupted
+        self.close()
 
 
 def lead_a_group() -> bool:

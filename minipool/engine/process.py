@@ -14,14 +14,13 @@ import contextlib
 import errno
 import os
 import signal
-import sys
 import threading
-import time
 from multiprocessing import connection, process
 from typing import Any, Callable
 
 from .blackbox import LAST_WORDS
 from .oom import OOM_KILLS
+from .wire import close_all
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _DESCRIPTORS = 10  # more than any start method needs at once
@@ -43,10 +42,12 @@ class WorkerProcess:
         kill_group: bool = False,
     ) -> None:
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
+        self._waiting = threading.RLock()  # for its end, on descriptors that stay open meanwhile
         self._last_exitcode: int | None = None
         self.killed = False  # by us
         self._starved: bool | None = None  # None: not known yet
         self._process = context.Process(target=target, args=args, name=name)
+        self._served = context.get_start_method() == "forkserver"  # the child of a server
         self._pidfd: int | None = None
         self._kills_group = kill_group and hasattr(os, "killpg")
 
@@ -158,37 +159,30 @@ class WorkerProcess:
             return bool(self._starved)
 
     def _wait_ended(self, timeout: float) -> None:
-        """Wait until the exit code can be had, on descriptors of our own.
+        """Wait until the exit code can be had.
 
-        When the manager reaps the process meanwhile, the numbers of the old ones go to whatever
-        is opened next, the next worker's pipe above all, and that may stay silent for ever.
-        The sentinel of a forked process ends a moment before there is an exit code, so the pidfd
-        is waited for as well; that of a fork server's child is the one the code comes from.
+        That of a fork server's child comes through the sentinel. The sentinel of a child of ours
+        ends a moment before there is a code, or, while its own children hold copies, long after.
+
+        `close` lets us hear of it first: the numbers of closed descriptors go to whatever is
+        opened next, the next worker's pipe above all, and that may stay silent for ever. Copies
+        would not do: an exception raised by a signal or another thread could lose them.
         """
-        if sys.platform == "win32":
-            connection.wait([self._process.sentinel], timeout)
-            return
-        deadline = time.monotonic() + timeout
-        with self._reaping:
-            watched = [os.dup(self._process.sentinel)]
-            if self._pidfd is not None:
-                watched.append(os.dup(self._pidfd))
-        try:
-            for fd in watched:
-                connection.wait([fd], max(0.0, deadline - time.monotonic()))
-        finally:
-            for fd in watched:
-                os.close(fd)
+        with self._waiting:
+            connection.wait([self.sentinel if self._served else self.death_fd], timeout)
 
     def close(self) -> None:
         """Forget a process that has ended, and end what it has left behind."""
         self.exitcode(0)
         with self._reaping:
             self._kill_group()
+            heard = self._waiting.acquire(timeout=REAP_TIMEOUT)  # whoever waits, at once as a rule
             with contextlib.suppress(ValueError, AssertionError):
                 self._process.join(0)
                 self._process.close()
             self._close_pidfd()
+            if heard:
+                self._waiting.release()
 
     def abandon(self) -> None:
         """Let go of it in a process that was forked from the owner, whose child it is."""
@@ -209,8 +203,7 @@ def _expect_room() -> None:
         while len(taken) < _DESCRIPTORS:
             taken.append(os.open(os.devnull, os.O_RDONLY))
     finally:
-        for fd in taken:
-            os.close(fd)
+        close_all(taken)
 
 
 def _close_lost_pipes(error: OSError) -> None:
@@ -223,8 +216,7 @@ def _close_lost_pipes(error: OSError) -> None:
                 ends = [frame.f_locals.get(name, -1) for name in names]
                 with contextlib.suppress(OSError):  # closed, or not made
                     if len({os.fstat(fd).st_ino for fd in ends}) == 1:  # one pipe still
-                        for fd in ends:
-                            os.close(fd)
+                        close_all(ends)
         trace = trace.tb_next
 
 

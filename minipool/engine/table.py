@@ -113,6 +113,8 @@ def histograms(rows: Iterable[memoryview]) -> tuple[list[int], list[int]]:
 class Table:
     """The parent's table: a header and `MAX_ROWS` rows, of which only the used take memory."""
 
+    _fd: int | None = None
+
     def __init__(self, pool_name: str, portable: bool = False) -> None:
         self._reserved = 0
         self._fd, self._map = _make(pool_name, portable)
@@ -164,6 +166,9 @@ class Table:
         size = (self._reserved + 1) * ROW_BYTES
         self._words = memoryview(bytearray(self._words.cast("B")[:size])).cast("q")
         del self._map
+        self.__del__()
+
+    def __del__(self) -> None:  # for an opening that was interrupted
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

@@ -13,6 +13,7 @@ pickled costs an error and not a worker.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import struct
@@ -100,6 +101,16 @@ class Descriptor:
         from multiprocessing import reduction
 
         return _received, (reduction.DupFd(self.fd),)
+
+
+def close_all(fds: list[int]) -> None:
+    """Close descriptors, and take them off the list, in one step of the interpreter.
+
+    An exception that a signal or another thread raises in this one comes before it or after it, so
+    no descriptor is ever off the list and still open.
+    """
+    with contextlib.suppress(IndexError):  # the list is empty
+        any(map(os.close, iter(fds.pop, None)))
 
 
 class Ends:

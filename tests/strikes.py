@@ -1,0 +1,42 @@
+"""Exceptions raised in the middle of a function, where the interpreter lets an interrupt in."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Callable
+
+
+class Strike(BaseException):
+    """What no code expects."""
+
+
+def strike_everywhere(action: Callable[[], Any], *modules: Any) -> int:
+    """Do `action` again and again, struck after one call later each time, until it is not struck.
+
+    Struck in functions of `modules`, as a call returns to them, which is where CPython raises what
+    a signal or another thread wants raised. Returns how often it was struck.
+    """
+    files = {module.__file__ for module in modules}
+    for strikes in range(10_000):
+        left = strikes
+
+        def profile(frame: Any, event: str, _: Any) -> None:
+            nonlocal left
+            if event == "return":
+                if frame.f_code.co_name == "__del__":
+                    return  # nobody has called it
+                frame = frame.f_back
+            if event in ("return", "c_return") and frame.f_code.co_filename in files:
+                left -= 1
+                if left == -1:
+                    raise Strike
+
+        sys.setprofile(profile)
+        try:
+            action()
+        except Strike:
+            continue
+        finally:
+            sys.setprofile(None)
+        return strikes
+    raise AssertionError("it never ends")
