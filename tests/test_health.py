@@ -159,7 +159,7 @@ def test_slot_neither_idle_nor_leased_is_lost_only_at_the_second_look() -> None:
     (second,) = planned([between._replace(sweeps_lost=1)], Limits())
 
     assert type(first) is Lost
-    assert type(second) is Replace
+    assert type(second) is Revoke
     assert "lost" in second.reason
 
 

@@ -346,7 +346,7 @@ def test_metrics_do_not_keep_the_pool() -> None:
     pool = Pool(Stateful, size=1).open()
     ear = Ear(pool, "pool.terminate")
     metrics = Metrics(pool, interval=60)
-    wait_until(pool, lambda: metrics._latest is not None)
+    metrics.sample()
     del pool
     gc.collect()
 

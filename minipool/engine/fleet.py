@@ -276,7 +276,9 @@ class Fleet:
             self.lost += 1
             self.deaths.append(hold(handle))
             used = handle.row[t.CALL_ID] > 0 or handle.revoked is not None
-            if self._launcher.portable:  # its caller may not have heard yet that his call has begun
+            # Who was sent a call and killed by us: its caller may have left before it began. On a
+            # private table he may not have heard yet that it has.
+            if handle.process.killed or self._launcher.portable:
                 used = used or handle.calls_sent > 0
             if booting or not (used or self._proved(handle, now)):
                 self._start_failed(handle.slot, exitcode, cause, handle, handle.permit)

@@ -133,7 +133,7 @@ class WarnLeak(Action):
 
 
 class Lost(Action):
-    """Neither idle nor leased at this look. At the second look running it is replaced."""
+    """Neither idle nor leased at this look. At the second look running it is revoked."""
 
 
 def plan(
@@ -226,7 +226,7 @@ def _failed_probe(row: Row, limits: Limits) -> Action:
 def _plan_lease(row: Row, now: int, limits: Limits) -> Optional[Action]:
     if row.leased_since_ns is None:
         if row.sweeps_lost >= 1:
-            return Replace(row.slot, "neither idle nor leased: its lease was lost")
+            return Revoke(row.slot, "neither idle nor leased: its lease was lost")
         return Lost(row.slot)
     held = now - row.leased_since_ns
     if limits.lease_ns is not None and held > limits.lease_ns:

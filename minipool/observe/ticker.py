@@ -28,7 +28,7 @@ class Ticker:
         self, pool: Pool[Any], interval: float, tick: Callable[[], object], name: str
     ) -> None:
         self._interval, self._tick, self._name = interval, tick, name
-        self._beginning = threading.Lock()
+        self._beginning = threading.RLock()  # a signal handler may close what begins
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._hooks, self._pid = pool.hooks, os.getpid()
@@ -41,8 +41,9 @@ class Ticker:
         with self._beginning:
             if self._thread is not None or self._over.is_set():
                 return
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._thread.start()
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread  # now: who is interrupted before leaves nothing to be joined
 
     def _run(self) -> None:
         while self._ticked() and not self._over.wait(self._interval):
@@ -73,6 +74,7 @@ class Ticker:
         if self._pid != os.getpid():
             return  # the thread is the other process's, and a lock may have been copied as held
         self._over.set()
-        thread = self._thread
+        with self._beginning:
+            thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(1.0)

@@ -1,0 +1,124 @@
+"""Exceptions that a signal or another thread raises in the library, wherever they can come.
+
+After each the pool is to be as it was: each worker idle, or replaced by another soon. What a test
+may not leave behind (processes, threads, descriptors) is looked at for every test.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from typing import Any, Callable
+
+import pytest
+
+from minipool import CallTimeout, Metrics, Pool, WorkerDied
+from minipool.engine import lifeline, table
+from minipool.engine.bell import Bell, ready
+from strikes import strike_everywhere
+from workers import identity
+
+
+def library() -> list[Any]:
+    """Return every module of the library that was imported."""
+    return [module for name, module in sys.modules.items() if name.partition(".")[0] == "minipool"]
+
+
+def checkout_and_call(pool: Pool[None]) -> None:
+    with pool.checkout(timeout=20) as w:
+        assert w.call(identity, 1) == 1
+
+
+def long_call(pool: Pool[None]) -> None:
+    assert len(pool.call(identity, bytes(300_000))) == 300_000
+
+
+def session(pool: Pool[None]) -> None:
+    with pool.checkout(session="a", timeout=20) as w:
+        assert w.call(identity, 1) == 1
+
+
+def death(pool: Pool[None]) -> None:
+    with pool.checkout(timeout=20) as w, pytest.raises(WorkerDied):
+        w.call(os._exit, 3)
+
+
+def timeout(pool: Pool[None]) -> None:
+    with pool.checkout(timeout=20) as w, pytest.raises(CallTimeout):
+        w.options(timeout=0.001).call(time.sleep, 60)
+
+
+@pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
+@pytest.mark.parametrize("action", [checkout_and_call, long_call, session, death, timeout])
+@pytest.mark.parametrize("method", ["forkserver", "fork"])
+def test_pool_is_whole_after_an_interrupt_anywhere(
+    action: Callable[[Pool[None]], None], method: str
+) -> None:
+    with Pool(size=2, start_method=method, health_check_timeout=0.1) as pool:
+        assert pool._desk is not None
+        manager = pool._desk.manager
+
+        def act() -> None:
+            struck = sys.getprofile()
+            sys.setprofile(None)
+            gc.collect()
+            assert manager.wait_for(lambda: pool.stats().idle == 2, 20), repr(pool)
+            sys.setprofile(struck)
+            action(pool)
+
+        action(pool)  # what is imported late is there now
+        assert strike_everywhere(act, *library()) > 20
+        assert manager.wait_for(lambda: pool.stats().idle == 2, 20), repr(pool)
+        assert pool.stats().start_failures == 0, repr(manager.fleet.last_failure)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a callback
+def test_interrupted_open_or_close_leaves_nothing() -> None:
+    """A pool that was interrupted as it opened or closed can be closed, and nothing is left of it.
+
+    Only where the kernel has just made a descriptor is there a step too few to keep it.
+    """
+    pools: list[Pool[None]] = []
+
+    def use() -> None:
+        struck = sys.getprofile()
+        sys.setprofile(None)
+        while pools:
+            pools.pop().close(5)
+        sys.setprofile(struck)
+        pools.append(Pool(size=1, start_method="fork", health_check_timeout=0.1))
+        pools[0].open()
+        metrics = Metrics(pools[0])
+        metrics.close()
+        pools[0].close()
+
+    use()
+    assert strike_everywhere(use, *{*library()} - {table, lifeline}) > 200
+    pools.pop().close(5)
+
+
+def test_interrupted_ring_does_not_mute_the_bell() -> None:
+    bell = Bell()
+
+    def ring() -> None:
+        bell.ring()
+        assert ready([bell.reader], 0) == {bell.reader}
+        bell.silence()
+        assert not ready([bell.reader], 0)
+
+    assert strike_everywhere(ring, sys.modules[Bell.__module__]) > 5
+    bell.close()
+
+
+def test_bell_takes_any_number_of_rings_and_waits_for_none() -> None:
+    """A manager that is kept busy keeps nobody who rings."""
+    bell = Bell()
+    for _ in range(100_000):
+        bell.ring()
+    assert ready([bell.reader], 0) == {bell.reader}
+    bell.silence()
+    assert not ready([bell.reader], 0)
+    bell.close()
+    bell.ring()
