@@ -28,9 +28,9 @@ class Record:
     """One session in the parent. Changed only by who owns it in the turnstile."""
 
     __slots__ = (
-        "affinity", "at_generation", "at_slot", "at_version", "born", "committing", "fenced",
-        "holder", "key", "lost_at", "opened", "serial", "sessions", "state", "strict", "thread",
-        "used", "version", "warm_head",
+        "affinity", "at_generation", "at_slot", "at_version", "born", "committing", "doubtful",
+        "fenced", "holder", "key", "lost_at", "opened", "serial", "sessions", "state", "strict",
+        "thread", "used", "version", "warm_head",
     )  # fmt: skip
 
     def __init__(self, sessions: Any, key: str) -> None:
@@ -49,6 +49,7 @@ class Record:
         self.holder: Handle | None = None  # the worker of the present lease
         self.fenced = False  # True: it is another record's by now; nothing is committed any more
         self.committing = False
+        self.doubtful = False  # True: the store must be asked whether the last commit was made
         self.warm_head: bytes | None = None  # of the last call, while nothing changes
 
     def head(self, handle: Handle) -> bytes:
@@ -56,6 +57,7 @@ class Record:
         here = self.at_slot == handle.slot and self.at_generation == handle.generation
         if here and self.at_version == self.version and self.warm_head is not None:
             return self.warm_head
+        self.sessions.settle(self)
         state = None if here and self.at_version == self.version else self.state or {}
         data = pickle.dumps((self.key, self.serial, self.version, state, not here), 5)
         if not here:
@@ -91,6 +93,7 @@ class Record:
         copy.state, copy.version, copy.born = self.state, self.version, self.born
         copy.at_slot, copy.at_generation = self.at_slot, self.at_generation
         copy.serial, copy.lost_at, copy.opened = self.serial, self.lost_at, True
+        copy.doubtful = self.doubtful
         return copy
 
     def commit(self, changes: Changes, by_worker: bool = True) -> None:
@@ -107,6 +110,7 @@ class Record:
                     f"nothing was committed; check out again",
                     session_id=self.key,
                 )
+            self.sessions.settle(self)
             self.missing()  # until it is known that both sides agree
             state = dict(self.state or {})
             for key, data in changes.items():

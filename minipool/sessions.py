@@ -367,10 +367,22 @@ class Sessions:
         except SessionError:
             raise
         except BaseException:  # interrupted: whether it was done, the store knows
+            record.doubtful = True
+            with contextlib.suppress(SessionError):  # else who uses the session next asks it
+                self.settle(record)
+            raise
+
+    def settle(self, record: Record) -> None:
+        """Ask the store what the last commit has come to, if that was interrupted.
+
+        Raises:
+            SessionError: it cannot tell now.
+        """
+        if record.doubtful and self._store is not None:
             loaded = self._store.open(record.key)
             if loaded is not None:
                 record.version, record.state = loaded
-            raise
+            record.doubtful = False
 
     # -- looking and sweeping ----------------------------------------------------------------
 
@@ -382,6 +394,7 @@ class Sessions:
         """
         record = self._records.get(key)
         if record is not None:
+            self.settle(record)
             packed = record.state or {}
         else:
             loaded = None if self._store is None else self._store.read(key)

@@ -304,7 +304,11 @@ class _Transaction:
         self.thread = threading.get_ident()
 
     def __enter__(self) -> sqlite3.Connection:
-        self._db = db = self._taken()
+        try:
+            self._db = db = self._taken()
+        except BaseException:
+            self._take_back()
+            raise
         try:
             if db.in_transaction:
                 db.execute("ROLLBACK")  # its last holder was struck
@@ -342,6 +346,13 @@ class _Transaction:
     def _be_patient(self, seconds: float) -> None:
         if self._patience != _PATIENCE_S:
             self._db.execute(f"PRAGMA busy_timeout={int(seconds * 1000)}")
+
+    def _take_back(self) -> None:
+        """Give back the connection if an interrupt came when we had just got it."""
+        store = self._store
+        if store._holder is not None and store._holder() is self:
+            self._db = store._line.current[_FILE]
+            self._give_back()
 
     def _give_back(self) -> None:
         self._store._holder = None

@@ -144,6 +144,9 @@ class _Reaped:
 
     Process = __call__
 
+    def get_start_method(self) -> str:
+        return "fork"
+
 
 def test_stranger_who_got_the_number_is_never_killed() -> None:
     """Where a pid is all there is, a living process of that pid is not the worker, which is dead."""

@@ -10,11 +10,13 @@ import gc
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
-from minipool import CallTimeout, Metrics, Pool, WorkerDied
+from chatters import add
+from minipool import CallTimeout, Metrics, Pool, WorkerDied, store
 from minipool.engine import lifeline, table
 from minipool.engine.bell import Bell, ready
 from strikes import strike_everywhere
@@ -72,6 +74,40 @@ def test_pool_is_whole_after_an_interrupt_anywhere(
         assert strike_everywhere(act, *library()) > 20
         assert manager.wait_for(lambda: pool.stats().idle == 2, 20), repr(pool)
         assert pool.stats().start_failures == 0, repr(manager.fleet.last_failure)
+
+
+@pytest.mark.logs_errors  # while the store's connection is astray
+@pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
+@pytest.mark.parametrize("stored", [False, True])
+def test_session_keeps_what_was_committed_after_an_interrupt_anywhere(
+    stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call in a session commits or it does not; memory and store agree about it."""
+    monkeypatch.setattr(store, "_ASTRAY_S", 0.2)
+    path = tmp_path / "sessions.db" if stored else None
+    options: Any = {"health_check_timeout": 0.1, "session_store": path}
+    with Pool(size=1, start_method="fork", **options) as pool:
+        counted = [pool.options(session="a").call(add)]
+        assert pool._desk is not None
+        manager = pool._desk.manager
+
+        def act() -> None:
+            struck = sys.getprofile()
+            sys.setprofile(None)
+            gc.collect()
+            assert manager.wait_for(lambda: pool.stats().idle == 1, 20), repr(pool)
+            counted.append(pool.session_state("a")["n"])
+            assert counted[-1] - counted[-2] in (0, 1)
+            sys.setprofile(struck)
+            pool.options(session="a", timeout=20).call(add)
+
+        act()
+        assert strike_everywhere(act, *library()) > 50
+        last = pool.session_state("a")
+        assert last["n"] == counted[-1] + 1
+    if stored:
+        with Pool(size=1, start_method="fork", **options) as pool:
+            assert pool.session_state("a") == last
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a callback

@@ -540,6 +540,36 @@ def test_interrupted_commit_is_looked_up(store: Path, monkeypatch: pytest.Monkey
         assert call(pool, "a", add) == pool.session_state("a")["n"] == 3
 
 
+def test_interrupted_commit_is_looked_up_later_if_it_cannot_be_now(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt comes out as itself, and who uses the session next works on what was kept."""
+    with Pool(size=1, session_store=store) as pool:
+        call(pool, "a", add)
+        kept = sessions_store(pool)
+        commit = kept.commit
+
+        def struck(*args: Any) -> None:
+            commit(*args)
+            raise KeyboardInterrupt
+
+        def busy(key: str) -> None:
+            raise SessionError("it is being written to; try again")
+
+        monkeypatch.setattr(kept, "commit", struck)
+        monkeypatch.setattr(kept, "open", busy)
+        with pool.checkout(session="a") as w:
+            with pytest.raises(KeyboardInterrupt):
+                w.state["n"] = 10
+            with pytest.raises(SessionError, match="try again"):
+                w.call(add)
+            with pytest.raises(SessionError, match="try again"):
+                pool.session_state("a")
+            monkeypatch.undo()
+            assert w.call(add) == 11
+        assert pool.session_state("a") == {"n": 11}
+
+
 def test_strict_loss_does_not_concern_the_store(store: Path) -> None:
     with Pool(size=1, session_store=store, affinity="strict") as pool:
         call(pool, "a", add)

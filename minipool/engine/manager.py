@@ -254,7 +254,12 @@ class Manager:
     def _turn(self, heard: set[Any]) -> None:
         if not (heard or self._orders or self._refused) and self._still():
             self._sweep([], time.monotonic_ns())
-            return
+        else:
+            self._deal_with(heard)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _deal_with(self, heard: set[Any]) -> None:
         self._quiet_until = 0
         if self.bell.reader in heard:
             self.bell.silence()
@@ -274,8 +279,6 @@ class Manager:
                 self.turnstile.dismiss(None)
         else:
             self._finish()
-        with self._changed:
-            self._changed.notify_all()
 
     def _circuit_changed(self, breaker: CircuitBreaker) -> None:
         if breaker.state == CLOSED:
