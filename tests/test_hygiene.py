@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -12,7 +13,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from ears import Ear, handle_of
+from ears import Ear, handle_of, wait_until
 from gates import Gate
 from minipool import CallTimeout, Pool, WorkerDied
 from minipool.engine import process as process_room
@@ -130,7 +131,7 @@ class _Reaped:
     def __init__(self, pid: int) -> None:
         self.pid = pid
 
-    def join(self, timeout: float) -> None:
+    def join(self) -> None:
         pass
 
     def close(self) -> None:
@@ -159,6 +160,24 @@ def test_stranger_who_got_the_number_is_never_killed() -> None:
     finally:
         stranger.kill()
         assert stranger.wait(20) == -signal.SIGKILL, "it was killed by us, and no sooner"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_that_somebody_else_reaps_leave_nothing(method: str) -> None:
+    """A program that ignores SIGCHLD, or waits for all its children, costs us their exit codes."""
+    former = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Pool(size=1, start_method=method) as pool:
+            before = len(os.listdir("/proc/self/fd"))
+            for lost in (1, 2, 3):
+                with pytest.raises(WorkerDied, match="exit code is not known"):
+                    pool.call(os._exit, 3)
+                wait_until(pool, lambda lost=lost: pool.stats().workers_lost == lost)
+                pool.wait_ready()
+            assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+    assert not multiprocessing.active_children()
 
 
 def test_each_worker_leads_a_group_of_its_own(start_method: str) -> None:

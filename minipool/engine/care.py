@@ -185,7 +185,7 @@ class Care:
             self._turnstile.dismiss(handle.slot)
         code = handle.process.exitcode(0)
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
-        if code is None and patience > 0:
+        if code is None and patience > 0 and not handle.process.untold:
             return
         if handle.ready_ns and not handle.condemned:
             self._mourn(handle)

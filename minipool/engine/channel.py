@@ -57,15 +57,14 @@ class _Ends:
 
     def __init__(self, reader: int, writer: int) -> None:
         self.reader, self.writer = reader, writer
-        self._open = [reader, writer]
+        self._open = iter((reader, writer))  # those that are
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
 
     def close(self) -> None:
         wire.close_all(self._open)
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
 
 class End:
@@ -336,7 +335,7 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     try:
         replies = os.pipe()
     except OSError:
-        wire.close_all(list(requests))
+        wire.close_all(requests)
         raise
     theirs = wire.Ends(wire.Descriptor(requests[0]), wire.Descriptor(replies[1]))
     return _Ends(replies[0], requests[1]), theirs

@@ -24,6 +24,7 @@ from .wire import close_all
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _DESCRIPTORS = 10  # more than any start method needs at once
+_UNKNOWN = 255  # what a fork server says of a child that it cannot say anything of
 REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
 
 
@@ -45,6 +46,7 @@ class WorkerProcess:
         self._waiting = threading.RLock()  # for its end, on descriptors that stay open meanwhile
         self._last_exitcode: int | None = None
         self.killed = False  # by us
+        self.untold = False  # somebody else has reaped it: its exit code will never be known
         self._starved: bool | None = None  # None: not known yet
         self._process = context.Process(target=target, args=args, name=name)
         self._served = context.get_start_method() == "forkserver"  # the child of a server
@@ -143,11 +145,29 @@ class WorkerProcess:
             if timeout:
                 self._wait_ended(timeout)
             with self._reaping:  # two readers would spoil each other's answer
-                code = self._process.exitcode
+                code = self._told_exitcode()
                 if code and code == -LAST_WORDS:  # who asked for them wanted it killed
                     code = -signal.SIGKILL
                 self._last_exitcode = code
         return self._last_exitcode
+
+    def _told_exitcode(self) -> int | None:
+        """Ask for the exit code; a child of ours is left for `close` to reap.
+
+        An interrupt between the kernel's answer and its being noted would lose the code for good.
+        """
+        if not self._served and hasattr(os, "waitid"):
+            try:
+                flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                found = os.waitid(os.P_PID, self._process.pid, flags)
+            except ChildProcessError:  # reaped: multiprocessing has noted the code, or never will
+                self.untold = self._process.exitcode is None
+            else:
+                if found is None:
+                    return None
+                return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        code: int | None = self._process.exitcode
+        return code
 
     @property
     def starved(self) -> bool:
@@ -178,7 +198,9 @@ class WorkerProcess:
             self._kill_group()
             heard = self._waiting.acquire(timeout=REAP_TIMEOUT)  # whoever waits, at once as a rule
             with contextlib.suppress(ValueError, AssertionError):
-                self._process.join(0)
+                if self._process.exitcode is None:  # somebody else has reaped it, or the system
+                    self._process._popen.returncode = _UNKNOWN
+                self._process.join()
                 self._process.close()
             self._close_pidfd()
             if heard:

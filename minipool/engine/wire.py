@@ -13,13 +13,12 @@ pickled costs an error and not a worker.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import struct
 import sys
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Iterable
 
 from ..errors import CallMismatch, RemoteError
 
@@ -103,14 +102,13 @@ class Descriptor:
         return _received, (reduction.DupFd(self.fd),)
 
 
-def close_all(fds: list[int]) -> None:
-    """Close descriptors, and take them off the list, in one step of the interpreter.
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors in one step of the interpreter.
 
-    An exception that a signal or another thread raises in this one comes before it or after it, so
-    no descriptor is ever off the list and still open.
+    What a signal or another thread raises in this one comes before it or after it. Of an iterator
+    each is closed once, whoever comes.
     """
-    with contextlib.suppress(IndexError):  # the list is empty
-        any(map(os.close, iter(fds.pop, None)))
+    any(map(os.close, fds))
 
 
 class Ends:
