@@ -7,43 +7,49 @@ exception that strikes a ringing thread between two steps cannot mute it.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import select
 import sys
 from multiprocessing import connection
 from typing import Any
 
-_ALL = 1 << 20  # bytes; more than a pipe holds
+_FULL = 1 << 16  # bytes; what a pipe holds
 
 
 class Bell:
     """Wakes the manager, from any thread, a signal handler or a finaliser. Never waits."""
 
     def __init__(self) -> None:
-        self.reader, self._writer = connection.Pipe(duplex=False)
+        self.reader, self._conn = connection.Pipe(duplex=False)
         if sys.platform != "win32":
             os.set_blocking(self.reader.fileno(), False)
-            os.set_blocking(self._writer.fileno(), False)
+            os.set_blocking(self._conn.fileno(), False)
+            # A file that is closed in the midst of a ring is not written to. The number of its
+            # descriptor may be another's by then.
+            self._file = io.FileIO(self._conn.fileno(), "w", closefd=False)
 
     def ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: it is about to wake; closed: nobody sleeps
+        with contextlib.suppress(OSError, ValueError):  # closed: there is nobody to wake
             if sys.platform != "win32":
-                os.write(self._writer.fileno(), b"!")
+                self._file.write(b"!")  # nothing, if it is full
             else:
-                self._writer.send_bytes(b"!")
+                self._conn.send_bytes(b"!")
 
     def silence(self) -> None:
         """Take what is there: who looks at everything afterwards has heard all of it."""
         if sys.platform != "win32":
             with contextlib.suppress(BlockingIOError):
-                os.read(self.reader.fileno(), _ALL)
+                os.read(self.reader.fileno(), _FULL)
         else:
             while self.reader.poll(0):
                 self.reader.recv_bytes()
 
     def close(self) -> None:
+        if sys.platform != "win32":
+            self._file.close()
         self.reader.close()
-        self._writer.close()
+        self._conn.close()
 
 
 def ready(sources: list[Any], timeout: float) -> set[Any]:

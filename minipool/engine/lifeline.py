@@ -31,6 +31,7 @@ class Lifeline:
     _write_fd: int | None = None
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         if sys.platform != "win32":
             self.read_fd, self._write_fd = os.pipe()
 
@@ -48,7 +49,8 @@ class Lifeline:
             self.read_fd = None
 
     def __del__(self) -> None:  # for an opening that was interrupted
-        self.close()
+        if self._pid == os.getpid():
+            self.close()
 
 
 def lead_a_group() -> bool:

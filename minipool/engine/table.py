@@ -116,7 +116,7 @@ class Table:
     _fd: int | None = None
 
     def __init__(self, pool_name: str, portable: bool = False) -> None:
-        self._reserved = 0
+        self._reserved, self._pid = 0, os.getpid()
         self._fd, self._map = _make(pool_name, portable)
         self._words = memoryview(self._map).cast("q")
         self._write_header(pool_name)
@@ -169,7 +169,7 @@ class Table:
         self.__del__()
 
     def __del__(self) -> None:  # for an opening that was interrupted
-        if self._fd is not None:
+        if self._fd is not None and self._pid == os.getpid():
             os.close(self._fd)
             self._fd = None
 
