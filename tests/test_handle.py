@@ -57,7 +57,8 @@ def test_burial_waits_until_a_caller_has_heard_of_the_end(
         dead.process._waiting = Wanted(dead.process._waiting, burying)
 
         def wait_while_it_is_buried(sources: Any, timeout: float | None = None) -> Any:
-            if threading.current_thread() is not caller or len(sources) > 1 or found:
+            ends = threading.current_thread() is caller and isinstance(sources[0], int)
+            if not ends or not timeout or found:  # it is no wait for the end of a process
                 return real_wait(sources, timeout)
             go_on.set()
             assert burying.wait(20)
