@@ -32,7 +32,7 @@ def modules_of(*packages: str) -> set[Any]:
     }
 
 
-ALL = ("minipool", "multiprocessing", "selectors", "threading")  # the library, what it stands on
+ALL = ("minipool", "multiprocessing", "selectors")  # the library, and what it stands on
 
 
 def checkout_and_call(pool: Pool[None]) -> None:
