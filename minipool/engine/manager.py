@@ -194,6 +194,7 @@ class Manager:
                 self._turn(self._wait())
             except BaseException:  # a listener may raise SystemExit
                 logger().exception("the manager of %s failed and goes on", self.config.name)
+                self._acted = True  # or what it did not get to would wait for the next thing to do
                 ready([self.bell.reader], self.config.tick)  # not at full speed
         with self._changed:
             self._changed.notify_all()
