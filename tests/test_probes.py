@@ -475,6 +475,26 @@ def test_lease_of_a_paused_process_is_never_taken_away(start_method: str, tmp_pa
 # -- the manager itself ------------------------------------------------------------------------
 
 
+def test_pool_that_lacks_a_worker_is_not_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the step that replaces the dead have missed one, the next tick makes up for it."""
+    with Pool(Counter, size=1, health_check_interval=0.1) as pool:
+        _prove(pool)
+        manager, missed = _manager(pool), threading.Event()
+        works = manager.staff.reconcile
+
+        def misses_one() -> None:
+            if manager.fleet.handles or missed.is_set():
+                works()
+            else:
+                missed.set()
+
+        monkeypatch.setattr(manager.staff, "reconcile", misses_one)
+        ear = Ear(pool, "recovery")
+        handle_of(pool).kill()
+        ear.wait("recovery", timeout=5)
+        assert missed.is_set()
+
+
 @pytest.mark.logs_errors
 @pytest.mark.parametrize("step", ["_look", "staff.reconcile", "_sweep", "care.ended", "_wait"])
 def test_manager_survives_its_own_failure(

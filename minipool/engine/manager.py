@@ -229,7 +229,8 @@ class Manager:
         if self._close_by is not None:
             dues.append(self._close_by - now)
             dues.append(self._close_by + _LAST_GRACE - now)
-        if not (self._acted or backoff or self.closing or self.staff.raise_at > now):
+        busy = self._acted or backoff or self.closing or self.staff.raise_at > now
+        if not busy and len(self.fleet.live()) >= self.staff.target:
             self._quiet_seen = seen
             self._quiet_until = health.quiet_until(
                 rows, now_ns, self._limits, self.staff.last_shrink_ns
