@@ -86,11 +86,13 @@ class CircuitBreaker:
         with self._changing:
             if self.state == OPEN:
                 changed = self._become(HALF_OPEN)
-            if self.state == HALF_OPEN:
-                if self._in_flight >= self.trials:
-                    return None
-                self._in_flight += 1
+            half_open = self.state == HALF_OPEN
+            if half_open and self._in_flight >= self.trials:
+                return None
             permit = Permit(self, self._era)
+            # No call between the two, so that no interrupt: what flies is counted, and lands.
+            permit.in_flight = True
+            self._in_flight += half_open
         self._tell(changed)
         return permit
 
@@ -204,7 +206,7 @@ class Permit:
     __slots__ = ("_breaker", "era", "in_flight", "successes")
 
     def __init__(self, breaker: CircuitBreaker, era: object) -> None:
-        self._breaker, self.era, self.in_flight = breaker, era, True
+        self._breaker, self.era, self.in_flight = breaker, era, False
         self.successes = 0  # counted so far
 
     def succeeded(self, count: int = 1) -> None:

@@ -423,7 +423,8 @@ class Sessions:
             if self._store is not None:
                 self._store.beat()
         except SessionError as problem:  # a full disk, a lock; the next sweep tries again
-            logger().warning("%s: %s", self._config.name, problem)
+            # As text: a handler that keeps records would keep the frames, and in them a worker.
+            logger().warning("%s: %s", self._config.name, str(problem))
         self._sweep_astray()
 
     def _expire(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any, Callable
 
@@ -11,10 +12,10 @@ class Strike(BaseException):
 
 
 def strike_everywhere(action: Callable[[], Any], *modules: Any) -> int:
-    """Do `action` again and again, struck after one call later each time, until it is not struck.
+    """Do `action` again and again, struck one step later each time, until it is not struck.
 
-    Struck in functions of `modules`, as a call returns to them, which is where CPython raises what
-    a signal or another thread wants raised. Returns how often it was struck.
+    Struck in functions of `modules`, as they begin and as a call returns to them, which is where
+    CPython raises what a signal or another thread wants raised. Returns how often it was struck.
     """
     files = {module.__file__ for module in modules}
     for strikes in range(10_000):
@@ -22,21 +23,21 @@ def strike_everywhere(action: Callable[[], Any], *modules: Any) -> int:
 
         def profile(frame: Any, event: str, _: Any) -> None:
             nonlocal left
+            if frame.f_code.co_name == "__del__" and event in ("call", "return"):
+                return  # nobody has called it
             if event == "return":
-                if frame.f_code.co_name == "__del__":
-                    return  # nobody has called it
                 frame = frame.f_back
-            if event in ("return", "c_return") and frame.f_code.co_filename in files:
+            if event in ("call", "return", "c_return") and frame.f_code.co_filename in files:
                 left -= 1
                 if left == -1:
                     raise Strike
 
         sys.setprofile(profile)
         try:
-            action()
-        except Strike:
-            continue
+            with contextlib.suppress(Strike):
+                action()
         finally:
             sys.setprofile(None)
-        return strikes
+        if left >= 0:  # else it was struck, maybe in a finaliser, of which only a warning is seen
+            return strikes
     raise AssertionError("it never ends")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from minipool.engine import table as t
 from minipool.engine.fleet import Fleet
 from minipool.engine.states import WorkerState
 from minipool.telemetry import Hooks
+from strikes import strike_everywhere
 from troublemakers import CannotStart, FailsWhileFileExists
 from workers import DiesOnCall
 
@@ -182,6 +184,21 @@ def test_interrupted_trial_lets_the_next_one_be_made() -> None:
         breaker.call(interrupt)
     assert breaker.call(int) == 0
     assert breaker.state == "closed"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a `__del__`
+def test_trial_that_is_interrupted_anywhere_is_not_in_flight_for_ever() -> None:
+    breaker, clock, _ = breaker_of(successes=1_000)
+    fail(breaker, 5)
+    clock.now = 30.0
+
+    def trial() -> None:
+        assert breaker.call(int) == 0
+
+    trial()  # half-open from now on
+    assert strike_everywhere(trial, sys.modules[CircuitBreaker.__module__]) > 5
+    assert breaker.state == "half-open"
+    assert breaker._in_flight == 0
 
 
 def test_threads_at_once_get_one_trial() -> None:

@@ -110,7 +110,7 @@ def test_interrupted_close_of_pipes_loses_none() -> None:
         pipes.append(made.pop())
         pipes[-1].close()
 
-    assert 2 <= strike_everywhere(close_one, channel, wire) < 20
+    assert 1 <= strike_everywhere(close_one, channel, wire) < 20
     made.clear()
     pipes.clear()
     del ours

@@ -12,6 +12,7 @@ and its worker is replaced.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import struct
@@ -55,16 +56,17 @@ class _Ends:
     """Ours of the two pipes. Closed once, whoever comes, and at the latest when it is collected:
     a lease may outlive its worker, and then has the last hold of it."""
 
+    __slots__ = ("__del__", "reader", "writer")
+
     def __init__(self, reader: int, writer: int) -> None:
         self.reader, self.writer = reader, writer
-        self._open = iter((reader, writer))  # those that are
+        # In C, and so in one step: where code in Python begins, an interrupt may come in.
+        self.__del__ = functools.partial(any, map(os.close, iter((reader, writer))))
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
 
     def close(self) -> None:
-        wire.close_all(self._open)
-
-    __del__ = close
+        self.__del__()
 
 
 class End:
