@@ -32,9 +32,9 @@ def strike_everywhere(action: Callable[[], Any], *modules: Any) -> int:
                 if left == -1:
                     raise Strike
 
-        sys.setprofile(profile)
         try:
             with contextlib.suppress(Strike):
+                sys.setprofile(profile)
                 action()
         finally:
             sys.setprofile(None)

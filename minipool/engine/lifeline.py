@@ -29,6 +29,7 @@ class Lifeline:
 
     read_fd: int | None = None
     _write_fd: int | None = None
+    _pid = 0
 
     def __init__(self) -> None:
         self._pid = os.getpid()
