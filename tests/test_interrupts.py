@@ -44,11 +44,6 @@ def long_call(pool: Pool[None]) -> None:
     assert len(pool.call(identity, bytes(300_000))) == 300_000
 
 
-def session(pool: Pool[None]) -> None:
-    with pool.checkout(session="a", timeout=20) as w:
-        assert w.call(identity, 1) == 1
-
-
 def death(pool: Pool[None]) -> None:
     with pool.checkout(timeout=20) as w, pytest.raises(WorkerDied):
         w.call(os._exit, 3)
@@ -60,7 +55,15 @@ def timeout(pool: Pool[None]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
-@pytest.mark.parametrize("action", [checkout_and_call, long_call, session, death, timeout])
+@pytest.mark.parametrize(
+    "action",
+    [
+        checkout_and_call,
+        long_call,
+        death,
+        pytest.param(timeout, marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("method", ["forkserver", "fork"])
 def test_pool_is_whole_after_an_interrupt_anywhere(
     action: Callable[[Pool[None]], None], method: str
@@ -85,7 +88,7 @@ def test_pool_is_whole_after_an_interrupt_anywhere(
 
 @pytest.mark.logs_errors  # while the store's connection is astray
 @pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stored", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_session_keeps_what_was_committed_after_an_interrupt_anywhere(
     stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
