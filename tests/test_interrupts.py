@@ -19,7 +19,7 @@ from chatters import add
 from minipool import CallTimeout, Metrics, Pool, WorkerDied, store
 from minipool.engine import lifeline, table
 from minipool.engine.bell import Bell, ready
-from strikes import strike_everywhere
+from strikes import strike_everywhere, unstruck
 from workers import identity
 
 
@@ -76,11 +76,9 @@ def test_pool_is_whole_after_an_interrupt_anywhere(
         manager = pool._desk.manager
 
         def act() -> None:
-            struck = sys.getprofile()
-            sys.setprofile(None)
-            gc.collect()
-            assert manager.wait_for(lambda: pool.stats().idle == 2, 20), repr(pool)
-            sys.setprofile(struck)
+            with unstruck():
+                gc.collect()
+                assert manager.wait_for(lambda: pool.stats().idle == 2, 20), repr(pool)
             action(pool)
 
         action(pool)  # what is imported late is there now
@@ -105,13 +103,11 @@ def test_session_keeps_what_was_committed_after_an_interrupt_anywhere(
         manager = pool._desk.manager
 
         def act() -> None:
-            struck = sys.getprofile()
-            sys.setprofile(None)
-            gc.collect()
-            assert manager.wait_for(lambda: pool.stats().idle == 1, 20), repr(pool)
-            counted.append(pool.session_state("a")["n"])
-            assert counted[-1] - counted[-2] in (0, 1)
-            sys.setprofile(struck)
+            with unstruck():
+                gc.collect()
+                assert manager.wait_for(lambda: pool.stats().idle == 1, 20), repr(pool)
+                counted.append(pool.session_state("a")["n"])
+                assert counted[-1] - counted[-2] in (0, 1)
             pool.options(session="a", timeout=20).call(add)
 
         act()
@@ -132,11 +128,9 @@ def test_interrupted_open_or_close_leaves_nothing() -> None:
     pools: list[Pool[None]] = []
 
     def use() -> None:
-        struck = sys.getprofile()
-        sys.setprofile(None)
-        while pools:
-            pools.pop().close(5)
-        sys.setprofile(struck)
+        with unstruck():
+            while pools:
+                pools.pop().close(5)
         pools.append(Pool(size=1, start_method="fork", health_check_timeout=0.1))
         pools[0].open()
         metrics = Metrics(pools[0])

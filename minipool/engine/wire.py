@@ -103,11 +103,7 @@ class Descriptor:
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors in one step of the interpreter.
-
-    What a signal or another thread raises in this one comes before it or after it. Of an iterator
-    each is closed once, whoever comes.
-    """
+    """Close descriptors in one step: what an interrupt raises comes before it or after it."""
     any(map(os.close, fds))
 
 
