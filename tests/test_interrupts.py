@@ -16,7 +16,7 @@ from typing import Any, Callable
 import pytest
 
 from chatters import add
-from minipool import CallTimeout, Metrics, Pool, WorkerDied, store
+from minipool import CallTimeout, Metrics, Pool, WorkerDied
 from minipool.engine import lifeline, table
 from minipool.engine.bell import Bell, ready
 from strikes import strike_everywhere, unstruck
@@ -87,14 +87,14 @@ def test_pool_is_whole_after_an_interrupt_anywhere(
         assert pool.stats().start_failures == 0, repr(manager.fleet.last_failure)
 
 
-@pytest.mark.logs_errors  # while the store's connection is astray
+@pytest.mark.logs_errors  # while the store's turn is astray
 @pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
 @pytest.mark.parametrize("stored", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_session_keeps_what_was_committed_after_an_interrupt_anywhere(
     stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call in a session commits or it does not; memory and store agree about it."""
-    monkeypatch.setattr(store, "_ASTRAY_S", 0.2)
+    monkeypatch.setattr("minipool.store.database._ASTRAY_S", 0.2)
     path = tmp_path / "sessions.db" if stored else None
     options: Any = {"health_check_timeout": 0.1, "session_store": path}
     with Pool(size=1, start_method="fork", **options) as pool:

@@ -17,7 +17,8 @@ ROOMS = [
     "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",
     "engine.fleet", "engine.care", "engine.reserve", "engine.staff", "engine.manager",
     "engine.desk", "engine.tally",
-    "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views",
+    "store.host", "store.owners", "store.files", "store.open_files", "store.schema", "store.rows",
+    "store.database", "store.sqlite_store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views",
     "signals", "lifecycle", "inspection", "pool", "signatures", "programs",
     "observe.reading", "observe.score", "observe.ticker", "observe.metrics",
     "observe.openmetrics", "observe.optimizer", "observe.autoscale",
@@ -28,7 +29,13 @@ ROOMS = [
     "tools.speed", "tools.hearing", "tools.costs", "tools.deaths", "tools.conversations",
     "tools.watching", "tools.bench", "tools.cli", "__main__",
 ]  # fmt: skip
-HALLS = {"", "engine", "observe", "tools"}  # packages: their __init__ may name anything, lazily
+HALLS = {
+    "",
+    "engine",
+    "observe",
+    "store",
+    "tools",
+}  # packages: their __init__ may name anything, lazily
 
 
 def _modules() -> dict[str, ast.Module]:

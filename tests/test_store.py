@@ -25,6 +25,7 @@ from minipool import (
     SessionNotFound,
 )
 from minipool.store import SQLiteStore
+from minipool.store import rows as rows_of_stores
 
 APPLICATION = """
     import os, signal, sys
@@ -221,7 +222,8 @@ def test_owner_on_another_host_is_believed_while_it_gives_signs(store: Path) -> 
     with Pool(size=1, session_store=store) as pool:
         call(pool, "a", add)
         db = sqlite3.connect(store)
-        db.execute("UPDATE owner SET host='elsewhere'")
+        db.execute("UPDATE owner SET id='other', host='elsewhere', boot='another'")
+        db.execute("UPDATE session SET owner='other'")
         db.commit()
         other = SQLiteStore(str(store))
         with pytest.raises(SessionBusy, match="on elsewhere"):
@@ -239,7 +241,7 @@ def test_owner_on_another_host_is_believed_while_it_gives_signs(store: Path) -> 
         (lambda path: path.write_bytes(b"not a database at all" * 100), "no SQLite database"),
         (lambda path: path.write_bytes(b"SQLite"), "no SQLite database"),
         (lambda path: other_program(path), "another program's"),
-        (lambda path: of_version(path, 2), "schema version 2, not 1; use a newer minipool"),
+        (lambda path: of_version(path, 3), "schema version 3, not 2; use a newer minipool"),
         (lambda path: truncated(path), "malformed|corrupt"),
         (lambda path: scribbled(path), "malformed|corrupt"),
     ],
@@ -392,54 +394,59 @@ def test_transaction_of_a_struck_thread_is_rolled_back(
     """An exception between BEGIN and what is done there leaves nothing open."""
     kept = SQLiteStore(str(store))
     kept.open("a")
-    begun = iter([None, KeyboardInterrupt()])
 
-    def be_patient(self: Any, seconds: float) -> None:
-        struck = next(begun, None)
-        if struck is not None:
-            raise struck
-
-    monkeypatch.setattr("minipool.store._Transaction._be_patient", be_patient)
-    with pytest.raises(KeyboardInterrupt):
-        kept.commit("a", 1, {"n": b"1"})
-    kept.commit("a", 1, {"n": b"2"})
-    assert kept.read("a") == (1, {"n": b"2"})
-    kept.close()
-
-
-def test_connection_of_a_struck_thread_is_replaced(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An exception as the connection was handed over: some beats later there is another."""
-    kept = SQLiteStore(str(store))
-    kept.open("a")
-    taken = kept._line.take
-
-    def take(timeout: float) -> Any:
-        taken(timeout)
+    def struck(*args: Any) -> None:
+        commit(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept._line, "take", take)
+    commit = rows_of_stores.commit_session
+    monkeypatch.setattr(rows_of_stores, "commit_session", struck)
     with pytest.raises(KeyboardInterrupt):
         kept.commit("a", 1, {"n": b"1"})
     monkeypatch.undo()
-    kept.beat()
-    kept.beat()
-    assert not kept._line.idle, "it was given up at once, and may be somebody's yet"
-    monkeypatch.setattr("minipool.store._ASTRAY_S", 0.0)
-    kept.beat()
     kept.commit("a", 1, {"n": b"2"})
     assert kept.read("a") == (1, {"n": b"2"})
     kept.close()
 
 
-def test_store_is_no_trap_for_a_signal_handler(store: Path) -> None:
+def test_turn_of_a_struck_thread_is_replaced(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception as the turn was handed over: after a while the next in line gets a new one."""
+    kept = SQLiteStore(str(store))
+    kept.open("a")
+    line = kept._database._line
+    taken = line.try_take
+
+    def try_take() -> Any:
+        taken()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(line, "try_take", try_take)
+    with pytest.raises(KeyboardInterrupt):
+        kept.commit("a", 1, {"n": b"1"})
+    monkeypatch.undo()
+    assert not line.idle
+    monkeypatch.setattr("minipool.store.database._ASTRAY_S", 0.05)
+    kept.commit("a", 1, {"n": b"2"})
+    assert kept.read("a") == (1, {"n": b"2"})
+    kept.close()
+
+
+def test_store_is_no_trap_for_a_signal_handler(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the midst of a transaction its thread is told at once that it would wait for itself."""
     kept = SQLiteStore(str(store))
-    with kept._transaction("nothing happened"):
-        with pytest.raises(SessionError, match="being written to"):
-            kept.open("a")
     kept.open("a")
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.undo()
+        with pytest.raises(SessionError, match="being written to"):
+            kept.commit("a", 1, {"n": b"1"})
+        assert kept.read("a") == (0, None)
+
+    monkeypatch.setattr(rows_of_stores, "commit_session", interrupted)
+    kept.commit("a", 1, {"n": b"1"})
+    kept.commit("a", 1, {"n": b"2"})
     kept.close()
 
 
@@ -448,8 +455,10 @@ def sessions_store(pool: Pool[Any]) -> Any:
 
 
 def connection_of(pool: Pool[Any]) -> sqlite3.Connection:
-    db: sqlite3.Connection = sessions_store(pool)._line.current["file"]
-    return db
+    """Return the one connection that a store has while nobody uses it."""
+    (db,) = sessions_store(pool)._database._idle
+    found: sqlite3.Connection = db
+    return found
 
 
 class DictStore:

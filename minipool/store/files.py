@@ -1,0 +1,162 @@
+"""Files: whether the file at a path may be a store, told without opening it.
+
+POSIX drops all the locks that a process holds on a file when it closes any descriptor of it
+(https://www.sqlite.org/howtocorrupt.html, section 2.2). So a file that may be open in this process
+is looked at by `os.stat` alone, and read through SQLite, which knows of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import Any, Tuple
+
+File = Tuple[int, int]  # device and inode: one file, whatever its name
+
+SIDECARS = ("-wal", "-shm", "-journal")
+_NETWORK = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "gfs",
+    "gfs2", "ocfs2", "beegfs", "gpfs", "vboxsf", "virtiofs", "prl_fs", "ncpfs", "coda",
+    "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.ceph", "fuse.davfs",
+    "fuse.gcsfuse", "fuse.juicefs", "fuse.grpcfuse", "fuse.vmhgfs-fuse",
+}  # fmt: skip
+_MOUNTS = "/proc/self/mountinfo"
+
+
+def checked_path(path: Any) -> str:
+    """Return a path as an absolute one.
+
+    Raises:
+        TypeError: it is no path. ValueError: no file can have that name.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"the path of a session store is a text, not {path!r}")
+    if not text or "\0" in text:
+        raise ValueError("no file has such a name")
+    if text == ":memory:":
+        raise ValueError(
+            "it names no file; without a session_store sessions are kept in memory anyway"
+        )
+    if text.startswith("file:"):
+        raise ValueError(f"URIs are not taken; for a file of that name say {'./' + text!r}")
+    try:
+        os.fsencode(text)
+        return os.path.abspath(text)
+    except (ValueError, OSError) as problem:  # half a character; the current directory is gone
+        raise ValueError(f"it cannot be made absolute: {problem}") from problem
+
+
+def identity(path: str) -> File | None:
+    """Tell which file is at a path; None: there is none, or it cannot be looked at."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def size_of(path: str) -> int:
+    """Return the size of a file in bytes; 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def ready(path: str) -> File:
+    """Make sure that there is a regular file which not everybody can write to.
+
+    One that is made is for its owner alone (0600), whatever the umask; SQLite gives -wal and -shm
+    the same rights.
+
+    Raises:
+        OSError: none can be made. ValueError: it is no file for a store; it is left as it is.
+    """
+    with contextlib.suppress(FileExistsError):
+        if not os.path.lexists(path):
+            _make(path)
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"it is {_kind(found.st_mode)}, not a regular file")
+    _refuse_others(path, found)
+    for suffix in SIDECARS:
+        with contextlib.suppress(FileNotFoundError):
+            _refuse_others(path + suffix, os.stat(path + suffix))
+    return found.st_dev, found.st_ino
+
+
+def _make(path: str) -> None:
+    file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o600)
+    try:
+        if hasattr(os, "fchmod"):
+            os.fchmod(file, 0o600)
+    finally:
+        os.close(file)  # nobody else in this process can have it open yet
+
+
+def _kind(mode: int) -> str:
+    for is_kind, name in (
+        (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+    ):  # fmt: skip
+        if is_kind(mode):
+            return name
+    return "something else"
+
+
+def _refuse_others(path: str, found: os.stat_result) -> None:
+    """Refuse a file that anybody can write to: what is read from it is unpickled by workers."""
+    if os.name != "posix":
+        return
+    if found.st_mode & stat.S_IWOTH:
+        raise ValueError(
+            f"every user can write to {path!r} (mode {stat.S_IMODE(found.st_mode):04o}), and "
+            f"whoever writes to it runs code here; if you trust what is in it: chmod o-rwx {path!r}"
+        )
+    me = os.geteuid()
+    if found.st_uid not in (me, 0):
+        raise ValueError(
+            f"{path!r} belongs to user {found.st_uid}, neither to this process's user {me} nor to "
+            f"root, and whoever writes to it runs code here; if you trust what is in it: "
+            f"chown {me} {path!r}"
+        )
+
+
+def keep_from_others(path: str) -> None:
+    """Take all rights of strangers away; group and owner keep theirs."""
+    for name in (path, *(path + suffix for suffix in SIDECARS)):
+        with contextlib.suppress(OSError):
+            os.chmod(name, stat.S_IMODE(os.stat(name).st_mode) & ~0o007)
+
+
+def network_filesystem(path: str) -> str | None:
+    """Return the type of the file system that a file is on, if other hosts may see it as well."""
+    kind, longest = None, -1
+    for point, found in _mounts():
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= longest:  # the last one mounted there hides the others
+            kind, longest = found, len(point)
+    return kind if kind in _NETWORK else None
+
+
+def _mounts() -> list[tuple[str, str]]:
+    """Return mount points and types of what is mounted, as proc(5) tells them."""
+    mounts = []
+    try:
+        with open(_MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                before, _, after = line.partition(" - ")
+                words = before.split()
+                if len(words) > 4 and after:
+                    mounts.append((_unescaped(words[4]), after.split()[0]))
+    except OSError:
+        pass  # no such system
+    return mounts
+
+
+def _unescaped(text: str) -> str:
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text

@@ -1,0 +1,208 @@
+"""A session store in one SQLite file: sessions that outlive the application.
+
+Each commit is one transaction (WAL, synchronous NORMAL: safe against the death of the process,
+though the last commits may be lost with the power). Several processes of one host may share the
+file: a session belongs to one at a time, which says so in the file and renews that while it lives;
+the sessions of a dead owner are taken over. Stores of one process share its connections.
+
+Any object with the same methods can be a store: `open`, `create`, `has`, `read`, `commit`,
+`delete`, `close` (and `beat` and `expire`, if it wants to). Any thread may call them. When they
+cannot do what they are asked, they raise a SessionError, and nothing has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Any, Callable, Mapping, TypeVar
+
+from ..errors import SessionError
+from . import files, owners, rows
+from .database import Database
+from .rows import Loaded
+
+T = TypeVar("T")
+
+_BEAT_S = 5.0  # seconds from one sign of life to the next
+_HOUSEKEEPING_S = 1.0  # how long housekeeping waits for others that write; it comes again
+_QUEUE_S = 0.4  # and how long of that in line: then it asks SQLite, beside the threads that commit
+_USES = 500  # noted in one transaction
+_LOOKED_AT = 500  # sessions in one batch of `expire`
+_GRACE_S = 600.0  # after opening, before what was last used before this boot expires
+
+
+class SQLiteStore:
+    """Keeps sessions in the SQLite file at `path`. Any thread may call any method.
+
+    Raises:
+        SessionError: the file cannot be opened, is no session store, or is of another version; it
+            was open when this process was forked; others can write to it. It is left as it was.
+        TypeError: `path` is no path.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.path = files.checked_path(path)
+        except ValueError as problem:
+            raise SessionError(f"session_store={path!r} cannot be used: {problem}") from None
+        self._pid = os.getpid()
+        self._closed = False
+        self._beaten = -_BEAT_S
+        self._opened = time.monotonic()
+        self._looked_up_to = ""  # where `expire` goes on
+        self._owner = owners.begin(self)
+        try:
+            self._database = self._joined()
+        except BaseException:
+            owners.end(self._owner)
+            raise
+
+    def _joined(self) -> Database:
+        """Come to the file that is at the path now, and say there who we are."""
+        database = Database.at(self.path, self)
+        try:
+            database.transact(None, owners.sign, self._owner)
+            database.transact(None, owners.forget_dead, database.path)
+        except BaseException:
+            database.leave(self)
+            raise
+        self._beaten = time.monotonic()
+        return database
+
+    # -- what a store does -------------------------------------------------------------------
+
+    def open(self, key: str) -> Loaded | None:
+        """Make a session ours; return version and state, or None if it is new.
+
+        Raises:
+            SessionBusy: a living process has it.
+        """
+        rows.checked_id(key)
+        what = f"session {key!r} could not be opened"
+        return self._transact(what, rows.open_session, self._owner, key)
+
+    def create(self, key: str, state: Mapping[str, bytes]) -> bool:
+        """Begin a session with its state, ours from then on; False if there is one, untouched.
+
+        Its version is 1 if there is state, else 0.
+        """
+        rows.checked_id(key)
+        what = f"session {key!r} could not be created"
+        return self._transact(
+            what, rows.create_session, self._owner, key, rows.checked_changes(state)
+        )
+
+    def has(self, key: str) -> bool:
+        """Tell whether there is such a session, whoever has it."""
+        rows.checked_id(key)
+        return self._look(f"session {key!r} could not be looked up", rows.has_session, key)
+
+    def read(self, key: str) -> Loaded | None:
+        """Return version and state of a session, whoever has it; None if there is none."""
+        rows.checked_id(key)
+        return self._look(f"session {key!r} could not be read", rows.read_session, key)
+
+    def commit(self, key: str, version: int, changes: Mapping[str, bytes | None]) -> None:
+        """Keep the changes, all or none, as the version that follows the present one.
+
+        On return they are in the file at the path. If that was deleted or replaced meanwhile, this
+        is an error; the next use goes on with the file that is there then, or with a new one.
+
+        Raises:
+            SessionError: the file could not be written. SessionBusy: the session is not ours, or
+                not of the version before.
+        """
+        rows.checked_id(key)
+        what = f"session {key!r} could not be committed"
+        changed = rows.checked_changes(changes)
+        self._transact(what, rows.commit_session, self._owner, key, version, changed)
+
+    def delete(self, key: str) -> None:
+        """Forget a session, if it is ours."""
+        rows.checked_id(key)
+        what = f"session {key!r} could not be deleted"
+        self._transact(what, rows.delete_session, self._owner, key)
+
+    def close(self) -> None:
+        """Let go of our sessions and the file; a locked file is waited for a second."""
+        if self._pid != os.getpid():
+            return  # a fork must not touch the owner's connection
+        self._closed = True
+        owners.end(self._owner)  # whatever the file says
+        try:
+            with contextlib.suppress(SessionError):
+                self._database.transact(
+                    "sessions could not be let go", rows.let_go, self._owner,
+                    patience=_HOUSEKEEPING_S, queue=_QUEUE_S,
+                )  # fmt: skip
+        finally:
+            self._database.leave(self)
+
+    # -- housekeeping ------------------------------------------------------------------------
+
+    def beat(self, used: Mapping[str, float] | None = None) -> None:
+        """Give a sign of life if one is due; note how many seconds ago our sessions were used.
+
+        Waits a second for others that write. After an error some of the uses may be noted.
+        """
+        if time.monotonic() - self._beaten >= _BEAT_S:
+            self._keep_house("the sign of life could not be given", owners.sign, self._owner)
+            self._beaten = time.monotonic()
+        uses = list((used or {}).items())
+        for first in range(0, len(uses), _USES):
+            part = uses[first : first + _USES]
+            self._keep_house("uses could not be noted", rows.note_use, self._owner, part)
+        self._database.put_away_log()
+
+    def expire(self, seconds: float) -> bool:
+        """Forget sessions that no living process has, unused for so long; True: there is more.
+
+        Looks at some, for a few milliseconds, and goes on there the next time. Where sessions were
+        last used before this boot, or the system has no clock that counts from it, the wall clock
+        tells, which may be wrong when a system comes up: they have a while of grace.
+        """
+        what = "old sessions could not be deleted"
+        by_wall = time.monotonic() - self._opened > min(seconds, _GRACE_S)
+        old, last = self._look(
+            what, rows.find_old, self._owner, self._looked_up_to, _LOOKED_AT, seconds, by_wall
+        )
+        if old:
+            done = self._keep_house(what, rows.delete_old, old)
+            if done != old[-1].key:
+                last = done
+        self._looked_up_to = last or ""
+        return last is not None
+
+    # -- how ---------------------------------------------------------------------------------
+
+    def _transact(self, what: str, work: Callable[..., T], *args: Any, **waiting: Any) -> T:
+        database = self._database
+        if database.closed or self._pid != os.getpid():
+            database = self._database_again(what)
+        return database.transact(what, work, *args, **waiting)
+
+    def _look(self, what: str, work: Callable[..., T], *args: Any) -> T:
+        """Read, beside those that write."""
+        return self._transact(what, work, *args, mode="DEFERRED", queue=0.05)
+
+    def _keep_house(self, what: str, work: Callable[..., T], *args: Any) -> T:
+        return self._transact(what, work, *args, patience=_HOUSEKEEPING_S, queue=_QUEUE_S)
+
+    def _database_again(self, what: str) -> Database:
+        """Go on with the file that is at the path now, after another one was there.
+
+        Raises:
+            SessionError: the store is closed, or another process'.
+        """
+        if self._pid != os.getpid():
+            raise SessionError(
+                f"{what}: the store was opened by process {self._pid}, from which this one was "
+                f"forked; a file that was open at a fork cannot be used here: open one of your own"
+            )
+        if self._closed:
+            raise SessionError(f"{what}: the store is closed")
+        if self._database.closed:
+            self._database.leave(self)
+            self._database = self._joined()
+        return self._database
