@@ -437,9 +437,9 @@ class Sessions:
                 self.nearness.tell("session.lost", oldest[1], reason="expired")
             oldest = self._line.oldest()
         now = time.monotonic()
-        if hasattr(self._store, "expire") and now - self._last_expiry > min(ttl / 4, 60.0):
-            if not self._store.expire(ttl):  # those that no living process has
-                self._last_expiry = now
+        due = hasattr(self._store, "expire") and now - self._last_expiry > min(ttl / 4, 60.0)
+        if due and not self._store.expire(ttl):  # those that no living process has
+            self._last_expiry = now
 
     def _sweep_astray(self) -> None:
         """Free a session whose owner was struck by an exception before he could."""

@@ -358,6 +358,8 @@ class Database:
 
 
 def _unusable(path: str, problem: Any) -> SessionError:
+    if isinstance(problem, UnicodeError):  # SQLite's own message quotes what it found
+        problem = f"it is corrupt: {problem}"
     return SessionError(
         f"session_store={path!r} cannot be used: {problem}; it was left as it is; give the path "
         f"of a session store, or one where a new file can be made"
