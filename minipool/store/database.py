@@ -249,14 +249,21 @@ class Database:
 
     def _refuse_moved(self, what: str | None, db: Connection | None) -> None:
         """Refuse to go on with a file that is not at the path any more, nor its log."""
-        file = files.identity(self.path)
-        if file == self.file and (
-            db is None or db.wal is None or files.identity(self._wal_path) == db.wal
-        ):
-            return
+        try:
+            found = os.stat(self.path)
+            if (found.st_dev, found.st_ino) == self.file:
+                if db is None or db.wal is None:
+                    return
+                found = os.stat(self._wal_path)
+                if (found.st_dev, found.st_ino) == db.wal:
+                    return
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            return  # rights were given up since: nobody can tell
         self.closed = True  # its stores begin anew, with what is there then
         open_files.withdraw(self)
-        name = self.path if file != self.file else self._wal_path
+        name = self.path if files.identity(self.path) != self.file else self._wal_path
         happened = "deleted" if files.identity(name) is None else "replaced by another one"
         text = (
             f"{what or 'the store could not be opened'} in {self.path!r}: {name!r} was {happened} "

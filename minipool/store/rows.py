@@ -155,33 +155,31 @@ def commit_session(
     db: Connection, owner: str, key: str, version: int, changes: Mapping[str, bytes | None]
 ) -> None:
     """See `SQLiteStore.commit`."""
-    session = _session(db, key)
-    if session is None or session.owner != owner or session.version != version - 1:
-        raise _not_ours(db, owner, key, version, session)
-    seal = session.seal - schema.seal_of(key, session.version, 0) + schema.seal_of(key, version, 0)
+    change = schema.seal_of(key, version, 0) - schema.seal_of(key, version - 1, 0)
     for name, data in changes.items():
         old = db.execute("SELECT crc FROM state WHERE session=? AND key=?", (key, name)).fetchone()
         if old is not None:
             if not isinstance(old[0], int):
                 raise schema.damaged(db.path, "state", (key, name), "its checksum is missing")
-            seal -= old[0]
+            change -= old[0]
         if data is None:
             db.execute("DELETE FROM state WHERE session=? AND key=?", (key, name))
         else:
             crc = schema.value_crc(key, name, data)
-            seal += crc
+            change += crc
             db.execute("INSERT OR REPLACE INTO state (session, key, value, crc) VALUES (?,?,?,?)",
                        (key, name, data, crc))  # fmt: skip
-    db.execute(
-        "UPDATE session SET version=?, used=?, boot=?, used_boot=?, seal=? WHERE id=?",
-        (version, *host.moment(), seal & 0xFFFFFFFF, key),
+    done = db.execute(
+        "UPDATE session SET version=?, used=?, boot=?, used_boot=?, seal=(seal+?)&4294967295 "
+        "WHERE id=? AND owner=? AND version=?",
+        (version, *host.moment(), change, key, owner, version - 1),
     )
+    if done.rowcount != 1:
+        raise _not_ours(db, owner, key, version)
 
 
-def _not_ours(
-    db: Connection, owner: str, key: str, version: int, session: _Session | None
-) -> SessionBusy:
-    pid = None
+def _not_ours(db: Connection, owner: str, key: str, version: int) -> SessionBusy:
+    session, pid = _session(db, key), None
     if session is None:
         what = "is not in the file any more"
     elif session.owner == owner:
