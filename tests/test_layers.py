@@ -17,7 +17,7 @@ ROOMS = [
     "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",
     "engine.fleet", "engine.care", "engine.reserve", "engine.staff", "engine.manager",
     "engine.desk", "engine.tally",
-    "store.host", "store.owners", "store.files", "store.open_files", "store.schema", "store.rows",
+    "store.host", "store.files", "store.open_files", "store.owners", "store.schema", "store.rows",
     "store.database", "store.sqlite_store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views",
     "signals", "lifecycle", "inspection", "pool", "signatures", "programs",
     "observe.reading", "observe.score", "observe.ticker", "observe.metrics",

@@ -457,7 +457,7 @@ def sessions_store(pool: Pool[Any]) -> Any:
 def connection_of(pool: Pool[Any]) -> sqlite3.Connection:
     """Return the one connection that a store has while nobody uses it."""
     (db,) = sessions_store(pool)._database._idle
-    found: sqlite3.Connection = db
+    found: sqlite3.Connection = db.raw
     return found
 
 

@@ -2,7 +2,7 @@
 
 Connections lie in a deque. To pop one *is* to own it; it is put back when its transaction has
 ended, and another one is made where there is none. None is ever closed, or rolled back, from
-outside: one whose user was struck by an exception goes with the last reference (`Connection`).
+outside: one that its user lost, struck by an exception, goes with the last reference to it.
 
 Who writes next is arbitrated by SQLite. It polls, so it is neither quick nor fair; therefore the
 threads of one process stand in line here first. The line is a courtesy: a turn that was lost with
@@ -177,13 +177,15 @@ class Database:
                         db = self._idle.pop() if db is None else db
                     except IndexError:
                         db = self._connect()
+                    if db.raw.in_transaction:
+                        db.execute("ROLLBACK")  # its last user was struck
                     db.execute(f"BEGIN {mode}")
                     result = work(db, *args)
                     db.execute("COMMIT")
                     self._refuse_moved(what, db)
                     return result
                 except _TROUBLE as problem:
-                    if db is not None and db.in_transaction:
+                    if db is not None and db.raw.in_transaction:
                         db.execute("ROLLBACK")
                     if _is_locked(problem) and time.monotonic() < deadline:
                         continue
@@ -203,7 +205,7 @@ class Database:
             try:
                 if db is not None:
                     try:
-                        if db.in_transaction:
+                        if db.raw.in_transaction:
                             db.execute("ROLLBACK")
                     finally:
                         self._idle.append(db)
@@ -340,7 +342,7 @@ class Database:
             with contextlib.suppress(sqlite3.OperationalError):
                 # The switch itself does not wait for others; this does.
                 db.execute("BEGIN EXCLUSIVE")
-            if db.in_transaction:
+            if db.raw.in_transaction:
                 db.execute("ROLLBACK")
 
     def _restart_log(self, db: Connection) -> None:

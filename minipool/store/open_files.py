@@ -24,28 +24,34 @@ _kept: list[Connection] = []
 _pid = os.getpid()
 
 
-class Connection(sqlite3.Connection):
+class Connection:
     """A connection that one thread uses at a time, and that the last one to have it closes.
 
     Whoever has a reference to it may be using it. So only its user closes it, or else, when an
-    exception has struck its user, the collector with the last reference. Closing rolls back.
+    exception has struck its user, the interpreter with the last reference, which rolls back what
+    was begun. (`sqlite3.Connection` itself is part of a cycle and waits for the collector.)
     """
 
-    def __init__(self, path: str, file: File | None, uri: str, timeout: float) -> None:
+    __slots__ = ("__weakref__", "execute", "executemany", "file", "path", "raw", "wal")
+
+    def __init__(self, path: str, file: File, uri: str, timeout: float) -> None:
         self.path = path
         self.file = file  # which it reads and writes
         self.wal: File | None = None  # its write-ahead log, if it has one
         _connections[id(self)] = weakref.ref(self)
-        super().__init__(
+        self.raw = sqlite3.connect(
             uri, timeout=timeout, isolation_level=None, check_same_thread=False, uri=True
         )
+        self.execute = self.raw.execute
+        self.executemany = self.raw.executemany
 
     def close(self) -> None:
-        super().close()
+        """Roll back what was begun, and close the file. By its user only."""
+        self.raw.close()
         _connections.pop(id(self), None)
 
     def __del__(self) -> None:
-        with contextlib.suppress(sqlite3.Error):  # it may never have been opened
+        with contextlib.suppress(sqlite3.Error, AttributeError):  # it may never have been opened
             self.close()
 
 
@@ -56,8 +62,7 @@ def _forked() -> None:
     for reference in list(_connections.values()):
         connection = reference()
         if connection is not None:
-            if connection.file is not None:
-                _inherited[connection.file] = parent
+            _inherited[connection.file] = parent
             if not _kept:
                 atexit.register(_never_close)
             _kept.append(connection)

@@ -8,13 +8,13 @@ container, a process that cannot be seen) is judged by its last sign of life alo
 from __future__ import annotations
 
 import os
-import sqlite3
 import uuid
 import weakref
 from typing import Any, NamedTuple
 
 from ..errors import SessionError
 from . import host
+from .open_files import Connection
 
 LEASE_S = 30.0  # how long an owner that cannot be looked up is believed without a sign of life
 COLUMNS = "id, host, pid, started, beat, boot, namespace, beat_boot"
@@ -80,7 +80,7 @@ class Owner(NamedTuple):
         return now.wall - self.beat < LEASE_S
 
 
-def sign(db: sqlite3.Connection, owner: str) -> None:
+def sign(db: Connection, owner: str) -> None:
     """Write down that an owner of this process lives."""
     now, pid = host.moment(), os.getpid()
     started = host.start_of(pid)
@@ -91,7 +91,7 @@ def sign(db: sqlite3.Connection, owner: str) -> None:
     )  # fmt: skip
 
 
-def living(db: sqlite3.Connection, path: str, owner: str | None) -> Owner | None:
+def living(db: Connection, path: str, owner: str | None) -> Owner | None:
     """Return the owner of a session, if there is one and it lives.
 
     Raises:
@@ -104,7 +104,7 @@ def living(db: sqlite3.Connection, path: str, owner: str | None) -> Owner | None
     return found if found is not None and found.lives() else None
 
 
-def forget_dead(db: sqlite3.Connection, path: str) -> None:
+def forget_dead(db: Connection, path: str) -> None:
     """Delete the owners that do not live: their sessions can be had at once."""
     for row in db.execute(f"SELECT {COLUMNS} FROM owner").fetchall():
         if not _checked(row, path).lives():

@@ -118,8 +118,8 @@ def upgrade(db: Connection) -> bool:
     _refuse_users_of_1(db)
     for change in _ADDED_IN_2:
         db.execute(f"ALTER TABLE {change}")
-    db.create_function("value_crc", 3, value_crc)
-    db.create_function("seal_of", 3, seal_of)
+    db.raw.create_function("value_crc", 3, value_crc)
+    db.raw.create_function("seal_of", 3, seal_of)
     db.execute("DELETE FROM owner")
     db.execute("UPDATE state SET crc=value_crc(session, key, value)")
     db.execute(
