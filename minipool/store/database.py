@@ -19,7 +19,7 @@ import collections
 import contextlib
 import os
 import sqlite3
-import threading
+import sys
 import time
 import urllib.parse
 import weakref
@@ -62,7 +62,6 @@ class Database:
         self._idle: collections.deque[Connection] = collections.deque()
         self._line = Turnstile("fifo")
         self._turned = 0.0  # when the turn was taken
-        self._within: dict[int, object] = {}  # threads in a transaction
         self._users: dict[int, weakref.ref[Any]] = {}
         self._renew_turn()
 
@@ -164,13 +163,13 @@ class Database:
         Raises:
             SessionError: it could not be done, and nothing was changed.
         """
-        thread, me, turn, db = threading.get_ident(), object(), None, None
+        turn, db, tidied = None, None, False
         deadline = time.monotonic() + patience
-        tidied = False
         try:
-            if self._within.setdefault(thread, me) is not me and mode != "DEFERRED":
-                raise self._busy(what)  # a signal handler in the midst of it
-            turn = self._take_turn(what, deadline, queue)
+            turn = self._line.try_take()
+            if turn is None and (mode == "DEFERRED" or not self._interrupted(what)):
+                turn = self._queue(what, deadline, queue)
+            self._turned = time.monotonic()
             while True:
                 try:
                     try:
@@ -212,17 +211,25 @@ class Database:
                 if self.closed or len(self._idle) > _KEPT:
                     self._close_idle(0 if self.closed else _KEPT)
             finally:
-                try:
-                    if turn is not None:
-                        self._line.publish(*turn)
-                finally:
-                    if self._within.get(thread) is me:
-                        self._within.pop(thread, None)
+                if turn is not None:
+                    self._line.publish(*turn)
 
-    def _take_turn(self, what: str | None, deadline: float, queue: float) -> Any:
+    def _interrupted(self, what: str | None) -> bool:
+        """Refuse what a signal handler or finaliser asks for in the midst of a transaction.
+
+        It would wait for the thread that it is in.
+        """
+        frame = sys._getframe(1).f_back
+        while frame is not None:
+            if frame.f_code is _TRANSACT and frame.f_locals.get("self") is self:
+                raise self._busy(what)
+            frame = frame.f_back
+        return False
+
+    def _queue(self, what: str | None, deadline: float, queue: float) -> Any:
         """Wait in line; None if that took longer than the caller means to queue."""
-        turn = self._line.try_take()
-        until = min(deadline, time.monotonic() + queue) if turn is None else 0.0
+        turn = None
+        until = min(deadline, time.monotonic() + queue)
         while turn is None:
             left = until - time.monotonic()
             turn = self._line.take(max(0.0, min(left, _ASTRAY_S)))
@@ -232,7 +239,6 @@ class Database:
                 raise self._busy(what)
             if turn is None and time.monotonic() - self._turned > _ASTRAY_S:
                 self._renew_turn()
-        self._turned = time.monotonic()
         return turn
 
     def _renew_turn(self) -> None:
@@ -364,6 +370,9 @@ class Database:
             raise SessionError(
                 f"the log of {self.path!r} cannot be put away: {problem}"
             ) from problem
+
+
+_TRANSACT = Database.transact.__code__
 
 
 def _unusable(path: str, problem: Any) -> SessionError:
