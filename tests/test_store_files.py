@@ -1,0 +1,393 @@
+"""Which files a store takes, how it makes its own, and what it does when they go away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+from minipool import Pool, SessionError
+from minipool.store import SQLiteStore, files
+
+posix = pytest.mark.skipif(os.name != "posix", reason="there are no such rights")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "sessions.db"
+
+
+def committed(path: Path, key: str = "a") -> Any:
+    """Return what a store that is opened now finds of a session."""
+    store = SQLiteStore(str(path))
+    try:
+        return store.read(key)
+    finally:
+        store.close()
+
+
+# -- the door --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (":memory:", "kept in memory anyway"),
+        ("file:x", "'./file:x'"),
+        ("", "no file has such a name"),
+        ("a\0b", "no file has such a name"),
+        ("\ud800", "cannot be made absolute"),
+        ("/dev/null", "a device, not a regular file"),
+        ("/", "a directory, not a regular file"),
+        ("/nowhere/at/all", "where a new file can be made"),
+        ("/etc/hostname/x", "Not a directory"),
+    ],
+)
+def test_what_can_be_no_store_is_refused(name: str, says: str) -> None:
+    with pytest.raises(SessionError, match=says):
+        SQLiteStore(name)
+
+
+@pytest.mark.parametrize("path", [5, None, b"bytes", object()])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(TypeError):
+        SQLiteStore(path)
+
+
+def test_fifo_or_socket_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for name, says in (("fifo", "a FIFO"), ("socket", "a socket")):
+            with pytest.raises(SessionError, match=f"{says}, not a regular file"):
+                SQLiteStore(str(tmp_path / name))
+
+
+def test_relative_path_is_that_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = SQLiteStore("sessions.db")
+    store.open("a")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store._database._close_idle(0)  # the next transaction has a new connection
+    store.commit("a", 1, {"n": b"1"})
+    store.close()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert committed(tmp_path / "sessions.db") == (1, {"n": b"1"})
+
+
+@pytest.mark.parametrize(
+    "name", ["with space.db", "per%20cent.db", "q?mode=memory.db", "#.db", "ü.db"]
+)
+def test_any_name_is_that_of_a_file(tmp_path: Path, name: str) -> None:
+    store = SQLiteStore(str(tmp_path / name))
+    store.create("a", {"n": b"1"})
+    assert (tmp_path / name).exists() and (tmp_path / f"{name}-wal").exists()
+    store.close()
+    assert [found.name for found in tmp_path.iterdir()] == [name]
+
+
+# -- rights ----------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o277])
+def test_new_store_is_for_its_owner_alone(path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        store = SQLiteStore(str(path))
+        store.create("a", {"n": b"1"})
+        modes = {found.name: stat.S_IMODE(found.stat().st_mode) for found in path.parent.iterdir()}
+        store.close()
+    finally:
+        os.umask(before)
+    assert modes == {path.name + suffix: 0o600 for suffix in ("", "-wal", "-shm")}
+
+
+@posix
+def test_store_that_everybody_can_write_to_is_refused(path: Path) -> None:
+    """And the command that is told mends it. Group and readers are the administrator's decision."""
+    SQLiteStore(str(path)).close()
+    os.chmod(path, 0o666)
+    with pytest.raises(SessionError, match=r"mode 0666.*: (chmod o-rwx '[^']*')") as caught:
+        SQLiteStore(str(path))
+    command = str(caught.value).partition("if you trust what is in it: ")[2].partition(";")[0]
+    subprocess.run(command, shell=True, check=True)
+    SQLiteStore(str(path)).close()
+    os.chmod(path, 0o664)
+    SQLiteStore(str(path)).close()
+    log = Path(f"{path}-wal")
+    log.touch()
+    os.chmod(log, 0o666)
+    with pytest.raises(SessionError, match=r"sessions\.db-wal"):
+        SQLiteStore(str(path))
+
+
+@posix
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_store_of_another_user_is_refused(path: Path) -> None:
+    SQLiteStore(str(path)).close()
+    os.chown(path, 12345, -1)
+    with pytest.raises(SessionError, match=r"belongs to user 12345.*chown 0 ") as caught:
+        SQLiteStore(str(path))
+    command = str(caught.value).partition("if you trust what is in it: ")[2].partition(";")[0]
+    subprocess.run(command, shell=True, check=True)
+    SQLiteStore(str(path)).close()
+
+
+# -- a file that goes away -------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    for found in path.parent.glob(path.name + "*"):
+        found.unlink()
+
+
+@pytest.fixture
+def backup(path: Path, tmp_path: Path) -> Path:
+    """A store with a session in it, which was closed."""
+    store = SQLiteStore(str(path))
+    store.create("a", {"n": b"1"})
+    store.close()
+    made = tmp_path / "backup"
+    shutil.copy(path, made)
+    return made
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced", "renamed over", "log deleted"])
+def test_commit_to_a_file_that_is_not_there_any_more_is_refused(
+    path: Path, backup: Path, how: str, caplog: Any
+) -> None:
+    """What was acknowledged is in the file at the path, whatever becomes of that."""
+    store = SQLiteStore(str(path))
+    store.open("a")
+    store.commit("a", 2, {"n": b"2"})
+    if how == "moved":
+        path.rename(path.parent / "moved")
+    elif how == "renamed over":
+        os.replace(shutil.copy(backup, path.parent / "new"), path)
+    elif how == "log deleted":
+        Path(f"{path}-wal").unlink()
+    else:
+        remove(path)
+    if how == "replaced":
+        shutil.copy(backup, path)
+    with pytest.raises(SessionError, match=r"deleted while|replaced by another one while"):
+        store.commit("a", 3, {"n": b"3"})
+    assert any("in use, so what was written is lost" in text for text in caplog.messages)
+    caplog.clear()
+    # From here on it is the file that is there now, and what is acknowledged is in it.
+    for number in range(2, 5):
+        with contextlib.suppress(SessionError):  # the session is not ours there, or of the past
+            store.commit("a", 4, {"n": b"4"})
+        loaded = store.open("a")
+        version = 0 if loaded is None else loaded[0]
+        store.commit("a", version + 1, {"n": b"%d" % number})
+        told = store.read("a")
+        assert told is not None and told[1] == {"n": b"%d" % number}
+    store.close()
+    assert committed(path) == told
+
+
+def test_pool_goes_on_with_a_file_that_was_replaced(path: Path, backup: Path) -> None:
+    with Pool(size=1, session_store=path) as pool:
+        pool.create_session("b", {"n": 1})
+        remove(path)
+        with pytest.raises(SessionError, match="deleted while it was in use"):
+            pool.create_session("c", {"n": 1})
+        pool.create_session("d", {"n": 1})
+    assert committed(path, "d") is not None
+
+
+# -- journal modes ---------------------------------------------------------------------------
+
+
+def journal_mode(path: Path) -> str:
+    db = sqlite3.connect(path)
+    try:
+        return str(db.execute("PRAGMA journal_mode").fetchone()[0])
+    finally:
+        db.close()
+
+
+def mounts(path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    point = str(path.parent).replace(" ", "\\040")
+    lines = (
+        "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
+        f"23 22 0:50 / {point} rw,relatime shared:2 - {kind} server:/export rw\n"
+        f"24 22 0:51 / {point}-other rw - tmpfs none rw\n"
+    )
+    (tmp_path / "mountinfo").write_text(lines)
+    monkeypatch.setattr(files, "_MOUNTS", str(tmp_path / "mountinfo"))
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"])
+def test_network_file_system_gets_no_log(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Processes of several hosts share no memory. It works without, and says so."""
+    path = tmp_path / "on the server" / "sessions.db"
+    path.parent.mkdir()
+    SQLiteStore(str(path)).close()
+    assert journal_mode(path) == "wal"
+    mounts(path, kind, monkeypatch, tmp_path)
+    for _ in range(2):
+        caplog.clear()
+        store = SQLiteStore(str(path))
+        assert any(f"network file system ({kind})" in text for text in caplog.messages)
+        store.open("a")
+        store.close()
+    store = SQLiteStore(str(path))
+    store.create("b", {"n": b"1"})
+    other = SQLiteStore(str(path))
+    assert other.read("b") == (1, {"n": b"1"})
+    other.close()
+    store.close()
+    assert journal_mode(path) == "delete"
+
+
+def test_local_file_system_beside_others_gets_a_log(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
+) -> None:
+    mounts(path, "ext4", monkeypatch, tmp_path)
+    SQLiteStore(str(path)).close()
+    assert journal_mode(path) == "wal" and not caplog.messages
+
+
+def test_where_no_log_is_possible_it_says_so_and_works(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The answer to the wish for one is heard."""
+    connection = "minipool.store.database.Database._switch_journal"
+    monkeypatch.setattr(connection, lambda self, db, wished, mode: mode)
+    store = SQLiteStore(str(path))
+    assert any("can have no write-ahead log" in text for text in caplog.messages)
+    store.create("a", {"n": b"1"})
+    store.commit("a", 2, {"n": b"2"})
+    store.close()
+    assert committed(path) == (2, {"n": b"2"})
+
+
+# -- no room ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("no file system can be mounted")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill_up(folder: Path) -> Path:
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+    return filler
+
+
+def test_store_is_of_use_on_a_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was put into the file leaves room in the log, which is begun anew when it is full."""
+    monkeypatch.setattr("minipool.store.database._LONG_LOG_BYTES", 1)
+    store = SQLiteStore(str(small_disk / "sessions.db"))
+    for number in range(15):
+        store.create(f"s{number}", {"blob": b"x" * 20_000})
+    store.beat()
+    fill_up(small_disk)
+    for turn in range(10):
+        for number in range(15):
+            store.delete(f"s{number}")
+            assert not store.has(f"s{number}")
+        for number in range(15):
+            assert store.create(f"s{number}", {"blob": b"%d" % turn * 20_000})
+    store.close()
+
+
+def test_full_disk_is_told_and_once_there_is_room_all_is_well(small_disk: Path) -> None:
+    path = small_disk / "sessions.db"
+    store = SQLiteStore(str(path))
+    made = 0
+    with pytest.raises(SessionError, match=r"full.*nothing was changed"):
+        while True:
+            store.create(f"s{made}", {"blob": b"x" * 20_000})
+            made += 1
+    filler = fill_up(small_disk)
+    with pytest.raises(SessionError, match="full"):
+        while True:
+            store.create(f"t{made}", {"blob": b"x"})
+            made += 1
+    assert store.read("s0") == (1, {"blob": b"x" * 20_000})
+    store.close()
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    store = SQLiteStore(str(path))
+    for number in range(10):
+        assert store.open(f"s{number}") == (1, {"blob": b"x" * 20_000})
+        store.delete(f"s{number}")
+    store.close()
+    assert [found.name for found in small_disk.iterdir()] == [path.name]
+
+
+# -- a file that is locked -------------------------------------------------------------------
+
+
+def test_locked_file_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening and committing wait for whoever writes; what is read does not."""
+    store = SQLiteStore(str(path))
+    store.create("a", {"n": b"1"})
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    opened: list[Any] = []
+
+    def open_and_commit() -> None:
+        opened.append(SQLiteStore(str(path)))
+        opened[0].create("b", {})
+
+    thread = threading.Thread(target=open_and_commit)
+    thread.start()
+    assert store.read("a") == (1, {"n": b"1"}) and not store.has("b")
+    thread.join(0.3)
+    assert thread.is_alive()
+    other.execute("ROLLBACK")
+    other.close()
+    thread.join(10)
+    assert store.has("b")
+    for each in (opened[0], store):
+        each.close()
+
+
+def test_close_waits_a_second_for_a_locked_file_at_most(path: Path) -> None:
+    """Its sessions can be had in this process at once, though the file still says they are its."""
+    import time
+
+    store = SQLiteStore(str(path))
+    store.create("a", {"n": b"1"})
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    start = time.monotonic()
+    store.close()
+    assert time.monotonic() - start < 3.0
+    other.execute("ROLLBACK")
+    other.close()
+    again = SQLiteStore(str(path))
+    assert again.open("a") == (1, {"n": b"1"})
+    again.close()
