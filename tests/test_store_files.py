@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 
+import scripts
 from minipool import Pool, SessionError
 from minipool.store import SQLiteStore, files
 
@@ -280,71 +281,79 @@ def test_where_no_log_is_possible_it_says_so_and_works(
 
 # -- no room ---------------------------------------------------------------------------------
 
+SMALL_DISK = """
+import contextlib, os, subprocess, sys
+from minipool import SessionError
+from minipool.store import SQLiteStore, database
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("no file system can be mounted")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("no file system can be mounted")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+os.chdir(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", "."], check=True)
+os.chdir(sys.argv[1])
 
-
-def fill_up(folder: Path) -> Path:
-    filler = folder / "filler"
-    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+def fill_up():
+    with contextlib.suppress(OSError), open("filler", "wb", buffering=0) as file:
         while True:
             file.write(bytes(512))
-    return filler
 
-
-def test_store_is_of_use_on_a_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was put into the file leaves room in the log, which is begun anew when it is full."""
-    monkeypatch.setattr("minipool.store.database._LONG_LOG_BYTES", 1)
-    store = SQLiteStore(str(small_disk / "sessions.db"))
-    for number in range(15):
-        store.create(f"s{number}", {"blob": b"x" * 20_000})
-    store.beat()
-    fill_up(small_disk)
-    for turn in range(10):
-        for number in range(15):
-            store.delete(f"s{number}")
-            assert not store.has(f"s{number}")
-        for number in range(15):
-            assert store.create(f"s{number}", {"blob": b"%d" % turn * 20_000})
-    store.close()
-
-
-def test_full_disk_is_told_and_once_there_is_room_all_is_well(small_disk: Path) -> None:
-    path = small_disk / "sessions.db"
-    store = SQLiteStore(str(path))
+def fill_store(store, size):
     made = 0
-    with pytest.raises(SessionError, match=r"full.*nothing was changed"):
+    try:
         while True:
-            store.create(f"s{made}", {"blob": b"x" * 20_000})
+            store.create(f"{size} {made}", {"blob": b"x" * size})
             made += 1
-    filler = fill_up(small_disk)
-    with pytest.raises(SessionError, match="full"):
-        while True:
-            store.create(f"t{made}", {"blob": b"x"})
-            made += 1
-    assert store.read("s0") == (1, {"blob": b"x" * 20_000})
-    store.close()
-    filler.unlink()
-    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
-    store = SQLiteStore(str(path))
-    for number in range(10):
-        assert store.open(f"s{number}") == (1, {"blob": b"x" * 20_000})
+    except SessionError as problem:
+        assert "full" in str(problem) and "nothing was changed" in str(problem), problem
+        return made
+
+"""
+# What was put into the file leaves room in the log, which is begun anew when it is full.
+USED_WHILE_FULL = """
+database._LONG_LOG_BYTES = 1
+store = SQLiteStore("sessions.db")
+for number in range(15):
+    store.create(f"s{number}", {"blob": b"x" * 20_000})
+store.beat()
+fill_up()
+for turn in range(10):
+    for number in range(15):
         store.delete(f"s{number}")
-    store.close()
-    assert [found.name for found in small_disk.iterdir()] == [path.name]
+        assert not store.has(f"s{number}")
+    for number in range(15):
+        assert store.create(f"s{number}", {"blob": b"%d" % turn * 20_000})
+store.close()
+"""
+USED_ONCE_THERE_IS_ROOM = """
+store = SQLiteStore("sessions.db")
+made = fill_store(store, 20_000)
+fill_up()
+fill_store(store, 1)
+assert made > 10 and store.read("20000 0") == (1, {"blob": b"x" * 20_000})
+store.close()
+os.unlink("filler")
+subprocess.run(["mount", "-o", "remount,size=4m", sys.argv[1]], check=True)
+store = SQLiteStore("sessions.db")
+for number in range(made):
+    assert store.open(f"20000 {number}") == (1, {"blob": b"x" * 20_000})
+    store.delete(f"20000 {number}")
+store.close()
+assert os.listdir(".") == ["sessions.db"]
+"""
+
+
+@pytest.mark.parametrize("program", [USED_WHILE_FULL, USED_ONCE_THERE_IS_ROOM])
+def test_full_disk_is_told_and_survived(tmp_path: Path, program: str) -> None:
+    """A process with a file system of its own, which holds 1 MiB."""
+    own_mounts = ["unshare", "--map-root-user", "--mount"]
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        pytest.skip("no file system can be mounted")
+    trial = subprocess.run([*own_mounts, "mount", "-t", "tmpfs", "none", str(tmp_path)])
+    if trial.returncode:
+        pytest.skip("no file system can be mounted")
+    done = subprocess.run(
+        [*own_mounts, sys.executable, "-c", SMALL_DISK + program, str(tmp_path)],
+        env=scripts.environment(), timeout=50, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 # -- a file that is locked -------------------------------------------------------------------

@@ -366,6 +366,7 @@ class Database:
                 db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             finally:
                 self._idle.append(db)
+                self._close_idle(0 if self.closed else _KEPT)
         except _TROUBLE as problem:
             raise SessionError(
                 f"the log of {self.path!r} cannot be put away: {problem}"

@@ -153,7 +153,7 @@ class SQLiteStore:
         for first in range(0, len(uses), _USES):
             part = uses[first : first + _USES]
             self._keep_house("uses could not be noted", rows.note_use, self._owner, part)
-        self._database.put_away_log()
+        self._present("the log could not be put away").put_away_log()
 
     def expire(self, seconds: float) -> bool:
         """Forget sessions that no living process has, unused for so long; True: there is more.
@@ -177,10 +177,7 @@ class SQLiteStore:
     # -- how ---------------------------------------------------------------------------------
 
     def _transact(self, what: str, work: Callable[..., T], *args: Any, **waiting: Any) -> T:
-        database = self._database
-        if database.closed or self._pid != os.getpid():
-            database = self._database_again(what)
-        return database.transact(what, work, *args, **waiting)
+        return self._present(what).transact(what, work, *args, **waiting)
 
     def _look(self, what: str, work: Callable[..., T], *args: Any) -> T:
         """Read, beside those that write."""
@@ -189,8 +186,8 @@ class SQLiteStore:
     def _keep_house(self, what: str, work: Callable[..., T], *args: Any) -> T:
         return self._transact(what, work, *args, patience=_HOUSEKEEPING_S, queue=_QUEUE_S)
 
-    def _database_again(self, what: str) -> Database:
-        """Go on with the file that is at the path now, after another one was there.
+    def _present(self, what: str) -> Database:
+        """Return the database; of the file that is at the path now, if another one was there.
 
         Raises:
             SessionError: the store is closed, or another process'.
