@@ -88,12 +88,11 @@ def ready(path: str) -> File:
 
 
 def _make(path: str) -> None:
-    file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o600)
     try:
-        if hasattr(os, "fchmod"):
-            os.fchmod(file, 0o600)
-    finally:
-        os.close(file)  # nobody else in this process can have it open yet
+        os.mknod(path, 0o600 | stat.S_IFREG)  # opens nothing
+    except (AttributeError, PermissionError):  # no such call, or for root only
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    os.chmod(path, 0o600)
 
 
 def _kind(mode: int) -> str:

@@ -195,7 +195,7 @@ class SQLiteStore:
         if self._pid != os.getpid():
             raise SessionError(
                 f"{what}: the store was opened by process {self._pid}, from which this one was "
-                f"forked; a file that was open at a fork cannot be used here: open one of your own"
+                f"forked; open one here whose file was not open at the fork"
             )
         if self._closed:
             raise SessionError(f"{what}: the store is closed")
