@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 import scripts
-from minipool import Pool, SessionError
+from minipool import Pool, SessionBusy, SessionError
 from minipool.store import SQLiteStore, files
 
 posix = pytest.mark.skipif(os.name != "posix", reason="there are no such rights")
@@ -165,9 +164,21 @@ def backup(path: Path, tmp_path: Path) -> Path:
     return made
 
 
-@pytest.mark.parametrize("how", ["deleted", "moved", "replaced", "renamed over", "log deleted"])
+BACKUP = (1, {"n": b"1"})
+
+
+@pytest.mark.parametrize(
+    ("how", "then"),
+    [
+        ("deleted", None),
+        ("moved", None),
+        ("replaced", BACKUP),
+        ("renamed over", BACKUP),  # the log of the old one is there, and not taken for its own
+        ("log deleted", (3, {"n": b"3"})),  # as it was in the end
+    ],
+)
 def test_commit_to_a_file_that_is_not_there_any_more_is_refused(
-    path: Path, backup: Path, how: str, caplog: Any
+    path: Path, backup: Path, how: str, then: Any, caplog: Any
 ) -> None:
     """What was acknowledged is in the file at the path, whatever becomes of that."""
     store = SQLiteStore(str(path))
@@ -185,19 +196,48 @@ def test_commit_to_a_file_that_is_not_there_any_more_is_refused(
         shutil.copy(backup, path)
     with pytest.raises(SessionError, match=r"deleted while|replaced by another one while"):
         store.commit("a", 3, {"n": b"3"})
-    assert any("in use, so what was written is lost" in text for text in caplog.messages)
-    caplog.clear()
+    assert any("in use, so what was just written may be lost" in text for text in caplog.messages)
     # From here on it is the file that is there now, and what is acknowledged is in it.
-    for number in range(2, 5):
-        with contextlib.suppress(SessionError):  # the session is not ours there, or of the past
-            store.commit("a", 4, {"n": b"4"})
-        loaded = store.open("a")
-        version = 0 if loaded is None else loaded[0]
-        store.commit("a", version + 1, {"n": b"%d" % number})
-        told = store.read("a")
-        assert told is not None and told[1] == {"n": b"%d" % number}
+    if then is None or then == BACKUP:
+        with pytest.raises(SessionBusy, match="nothing was committed"):
+            store.commit("a", 3, {"n": b"3"})
+    assert store.open("a") == then
+    version = 0 if then is None else then[0]
+    store.commit("a", version + 1, {"n": b"new"})
     store.close()
-    assert committed(path) == told
+    assert committed(path) == (version + 1, {"n": b"new"})
+    if how == "moved":
+        assert committed(path.parent / "moved") == (3, {"n": b"3"})
+
+
+def test_log_of_the_next_file_is_left_alone(path: Path, backup: Path) -> None:
+    """Giving up a file that was replaced takes nothing from those that use the new one."""
+    store = SQLiteStore(str(path))
+    store.open("a")
+    remove(path)
+    shutil.copy(backup, path)
+    program = """if True:
+        import os, signal, sys
+        from minipool.store import SQLiteStore
+        store = SQLiteStore(sys.argv[1])
+        store.open("a")
+        store.commit("a", 2, {"n": b"theirs"})
+        print("committed", flush=True)
+        sys.stdin.readline()
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        env=scripts.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "committed\n"
+    with pytest.raises(SessionError, match="replaced by another one while"):
+        store.commit("a", 2, {"n": b"mine"})
+    with pytest.raises(SessionBusy, match=f"process {process.pid}"):
+        store.open("a")
+    store.close()
+    process.communicate("\n")
+    assert committed(path) == (2, {"n": b"theirs"})
 
 
 def test_pool_goes_on_with_a_file_that_was_replaced(path: Path, backup: Path) -> None:

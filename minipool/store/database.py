@@ -132,7 +132,10 @@ class Database:
             self._close()
 
     def _used(self) -> bool:
-        return any(user() is not None for user in list(self._users.values()))
+        for number, user in list(self._users.items()):
+            if user() is None and self._users.get(number) is user:
+                self._users.pop(number, None)
+        return bool(self._users)
 
     def _close(self) -> None:
         self.closed = True
@@ -269,18 +272,28 @@ class Database:
             pass
         except OSError:
             return  # rights were given up since: nobody can tell
+        raise self._moved(what, db)
+
+    def _moved(self, what: str | None, db: Connection | None) -> SessionError:
+        """Give up a file that is not at the path any more; return the error that tells of it."""
         self.closed = True  # its stores begin anew, with what is there then
         open_files.withdraw(self)
-        name = self.path if files.identity(self.path) != self.file else self._wal_path
+        name = self._wal_path
+        if files.identity(self.path) != self.file:
+            name = self.path
+            if db is not None:
+                # Or else the log, which is found by its name, was taken for the next file's.
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         happened = "deleted" if files.identity(name) is None else "replaced by another one"
         text = (
             f"{what or 'the store could not be opened'} in {self.path!r}: {name!r} was {happened} "
-            f"while it was in use, so what was written is lost; the next use begins with the file "
+            f"while it was in use, so what was just written may be lost; the next use begins with the file "
             f"that is there then, or with a new one; to restore a backup, stop all that use the "
             f"store first"
         )
         logger().warning("%s", text)
-        raise SessionError(text)
+        return SessionError(text)
 
     # -- connections -------------------------------------------------------------------------
 

@@ -35,6 +35,9 @@ if hasattr(os, "register_at_fork"):
 
 def begin(store: object) -> str:
     """Return the id of a new owner, which lives until `end`, or until its store is collected."""
+    for owner, opened in list(_open.items()):
+        if opened() is None:
+            _open.pop(owner, None)
     owner = f"{_process}.{uuid.uuid4().hex}"
     _open[owner] = weakref.ref(store)
     return owner
