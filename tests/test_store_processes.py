@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import pytest
 
-from minipool import SessionError
+from minipool import Pool, SessionError
 from minipool.store import SQLiteStore, database, open_files
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
@@ -198,6 +198,14 @@ def test_file_that_was_open_at_a_fork_is_refused(path: str) -> None:
     assert "subprocess" in told and "SessionError" in told  # and in a grandchild
     store.close()
     assert in_child(opened_and_closed(path)) == "closed"  # nobody had it open at this fork
+
+
+def test_forked_child_is_told_which_store_it_can_open(path: str) -> None:
+    with Pool(size=1, session_store=path, start_method="spawn") as pool:
+        assert "PoolForked" in (told := in_child(lambda: str(pool.call(os.getpid))))
+        assert "on a session_store that was not open at the fork" in told
+    with Pool(size=1, start_method="spawn") as pool:
+        assert "session_store" not in in_child(lambda: str(pool.call(os.getpid)))
 
 
 def opened_and_closed(path: str) -> Callable[[], str]:

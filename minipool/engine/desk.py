@@ -353,9 +353,11 @@ class Desk:
     def check_process(self) -> None:
         """Raise PoolForked in a process that was forked from the owner."""
         if self.forked:
+            stored = isinstance(self.config.session_store, (str, os.PathLike))
             raise PoolForked(
                 f"{self.config.name} belongs to process {self.manager.pid}; this is a fork of it "
-                f"({os.getpid()}), which cannot share its workers; open a pool of your own here",
+                f"({os.getpid()}), which cannot share its workers; open a pool of your own here"
+                f"{', on a session_store that was not open at the fork' if stored else ''}",
                 owner_pid=self.manager.pid,
             )
 
