@@ -288,9 +288,9 @@ class Database:
         happened = "deleted" if files.identity(name) is None else "replaced by another one"
         text = (
             f"{what or 'the store could not be opened'} in {self.path!r}: {name!r} was {happened} "
-            f"while it was in use, so what was just written may be lost; the next use begins with the file "
-            f"that is there then, or with a new one; to restore a backup, stop all that use the "
-            f"store first"
+            f"while it was in use, so what was just written may be lost; the next use begins with "
+            f"the file that is there then, or with a new one; to restore a backup, stop all that "
+            f"use the store first"
         )
         logger().warning("%s", text)
         return SessionError(text)
