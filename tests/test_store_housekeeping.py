@@ -151,6 +151,8 @@ def test_housekeeping_waits_for_nobody_for_long(path: str, store: SQLiteStore) -
     with pytest.raises(SessionError, match=r"uses could not.*locked"):
         store._beaten += 100
         store.beat({"a": 0.0})
+    with pytest.raises(SessionError, match=r"nothing could be written.*locked"):
+        store.beat()
     db.execute("ROLLBACK")
     db.close()
     store.beat({"a": 0.0})

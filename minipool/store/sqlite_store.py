@@ -24,7 +24,7 @@ from .rows import Loaded
 
 T = TypeVar("T")
 
-_BEAT_S = 5.0  # seconds from one sign of life to the next
+_BEAT_S = 2.0  # seconds from one sign of life to the next, at least
 _HOUSEKEEPING_S = 1.0  # how long housekeeping waits for others that write; it comes again
 _QUEUE_S = 0.4  # and how long of that in line: then it asks SQLite, beside the threads that commit
 _USES = 500  # noted in one transaction
@@ -144,12 +144,15 @@ class SQLiteStore:
     def beat(self, used: Mapping[str, float] | None = None) -> None:
         """Give a sign of life if one is due; note how many seconds ago our sessions were used.
 
-        Waits a second for others that write. After an error some of the uses may be noted.
+        Waits a second for others that write, also if nothing is due: so a caller that has more to
+        do hears soon that the file is locked. After an error some of the uses may be noted.
         """
+        uses = list((used or {}).items())
         if time.monotonic() - self._beaten >= _BEAT_S:
             self._keep_house("the sign of life could not be given", owners.sign, self._owner)
             self._beaten = time.monotonic()
-        uses = list((used or {}).items())
+        elif not uses:
+            self._keep_house("nothing could be written", rows.nothing)
         for first in range(0, len(uses), _USES):
             part = uses[first : first + _USES]
             self._keep_house("uses could not be noted", rows.note_use, self._owner, part)
