@@ -51,6 +51,16 @@ _PRAGMAS = (
 _TROUBLE = (sqlite3.Error, sqlite3.Warning, UnicodeError, MemoryError, OverflowError)
 
 
+class _Held:
+    """What one transaction holds: its turn in the line, and its connection."""
+
+    __slots__ = ("db", "turn")
+
+    def __init__(self) -> None:
+        self.turn: Any = None
+        self.db: Connection | None = None
+
+
 class Database:
     """The file at a path. Any thread may call any method."""
 
@@ -166,37 +176,14 @@ class Database:
         Raises:
             SessionError: it could not be done, and nothing was changed.
         """
-        turn, db, tidied = None, None, False
+        held = _Held()
         deadline = time.monotonic() + patience
         try:
-            turn = self._line.try_take()
-            if turn is None and (mode == "DEFERRED" or not self._interrupted(what)):
-                turn = self._queue(what, deadline, queue)
+            held.turn = self._line.try_take()
+            if held.turn is None and (mode == "DEFERRED" or not self._interrupted(what)):
+                held.turn = self._queue(what, deadline, queue)
             self._turned = time.monotonic()
-            while True:
-                try:
-                    try:
-                        db = self._idle.pop() if db is None else db
-                    except IndexError:
-                        db = self._connect()
-                    if db.raw.in_transaction:
-                        db.execute("ROLLBACK")  # its last user was struck
-                    db.execute(f"BEGIN {mode}")
-                    result = work(db, *args)
-                    db.execute("COMMIT")
-                    self._refuse_moved(what, db)
-                    return result
-                except _TROUBLE as problem:
-                    if db is not None and db.raw.in_transaction:
-                        db.execute("ROLLBACK")
-                    if _is_locked(problem) and time.monotonic() < deadline:
-                        continue
-                    if not tidied and db is not None and _is_full(problem):
-                        tidied = True
-                        self._restart_log(db)
-                        continue
-                    self._refuse_moved(what, db)
-                    raise
+            return self._attempt(held, deadline, what, f"BEGIN {mode}", work, args)
         except (*_TROUBLE, schema.Unfit) as problem:
             if what is None:
                 raise _unusable(self.path, problem) from problem
@@ -204,6 +191,7 @@ class Database:
                 f"{what} in {self.path!r}: {problem}; nothing was changed"
             ) from problem
         finally:
+            db = held.db
             try:
                 if db is not None:
                     try:
@@ -214,8 +202,45 @@ class Database:
                 if self.closed or len(self._idle) > _KEPT:
                     self._close_idle(0 if self.closed else _KEPT)
             finally:
-                if turn is not None:
-                    self._line.publish(*turn)
+                if held.turn is not None:
+                    self._line.publish(*held.turn)
+
+    def _attempt(
+        self,
+        held: _Held,
+        deadline: float,
+        what: str | None,
+        begin: str,
+        work: Callable[..., T],
+        args: tuple[Any, ...],
+    ) -> T:
+        """Do the transaction; again while the file is locked, and once if there was no room."""
+        tidied = False
+        while True:
+            try:
+                try:
+                    db = held.db = self._idle.pop() if held.db is None else held.db
+                except IndexError:
+                    db = held.db = self._connect()
+                if db.raw.in_transaction:
+                    db.execute("ROLLBACK")  # its last user was struck
+                db.execute(begin)
+                result = work(db, *args)
+                db.execute("COMMIT")
+                self._refuse_moved(what, db)
+                return result
+            except _TROUBLE as problem:
+                found = held.db
+                if found is not None and found.raw.in_transaction:
+                    found.execute("ROLLBACK")
+                if _is_locked(problem) and time.monotonic() < deadline:
+                    continue
+                if not tidied and found is not None and _is_full(problem):
+                    tidied = True
+                    self._restart_log(found)
+                    continue
+                self._refuse_moved(what, found)
+                raise
 
     def _interrupted(self, what: str | None) -> bool:
         """Refuse what a signal handler or finaliser asks for in the midst of a transaction.
