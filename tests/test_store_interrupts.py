@@ -7,10 +7,11 @@ descriptor is left.
 from __future__ import annotations
 
 import gc
+import os
 import sqlite3
 import sys
-from pathlib import Path
-from typing import Any, Callable
+import tempfile
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -38,9 +39,13 @@ def nobody_writes(path: str) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where a store can be made; in memory if possible, for there are thousands."""
     monkeypatch.setattr("minipool.store.database._ASTRAY_S", 0.01)
-    return str(tmp_path / "sessions.db")
+    memory = "/dev/shm"
+    folder = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        yield os.path.join(made, "sessions.db")
 
 
 def test_interrupted_commit_is_made_or_not(path: str) -> None:
@@ -126,6 +131,8 @@ def test_interrupted_use_leaves_the_store_whole(
     store.close()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
 def test_interrupted_opening_or_closing_leaves_nothing(path: str) -> None:
     """What was committed is there, and the next store can have it at once."""
     number = 0
