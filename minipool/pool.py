@@ -226,10 +226,10 @@ class Pool(Inspection, Generic[W]):
         """Return a copy of a session's last committed state.
 
         Raises:
-            SessionNotFound: there is none of that id.
+            SessionNotFound: there is none of that id. Exception: a value cannot be unpickled here.
         """
         self._opened()
-        return self._sessions.state(session_id)
+        return dict(self._sessions.state(session_id))
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("a pool cannot be pickled: open one in each process that needs it")

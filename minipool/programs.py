@@ -36,6 +36,7 @@ from .errors import (
     SessionNotFound,
     WorkerDied,
 )
+from .nearness import checked_key
 from .signatures import Field, Misfit, Signature, listed, misfit_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Programs:
     """
 
     def __init__(self, pool: Pool[Any], session: str = "minipool.programs") -> None:
-        self.session = session  #: where programs live that are given no other
+        self.session = checked_key(session)  #: where programs live that are given no other
         self._pool = pool
 
     def __repr__(self) -> str:
@@ -204,9 +205,14 @@ class Programs:
         with calls.lease() as lease:
             return bool(calls.make(lease, _delete, program_id))
 
-    def _state(self, session: str | None) -> dict[str, Any]:
+    def _state(self, session: str | None) -> Mapping[str, Any]:
+        """Return a session's state, of which only what is asked for is unpickled.
+
+        The other values are the user's: of classes, maybe, that only the workers can import.
+        """
+        self._pool._opened()
         try:
-            return self._pool.session_state(self.session if session is None else session)
+            return self._pool._sessions.state(self.session if session is None else session)
         except SessionNotFound:
             return {}
 
@@ -215,7 +221,7 @@ class Programs:
             raise TypeError(
                 f"program_id={program_id!r}: a program's id is a text that is not empty"
             )
-        return self.session if session is None else session
+        return self.session if session is None else checked_key(session)
 
 
 class _Calls:

@@ -167,6 +167,19 @@ class SQLiteStore:
             )
             return version, _state_of(db, key)
 
+    def create(self, key: str, state: Mapping[str, bytes]) -> bool:
+        """Begin a session with its state, all or nothing; False: there is one already."""
+        with self._transaction(f"session {key!r} could not be begun") as db:
+            if db.execute("SELECT 1 FROM session WHERE id=?", (key,)).fetchone() is not None:
+                return False
+            row = (key, int(bool(state)), self._owner, time.time())
+            db.execute("INSERT INTO session VALUES (?,?,?,?)", row)
+            db.executemany(
+                "INSERT INTO state VALUES (?,?,?)",
+                [(key, name, data) for name, data in state.items()],
+            )
+            return True
+
     def has(self, key: str) -> bool:
         """Tell whether there is such a session, whoever has it."""
         with self._transaction(f"session {key!r} could not be looked up", "DEFERRED") as db:
@@ -211,7 +224,7 @@ class SQLiteStore:
             if done.rowcount:
                 db.execute("DELETE FROM state WHERE session=?", (key,))
 
-    def expire(self, seconds: float) -> None:
+    def expire(self, seconds: float) -> bool:
         """Forget sessions that no living process has, and nobody had for so long."""
         with self._transaction("old sessions could not be deleted", patience=0.0) as db:
             old = db.execute(
@@ -222,10 +235,17 @@ class SQLiteStore:
             keys = [(key,) for key, owner in old if dead[owner]]
             db.executemany("DELETE FROM session WHERE id=?", keys)
             db.executemany("DELETE FROM state WHERE session=?", keys)
+            return len(keys) == 1000
 
-    def beat(self, force: bool = False) -> None:
-        """Give a sign of life, now and then."""
+    def beat(self, used: Mapping[str, float] | None = None, force: bool = False) -> None:
+        """Give a sign of life, now and then; note which sessions were used, seconds ago."""
         self._find_astray()
+        if used:
+            with self._transaction("uses could not be noted", patience=0.0) as db:
+                db.executemany(
+                    "UPDATE session SET used=max(used, ?) WHERE id=? AND owner=?",
+                    [(time.time() - ago, key, self._owner) for key, ago in used.items()],
+                )
         now = time.time()
         if not force and 0 <= now - self._beaten < _BEAT_S:
             return

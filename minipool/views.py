@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .lease import CALL_TIMEOUT, seconds
+from .nearness import checked_key
 from .retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -111,15 +112,20 @@ class PoolOptions(Generic[W]):
 
 
 class SessionScope:
-    """A session for the length of a `with` block: begun at its start, ended at its end."""
+    """A session for the length of a `with` block: begun at its start, ended at its end.
+
+    Where there is a session store, a process that dies in the block leaves the session there. The
+    next block of that id ends what is left, and begins anew.
+    """
 
     def __init__(self, pool: Any, key: str, state: Mapping[str, Any] | None) -> None:
-        self.id = key
+        self.id = checked_key(key)
         self._pool = pool
         self._state = state
 
     def __enter__(self) -> SessionScope:
-        self._pool.create_session(self.id, self._state)
+        self._pool._opened()
+        self._pool._sessions.create(self.id, self._state, scoped=True)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -17,7 +17,7 @@ ROOMS = [
     "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",
     "engine.fleet", "engine.care", "engine.reserve", "engine.staff", "engine.manager",
     "engine.desk", "engine.tally",
-    "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views",
+    "store", "records", "nearness", "housekeeping", "sessions", "status", "lease", "warmup", "opening", "views",
     "signals", "lifecycle", "inspection", "pool", "signatures", "programs",
     "observe.reading", "observe.score", "observe.ticker", "observe.metrics",
     "observe.openmetrics", "observe.optimizer", "observe.autoscale",

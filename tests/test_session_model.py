@@ -287,7 +287,8 @@ class Stage:
         def body() -> None:
             for info in self.sessions._records.now().values():
                 info.used = float("-inf")
-            self.sessions._expire()
+            while self.sessions.expire(1.0):
+                pass
 
         return body
 

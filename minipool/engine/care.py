@@ -141,6 +141,8 @@ class Care:
         if handle.reserve:
             return self.set_aside(handle)
         self._turnstile.publish(handle.slot, handle)
+        if handle.sessions_over:  # the rest of them, unless somebody has waited for this worker
+            self.probe(handle)
 
     def count_failure(self, handle: Handle) -> None:
         """Count a probe that got no answer in time; its worker is given the same time again."""

@@ -40,6 +40,7 @@ _LAST_WORDS = 0.05  # seconds; it takes one in fifty, unless the worker is stopp
 _FAULTS = {PeerGone: "died", TimedOut: "too late", Garbled: "garbled its reply"}
 _IN_SERVICE = (WorkerState.IDLE, WorkerState.PROBING)
 
+_TOLD_AT_ONCE = 200  # sessions that have ended; the worker serves between one piece and the next
 PROBE_ID = -1  # what a probe carries in place of a call's id
 _monotonic_ns = time.monotonic_ns
 
@@ -341,9 +342,10 @@ class Handle:
 
     def _too_long(self, problem: TooLong, name: bytes) -> CallMismatch:
         self.calls_sent, self.in_call = self.calls_sent - 1, False
+        state = "" if self.session is None else self.session.not_sent(self)
         return CallMismatch(
-            f"the call to {name.decode(errors='replace')!r} takes {problem} bytes, more than "
-            f"`max_message`; nothing was sent; pass less, or raise it"
+            f"the call to {name.decode(errors='replace')!r} takes {problem} bytes{state}, more "
+            f"than `max_message`; nothing was sent; pass less, or raise it"
         )
 
     def _nonsense(self, problem: Exception, name: bytes) -> WorkerError:
@@ -439,7 +441,8 @@ class Handle:
             PeerGone: it is dead.
         """
         self.in_call = self.failed = True  # no caller waits
-        self._telling = [self.sessions_over[i] for i in range(min(1000, len(self.sessions_over)))]
+        over = self.sessions_over
+        self._telling = [over[i] for i in range(min(_TOLD_AT_ONCE, len(over)))]
         body = pickle.dumps(self._telling) if self._telling else b""
         self.channel.send(PROBE_ID, wire.PROBE, body)
 

@@ -38,7 +38,30 @@ if TYPE_CHECKING:
 
 _TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it for silent
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
+_KEEPERS_GRACE = 2.5  # seconds that what waits for the outside may take to end, after the workers
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
+
+
+class Keeper:
+    """What waits for the outside in a thread of its own, so that the manager need not.
+
+    It ends with the pool: it is told to when the last worker is gone, and rings the bell then.
+    """
+
+    ended = False
+
+    def start(self) -> None:
+        """Start the thread."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Have the thread end, soon. Waits for nothing."""
+        raise NotImplementedError
+
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is this one (a listener runs in it)."""
+        raise NotImplementedError
 
 
 class Crowded(Exception):
@@ -62,6 +85,8 @@ class Manager:
         #: Closed with the pool; weakly, because what waits there may know the pool.
         self.lines: list[weakref.ref[Turnstile]] = []
         self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
+        self.keepers: list[Keeper] = []
+        self._keepers_by: float | None = None  # monotonic; None: they were not told to end yet
         self.done = False  # everything has ended
         self.at_end: Callable[[], object] = bool  # called once, when it has
         self.pid = os.getpid()
@@ -86,13 +111,25 @@ class Manager:
     # -- asked by others (any thread) --------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread, which starts the workers."""
-        self._thread.start()
+        """Start the thread, which starts the workers.
+
+        Raises:
+            RuntimeError: there can be no more threads; nothing was started.
+        """
+        try:
+            for keeper in self.keepers:
+                keeper.start()
+            self._thread.start()
+        except BaseException:
+            for keeper in self.keepers:
+                keeper.end()
+            raise
 
     @property
     def here(self) -> bool:
-        """Whether the calling thread is the manager's own (a hook runs in it)."""
-        return threading.current_thread() is self._thread
+        """Whether the calling thread is one of the pool's own, which must not wait (for a hook)."""
+        here = threading.current_thread() is self._thread
+        return here or any(keeper.here for keeper in self.keepers)
 
     @property
     def closing(self) -> bool:
@@ -270,7 +307,7 @@ class Manager:
                 self.care.hear(handle)
             if handle.ended_ns or handle.process.death_fd in heard:
                 self.care.ended(handle)
-        while self._orders:
+        for _ in range(len(self._orders)):  # not what they order in turn: that is for later
             self._orders.popleft()()
         while self._refused:
             self.care.take_back(self._refused.popleft())
@@ -405,8 +442,21 @@ class Manager:
                 or (handle.state is S.IDLE and now >= self._close_by)
             ):
                 self.care.revoke(handle, "the pool was closed")
-        if not self.fleet.handles:
+        if not self.fleet.handles and self._keepers_ended():
             self._end()
+
+    def _keepers_ended(self) -> bool:
+        """End what waits for the outside; True once it has ended, or has taken too long."""
+        if self._keepers_by is None:
+            self._keepers_by = time.monotonic() + _KEEPERS_GRACE
+            for keeper in self.keepers:
+                keeper.end()
+        if all(keeper.ended for keeper in self.keepers):
+            return True
+        if time.monotonic() < self._keepers_by:
+            return False
+        logger().warning("%s has ended, and its session store has not let go yet", self.config.name)
+        return True
 
     def _end(self) -> None:
         self.closed_ns = time.monotonic_ns()
@@ -418,7 +468,7 @@ class Manager:
             try:
                 close()
             except Exception:
-                logger().exception("%s: the session store did not close", self.config.name)
+                logger().exception("%s: what was to end with it did not", self.config.name)
         self._launcher.close()
         self.bell.close()
         OOM_KILLS.end()
