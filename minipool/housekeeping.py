@@ -29,11 +29,16 @@ if TYPE_CHECKING:
 
         def used_since(self, moment: float) -> Mapping[str, float]: ...
 
+        def has_expired(self) -> bool: ...
+
         def expire(self, seconds: float) -> bool: ...
 
 
 _BEAT_S = 2.0  # seconds between two signs of life, and notes of what was used
 _EXPIRY_S = 60.0  # seconds between two looks for what nobody in this process has, at most
+# What may be in trouble, in the words of the log.
+_SIGN, _DELETE = "the sign of life could not be given", "expired sessions could not be deleted"
+_DELETE_OLD, _PASS = "old sessions could not be deleted", "housekeeping failed"
 _BATCH_S = 0.05  # seconds at a time for what has expired: signs of life have to be punctual
 _BREATH_S = 0.005  # seconds between two batches, for those who commit
 
@@ -82,6 +87,11 @@ class Housekeeping(Keeper):
         with contextlib.suppress(RuntimeError):  # it was told before
             self._gate.release()
 
+    def join(self, timeout: float) -> None:
+        """Wait for the thread itself to end."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
     @property
     def here(self) -> bool:
         """Whether the calling thread is this one (a listener runs in it)."""
@@ -93,7 +103,8 @@ class Housekeeping(Keeper):
         while not self.ended:
             try:
                 self._go_on()
-                self._give_sign()
+                if _SIGN not in self._troubles:  # else it would only take longer
+                    self._give_sign()
                 self._close()
             except BaseException:
                 continue  # struck on its way from one thing to the next, and none is left out
@@ -102,29 +113,23 @@ class Housekeeping(Keeper):
         while not self._ending:
             try:
                 pause = self._pass()
+                self._troubles.discard(_PASS)
             except BaseException as problem:  # a listener may raise SystemExit
-                self._note_trouble("housekeeping", problem)
+                self._note_trouble(_PASS, problem)
                 pause = _BEAT_S
             self._gate.acquire(True, pause)
 
     def _pass(self) -> float:
         """Do what is due; return after how many seconds more will be."""
         now = time.monotonic()
-        well = True
         if now >= self._beat_at:
-            self._beat_at = now + _BEAT_S
-            well = self._give_sign()
+            self._give_sign()
         more = False
         if now >= self._store_expires_at:
-            self._store_expires_at = now + min(self._ttl / 4, _EXPIRY_S)
-            more = self._tried("old sessions could not be deleted", self._expire_in_store)
-            if more:
-                self._store_expires_at = now
-            well = well and "old sessions could not be deleted" not in self._troubles
-        # Not while the store is in trouble: each deletion would wait for it, and maybe a caller
-        # for the session, and `close()` for this thread.
-        if well and now >= self._expire_at:
-            left = self._tried("expired sessions could not be deleted", self._expire)
+            more = self._tried(_DELETE_OLD, self._expire_in_store)
+            self._store_expires_at = now if more else now + min(self._ttl / 4, _EXPIRY_S)
+        if now >= self._expire_at:
+            left = self._expire_here()
             self._expire_at = now if left else now + min(self._ttl / 4, _BEAT_S)
             more = more or left
         if more:
@@ -132,11 +137,23 @@ class Housekeeping(Keeper):
         due = min(self._beat_at, self._expire_at, self._store_expires_at)
         return max(_BREATH_S, due - time.monotonic())
 
+    def _expire_here(self) -> bool:
+        """End sessions that have expired in this process; True: there are more.
+
+        The sign of life comes first, as a trial: a store that is locked refuses it soon. Each
+        deletion would wait for it as long as a caller does, and `close()` for this thread.
+        """
+        sessions = self._sessions()
+        if sessions is None or not sessions.has_expired():
+            return False
+        del sessions  # it keeps the pool
+        return self._give_sign() and self._tried(_DELETE, self._expire)
+
     def _give_sign(self) -> bool:
         """Say that this process lives, and what it has used; False if the store refused."""
-        what = "the sign of life could not be given"
-        self._tried(what, self._beat)
-        return what not in self._troubles
+        self._beat_at = time.monotonic() + _BEAT_S
+        self._tried(_SIGN, self._beat)
+        return _SIGN not in self._troubles
 
     def _beat(self) -> bool:
         if not hasattr(self._store, "beat"):

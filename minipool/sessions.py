@@ -433,12 +433,13 @@ class Sessions:
         self._line.publish(record.key, record)
 
     def _put_back(self, record: Record) -> None:
-        """Offer a session again that was taken, and not used."""
-        if self._records.get(record.key) is not record:
-            self._forget(record)  # it was not to stay
+        """Offer a session again that was taken, and not used; one that was not to stay goes."""
+        if record.key not in self._records and not record.fenced:
+            self._forget(record)
             return
-        self._owned.pop(record.key, None)
-        self._line.publish(record.key, record)
+        used = record.used
+        self.give_back(record)
+        record.used = used
 
     def take_away(self, record: Record) -> None:
         """Free a session whose owner may still be at it, or was struck before he could.
@@ -551,9 +552,8 @@ class Sessions:
         By the manager, and where there is a store by its housekeeping.
         """
         until = time.monotonic() + seconds
-        expired = time.monotonic() - self._config.session_ttl
         oldest = self._line.oldest()
-        while oldest is not None and oldest[1].used < expired:
+        while oldest is not None and self._is_expired(oldest[1]):
             if self._line.claim(*oldest):
                 self._over(oldest[1])
                 self.nearness.tell("session.lost", oldest[1], reason="expired")
@@ -562,13 +562,25 @@ class Sessions:
             oldest = self._line.oldest()
         return False
 
+    def has_expired(self) -> bool:
+        """Tell whether `expire` would find something."""
+        oldest = self._line.oldest()
+        return oldest is not None and self._is_expired(oldest[1])
+
+    def _is_expired(self, record: Record) -> bool:
+        return record.used < time.monotonic() - self._config.session_ttl
+
     def used_since(self, moment: float) -> dict[str, float]:
         """Return how many seconds ago each session was used that was used after a moment.
 
-        The moment is on the monotonic clock. What is leased is used now.
+        The moment is on the monotonic clock. What is leased is used now. One that has expired is
+        among them in any case: if the store refuses that, it would not delete it either.
         """
         now = time.monotonic()
         used = {}
+        oldest = self._line.oldest()
+        if oldest is not None and self._is_expired(oldest[1]):
+            used[oldest[1].key] = now - oldest[1].used
         for record in self.records():
             if record.holder is not None:
                 used[record.key] = 0.0

@@ -141,7 +141,7 @@ class Care:
         if handle.reserve:
             return self.set_aside(handle)
         self._turnstile.publish(handle.slot, handle)
-        if handle.sessions_over:  # the rest of them, unless somebody has waited for this worker
+        if handle.sessions_over and healthy:  # the rest, unless somebody has waited for it
             self.probe(handle)
 
     def count_failure(self, handle: Handle) -> None:

@@ -58,6 +58,10 @@ class Keeper:
         """Have the thread end, soon. Waits for nothing."""
         raise NotImplementedError
 
+    def join(self, timeout: float) -> None:
+        """Wait for the thread itself to end."""
+        raise NotImplementedError
+
     @property
     def here(self) -> bool:
         """Whether the calling thread is this one (a listener runs in it)."""
@@ -207,9 +211,12 @@ class Manager:
         self.bell.ring()
 
     def join(self, timeout: float) -> None:
-        """Wait for the thread itself to end."""
+        """Wait for the thread itself to end, and for the others that have done all they had to."""
         if not self.here and self._thread.ident is not None:
             self._thread.join(timeout)
+            for keeper in self.keepers:
+                if keeper.ended:
+                    keeper.join(timeout)
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner. Takes no lock."""
