@@ -115,10 +115,10 @@ class Sessions:
         None: another thread has it already.
         """
         record = Record(self, key)
-        known: Record = self._line.current.setdefault(key, record)
-        if known is not record:
-            return None  # others can queue for it from here on
         try:
+            known: Record = self._line.current.setdefault(key, record)
+            if known is not record:
+                return None  # others can queue for it from here on
             self._own(record, stake)
             if stays:
                 self._check_room()
@@ -127,10 +127,11 @@ class Sessions:
             if stays:
                 self._records[key] = record
                 self._make_room()
+            return record
         except BaseException:
-            self._unmake(record)
+            if self._line.current.get(key) is record:
+                self._unmake(record)
             raise
-        return record
 
     def _unmake(self, record: Record) -> None:
         """Forget a record that was to be made; in the store is what was there before."""

@@ -71,8 +71,10 @@ def test_locked_store_holds_up_no_death(expire: bool) -> None:
             os.kill(handle_of(pool).pid, signal.SIGKILL)
             wait_until(
                 pool,
-                lambda deaths=deaths: pool.stats().workers_lost == deaths  # type: ignore[misc]
-                and pool.stats().idle == 1,
+                lambda deaths=deaths: (
+                    pool.stats().workers_lost == deaths  # type: ignore[misc]
+                    and pool.stats().idle == 1
+                ),
             )
             assert pool.call(os.getpid)
         store.let_go.set()
