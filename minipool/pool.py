@@ -201,8 +201,9 @@ class Pool(Inspection, Generic[W]):
         """Begin a session, with a state.
 
         Raises:
-            SessionExists: there is one of that id already.
-            SessionError: there are too many, all in use; or the store refused.
+            SessionExists: there is one of that id already; it is as it was.
+            SessionError: there are too many, all in use; the store refused; or the state is too
+                large to be sent.
             CallMismatch: a value of `state` cannot be pickled. Nothing was begun.
         """
         self._opened()
