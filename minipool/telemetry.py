@@ -64,7 +64,8 @@ EVENTS: dict[str, tuple[str, str, str]] = {
     "session.bound": ("a session got its first worker", "version", "session, worker_id"),
     "session.moved": ("a session went on with another worker", "version", "session, worker_id"),
     "session.lost": (
-        "a session expired, was evicted, or lost its worker under strict affinity",
+        "a session expired, was evicted or taken over by another process, or lost its worker "
+        "under strict affinity",
         "version",
         "session, reason",
     ),

@@ -285,6 +285,7 @@ class WarmSessions:
         if session.calls == 0:
             self._last_data = b""
             self._warm.pop(session.id, None)
+            self._say_ended(session)
 
     def end(self, over: list[Over] | None) -> None:
         """Forget sessions that are over, or all, after `session_ended` has seen them."""
