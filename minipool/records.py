@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Mapping, Optional, Tuple
 
-from .engine.conversation import outgrown, weight_of, weight_with
 from .engine.handle import Handle
 from .errors import CallMismatch, LeaseError, LeaseReleased, SessionError, SessionLost
 
 Changes = Mapping[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
 Whereabouts = Tuple[int, int, int, int]  # slot, generation, version there, number of the stay
+_ITEM = 24  # bytes that a key with its value takes in a pickle, besides the two, at most
+_ENVELOPE = 2048  # bytes kept free beside a state: for the rest of the head, a name, an argument
 _serials = itertools.count(1)  # tell sessions apart that have the same id, one after the other
 _stays = itertools.count(1)  # tell apart what one session left in a worker, each time it was there
 
@@ -150,8 +151,8 @@ class Record:
                     session_id=self.key,
                 )
             self.sessions.settle(self)
-            weight = self._weight_with(changes)
             self.missing()  # until it is known that both sides agree
+            weight = self._weight_with(changes)
             state = dict(self.state or {})
             for key, data in changes.items():
                 if data is None:
@@ -289,3 +290,35 @@ def pack(state: Mapping[str, Any]) -> dict[str, bytes]:
                 f"{problem}; give plain data"
             ) from problem
     return packed
+
+
+def weight_of(state: Mapping[str, bytes]) -> int:
+    """Return how many bytes a state takes when it is sent to a worker, at most."""
+    return sum(map(_weight, state, state.values()))
+
+
+def weight_with(weight: int, state: Mapping[str, bytes], changes: Mapping[str, Any]) -> int:
+    """Return what a state of that weight weighs after some changes."""
+    for key, data in changes.items():
+        before = state.get(key)
+        if before is not None:
+            weight -= _weight(key, before)
+        if data is not None:
+            weight += _weight(key, data)
+    return weight
+
+
+def _weight(key: str, data: bytes) -> int:
+    return len(key.encode("utf-8", "surrogatepass")) + len(data) + _ITEM
+
+
+def outgrown(session_id: str, weight: int, limit: int) -> SessionError | None:
+    """Return the error of a session whose state could not be sent any more; None: it can be."""
+    if weight + _weight(session_id, b"") + _ENVELOPE <= limit:
+        return None
+    return SessionError(
+        f"session {session_id!r} would have a state of {weight} bytes, more than can be sent to a "
+        f"worker (max_message={limit}); nothing was committed; keep less in it, or raise "
+        f"`max_message`",
+        session_id=session_id,
+    )

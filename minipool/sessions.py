@@ -18,7 +18,6 @@ import time
 import weakref
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
-from .engine.conversation import outgrown, weight_of
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.table import LEASED_SINCE_NS, SESSION_HITS
@@ -32,7 +31,7 @@ from .errors import (
 )
 from .housekeeping import Housekeeping
 from .nearness import Nearness, checked_key
-from .records import Changes, Record, Snapshot, Stake, pack
+from .records import Changes, Record, Snapshot, Stake, outgrown, pack, weight_of
 from .telemetry import INFO, remark
 
 #: Marks, in the store alone, a session that a `with pool.session()` block began and is to end.

@@ -302,7 +302,7 @@ class _Worker:
             self._sessions.undo(session)
             return status, result
         try:
-            changes = session.changes(self._end.limit)
+            changes = session.changes()
             packed = pickle.dumps(changes, 5) if changes else b""
             if packed:
                 self._end.check(4 + len(packed) + len(result))  # the commit must not be refused

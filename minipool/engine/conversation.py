@@ -12,9 +12,9 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Iterator, MutableMapping
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
-from ..errors import CallMismatch, SessionError
+from ..errors import CallMismatch
 
 Changes = Dict[str, Optional[bytes]]  # key -> pickled value, None: the key is gone
 #: What travels before the arguments of a call: id, serial (tells sessions apart that had the same
@@ -25,45 +25,11 @@ Head = Tuple[str, int, int, Optional[Dict[str, bytes]], int]
 Over = Tuple[str, int]  # id and serial of a session that has ended
 
 MAX_WARM = 1000  # sessions whose state a worker keeps at hand; for that of others it asks
-_ITEM = 24  # bytes that a key with its value takes in a pickle, besides the two, at most
-_ENVELOPE = 2048  # bytes kept free beside a state: for the rest of the head, a name, an argument
 _ATOMS = frozenset((int, float, complex, bool, str, bytes, type(None)))  # nobody can change them
 
 
 class NotHere(Exception):
     """The worker does not have this session's state in this version. Nothing has run."""
-
-
-def weight_of(state: Mapping[str, bytes]) -> int:
-    """Return how many bytes a state takes when it is sent to a worker, at most."""
-    return sum(map(_weight, state, state.values()))
-
-
-def weight_with(weight: int, state: Mapping[str, bytes], changes: Mapping[str, Any]) -> int:
-    """Return what a state of that weight weighs after some changes."""
-    for key, data in changes.items():
-        before = state.get(key)
-        if before is not None:
-            weight -= _weight(key, before)
-        if data is not None:
-            weight += _weight(key, data)
-    return weight
-
-
-def _weight(key: str, data: bytes) -> int:
-    return len(key.encode("utf-8", "surrogatepass")) + len(data) + _ITEM
-
-
-def outgrown(session_id: str, weight: int, limit: int) -> SessionError | None:
-    """Return the error of a session whose state could not be sent any more; None: it can be."""
-    if weight + _weight(session_id, b"") + _ENVELOPE <= limit:
-        return None
-    return SessionError(
-        f"session {session_id!r} would have a state of {weight} bytes, more than can be sent to a "
-        f"worker (max_message={limit}); nothing was committed; keep less in it, or raise "
-        f"`max_message`",
-        session_id=session_id,
-    )
 
 
 class Session(MutableMapping[str, Any]):
@@ -83,7 +49,6 @@ class Session(MutableMapping[str, Any]):
         self.version = -1
         self.calls = 0  # that returned, here
         self._committed: dict[str, bytes] = {}
-        self._weight = 0  # of what is committed
         self._keys: dict[str, None] = {}  # that are there now, in order
         self._values: dict[str, Any] = {}  # unpickled, as far as they were needed
         self._touched: set[str] = set()
@@ -151,7 +116,7 @@ class Session(MutableMapping[str, Any]):
 
     def take_over(self, version: int, state: dict[str, bytes]) -> None:
         """Replace everything by what the parent sent."""
-        self.version, self._committed, self._weight = version, state, weight_of(state)
+        self.version, self._committed = version, state
         self._keys = dict.fromkeys(state)
         self._values.clear()
         self._touched.clear()
@@ -161,12 +126,11 @@ class Session(MutableMapping[str, Any]):
         """Keep `local` and nothing of the state."""
         self.take_over(-1, {})
 
-    def changes(self, limit: int) -> Changes:
+    def changes(self) -> Changes:
         """Return what the call has changed.
 
         Raises:
-            CallMismatch: a value cannot be pickled. SessionError: with the changes the state would
-                be too large for a message of `limit` bytes. Undo the call.
+            CallMismatch: a value cannot be pickled. Undo the call.
         """
         found: Changes = {}
         for key in self._touched:
@@ -182,16 +146,7 @@ class Session(MutableMapping[str, Any]):
                 found[key] = data
         if self._deleted:
             found.update((key, None) for key in self._deleted if key in self._committed)
-        if found:
-            self._check_weight(found, limit)
         return found
-
-    def _check_weight(self, changes: Changes, limit: int) -> None:
-        weight = weight_with(self._weight, self._committed, changes)
-        if weight > self._weight:
-            problem = outgrown(self.id, weight, limit)
-            if problem is not None:
-                raise problem
 
     def commit(self, changes: Changes) -> None:
         """Make the changes the committed state.
@@ -199,9 +154,7 @@ class Session(MutableMapping[str, Any]):
         Touched values are unpickled anew by the next call that wants them: worker code may have
         kept them, and change them when no call of this session could notice.
         """
-        if changes:
-            self._weight = weight_with(self._weight, self._committed, changes)
-            self.version += 1
+        self.version += bool(changes)
         for key, data in changes.items():
             if data is None:
                 self._committed.pop(key, None)

@@ -20,7 +20,6 @@ class _WorkerEnd:
 
     def __init__(self, conn: Any, limit: int) -> None:
         self._conn, self._limit = conn, limit
-        self.limit = limit
 
     def check(self, size: int) -> None:
         """Raise RemoteError if a reply with a body of `size` bytes would be too long."""
