@@ -68,20 +68,25 @@ class Record:
         if here and self.at_version == self.version and self.warm_head is not None:
             return self.warm_head
         self.sessions.settle(self)
+        state: dict[str, bytes] | None = None
+        if not here or self.at_version != self.version:
+            self._note(handle, here)
+            state = self.state or {}
+        data = pickle.dumps((self.key, self.serial, self.version, state, self.stay), 5)
+        self.at_version = self.version
+        data = len(data).to_bytes(4, "big") + data
+        self.warm_head = data if state is None else None
+        return data
+
+    def _note(self, handle: Handle, here: bool) -> None:
+        """Note that a worker is sent the state; see `not_sent` for what if it is not."""
         whereabouts = (self.at_slot, self.at_generation, self.at_version, self.stay)
         self._before = (handle.slot, handle.generation, handle.calls_sent, whereabouts)
         if not here:
             self.missing()
             self.stay = next(_stays)
             self.sessions.nearness.bind(self, handle)
-        state = None if self.at_version == self.version else self.state or {}
-        data = pickle.dumps((self.key, self.serial, self.version, state, self.stay), 5)
-        if state is not None:
-            self.sessions.nearness.warmed(self, handle)
-        self.at_version = self.version
-        data = len(data).to_bytes(4, "big") + data
-        self.warm_head = data if state is None else None
-        return data
+        self.sessions.nearness.warmed(self, handle)
 
     def not_sent(self, handle: Handle) -> str:
         """Hear that a call was too long to be sent: what this worker was noted to have, it has not.
@@ -152,13 +157,10 @@ class Record:
                 )
             self.sessions.settle(self)
             self.missing()  # until it is known that both sides agree
-            weight = self._weight_with(changes)
             state = dict(self.state or {})
-            for key, data in changes.items():
-                if data is None:
-                    state.pop(key, None)
-                else:
-                    state[key] = data
+            weight = apply(changes, state, self.weight)
+            if weight > self.weight:
+                self._check_weight(weight)
             self.sessions.store_commit(self, changes)
             self.state = state or None
             self.version, self.weight = self.version + 1, weight
@@ -174,13 +176,10 @@ class Record:
         finally:
             self.committing = False
 
-    def _weight_with(self, changes: Changes) -> int:
-        weight = weight_with(self.weight, self.state or {}, changes)
-        if weight > self.weight:
-            problem = outgrown(self.key, weight, self.sessions.max_message)
-            if problem is not None:
-                raise problem
-        return weight
+    def _check_weight(self, weight: int) -> None:
+        problem = outgrown(self.key, weight, self.sessions.max_message)
+        if problem is not None:
+            raise problem
 
     @property
     def size_bytes(self) -> int:
@@ -297,14 +296,20 @@ def weight_of(state: Mapping[str, bytes]) -> int:
     return sum(map(_weight, state, state.values()))
 
 
-def weight_with(weight: int, state: Mapping[str, bytes], changes: Mapping[str, Any]) -> int:
-    """Return what a state of that weight weighs after some changes."""
+def apply(changes: Changes, state: dict[str, bytes], weight: int) -> int:
+    """Make changes in a state of that weight; return what it weighs then. Part of every commit."""
     for key, data in changes.items():
         before = state.get(key)
-        if before is not None:
-            weight -= _weight(key, before)
-        if data is not None:
+        if data is None:
+            if before is not None:
+                del state[key]
+                weight -= _weight(key, before)
+        elif before is None:
+            state[key] = data
             weight += _weight(key, data)
+        else:
+            state[key] = data
+            weight += len(data) - len(before)
     return weight
 
 
