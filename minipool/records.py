@@ -102,8 +102,6 @@ class Record:
             handle.sessions.pop(self.key, None)
             self.at_slot, self.at_generation, self.stay = slot, generation, stay
         self.at_version = version
-        if version == self.version and slot == handle.slot:
-            return ""
         return f" with the state of session {self.key!r}, which has {self.weight}"
 
     def missing(self) -> None:
