@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.passage import passage
 from .errors import (
     CallMismatch,
     LeaseError,
@@ -45,6 +46,7 @@ class Lease(Generic[W]):
     __slots__ = ("__weakref__", "_desk", "_held", "_timeout")
     _idempotent = False  # of the lease itself; a view has its own
 
+    @passage
     def __init__(self, desk: Desk, handle: Handle) -> None:
         self._held = [handle]  # `pop` is atomic: of two who release at once, one does
         self._desk = desk
@@ -138,6 +140,7 @@ class Lease(Generic[W]):
             except WorkerError as again:
                 error = again
 
+    @passage
     def _move(self, timeout: float | None) -> Handle:
         """Exchange the dead worker for another one, within the same lease."""
         try:
@@ -215,6 +218,7 @@ class Lease(Generic[W]):
 
     # -- the end -----------------------------------------------------------------------------
 
+    @passage
     def release(self) -> None:
         """Give the worker back. Does nothing the second time, also if another has it by then.
 
@@ -237,6 +241,7 @@ class Lease(Generic[W]):
     def __enter__(self) -> Self:
         return self
 
+    @passage
     def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
         try:  # as `release`, one step shorter
             handle = self._held.pop()

@@ -13,6 +13,7 @@ from typing import Any
 from .engine.conversation import MAX_WARM
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.passage import passage
 from .engine.states import WorkerState
 from .errors import SessionLost
 from .records import Record
@@ -26,6 +27,7 @@ class Nearness:
         self._config = desk.config
         self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
 
+    @passage
     def worker_for(self, record: Record, affinity: str, timeout: float | None) -> Handle:
         """Take the worker that suits the affinity, and note how that went."""
         known = record.at_slot >= 0
@@ -76,6 +78,7 @@ class Nearness:
             if forgotten is not None and forgotten.at_slot == handle.slot:
                 forgotten.missing()  # or it would answer that it has not got it
 
+    @passage
     def acquire(self, hint: str, timeout: float | None) -> Handle:
         """Take the worker that served this hint last, if it is idle; else any."""
         slot, generation = self._hints.get(checked_key(hint, "hint"), (-1, -1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .engine.launch import Launcher
+from .engine.passage import passage
 from .errors import ConfigError
 from .inspection import Inspection
 from .lease import CALL_TIMEOUT, Lease, ObjectLease, seconds
@@ -96,6 +97,7 @@ class Pool(Inspection, Generic[W]):
 
     # -- using -------------------------------------------------------------------------------
 
+    @passage
     def checkout(
         self,
         *,

@@ -21,6 +21,7 @@ from typing import Any, Mapping
 
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.passage import passage
 from .engine.table import LEASED_SINCE_NS, SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
 from .errors import (
@@ -46,7 +47,7 @@ class Sessions:
         self.nearness = Nearness(desk)
         self._affinity = desk.config.affinity
         self._records: dict[str, Record] = {}
-        self._line = Turnstile("fifo")
+        self._line = Turnstile("fifo", swept=True)
         #: Owned by a thread, but without a worker: not astray while the thread's stake is there.
         self._owned: dict[str, tuple[Record, weakref.ref[Stake]]] = {}
         self._astray: dict[str, float] = {}  # owned by nobody at the last sweep, and used when
@@ -181,6 +182,7 @@ class Sessions:
 
     # -- using -------------------------------------------------------------------------------
 
+    @passage
     def acquire(self, key: str, affinity: str | None, timeout: float | None) -> Handle:
         """Take a session and a worker for it; both are the caller's until `give_back`.
 
@@ -201,6 +203,7 @@ class Sessions:
                 record = None
         return self._acquire_slowly(key, record, affinity, timeout)
 
+    @passage
     def _acquire_slowly(
         self, key: str, record: Record | None, affinity: str, timeout: float | None
     ) -> Handle:
@@ -233,6 +236,7 @@ class Sessions:
             self._desk.count(f"sessions_{record.affinity}")
         return handle
 
+    @passage
     def _lease(self, record: Record, handle: Handle) -> bool:
         """Give a session the worker that it goes with; False if a sweep took it for astray.
 
@@ -263,6 +267,7 @@ class Sessions:
         if record is not None:
             self.give_back(record)
 
+    @passage
     def exchange(self, record: Record, dead: Handle, timeout: float | None) -> Handle:
         """Take another worker for a session that goes on: the first one died.
 
@@ -456,7 +461,7 @@ class Sessions:
         before, self._astray = self._astray, {}
         for key in set(self._line.current) - set(self._line.idle) - set(self._owned):
             record: Record | None = self._line.current.get(key)
-            if record is None or self._held(record):
+            if record is None or self._held(record) or self._line.receiver(key) is not None:
                 continue
             self._astray[key] = record.used
             if before.get(key) != record.used or key in self._line.idle:

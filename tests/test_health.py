@@ -156,7 +156,7 @@ def test_slot_neither_idle_nor_leased_is_lost_only_at_the_second_look() -> None:
     between = Row(0, 1, S.IDLE, ago(0))
 
     (first,) = planned([between], Limits())
-    (second,) = planned([between._replace(sweeps_lost=1)], Limits())
+    (second,) = planned([between._replace(lost=True)], Limits())
 
     assert type(first) is Lost
     assert type(second) is Revoke
@@ -165,7 +165,7 @@ def test_slot_neither_idle_nor_leased_is_lost_only_at_the_second_look() -> None:
 
 def test_what_was_seen_again_is_not_lost() -> None:
     """A slot that is idle or leased at this look is well, however it looked before."""
-    assert planned([idle(0, sweeps_lost=1), leased(1, sweeps_lost=1)], Limits()) == []
+    assert planned([idle(0, lost=True), leased(1, lost=True)], Limits()) == []
 
 
 @pytest.mark.parametrize(("workers", "at_once"), [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4)])

@@ -14,7 +14,7 @@ ROOMS = [
     "engine.workerend", "engine.conversation", "engine.baggage", "engine.voice",
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health",
     "engine.oom", "engine.process", "engine.inquest", "engine.handle", "engine.laden",
-    "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",
+    "engine.launch", "engine.turnstile", "engine.passage", "engine.bell", "engine.teller", "engine.scribe",
     "engine.fleet", "engine.care", "engine.reserve", "engine.staff", "engine.manager",
     "engine.desk", "engine.tally",
     "store", "records", "nearness", "sessions", "status", "lease", "warmup", "opening", "views",

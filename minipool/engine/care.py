@@ -243,18 +243,50 @@ class Care:
         except PeerGone:
             self.condemn(handle, "dead when it was probed")
 
-    def revoke(self, handle: Handle, reason: str) -> None:
+    def revoke(self, handle: Handle, reason: str, tenure: health.Tenure | None = None) -> None:
+        """Take a worker away from its lease; with `tenure`, only if that is not over.
+
+        Tainting it comes before the last look at the lease, and giving it back looks the other way
+        round: the lease is over before it looks for the taint. So whoever gives it back from here
+        on does not offer it again, and no later lease is hit. One that is over by now leaves a
+        worker that is replaced once it is idle, as it was about to be.
+        """
+        if tenure is not None:
+            if not self._still(handle, tenure):
+                return
+            handle.tainted = handle.tainted or reason
+            if not self._still(handle, tenure):
+                return
         handle.revoked = reason
         self.condemn(handle, reason, last_words=not self.closing)
 
-    def warn_leak(self, handle: Handle) -> None:
-        seconds = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9
-        handle.leak_warned = True
+    def _still(self, handle: Handle, tenure: health.Tenure) -> bool:
+        return handle.slot not in self._turnstile.idle and tenure_of(handle) == tenure
+
+    def warn_leak(self, handle: Handle, tenure: health.Tenure) -> None:
+        """Log a lease that is held for long; nothing if it is over."""
+        origin = handle.origin  # of that lease, if it is not over after this
+        if tenure_of(handle) != tenure:
+            return
+        seconds = (time.monotonic_ns() - tenure.since_ns) / 1e9
+        handle.leak_warned = tenure.lease
         logger().warning(
             "worker %d of %s has been leased for %.1f s; it was taken here:\n%s",
-            handle.slot, self._config.name, seconds, handle.origin,
+            handle.slot, self._config.name, seconds, origin,
         )  # fmt: skip
         self._hooks.emit("lease.leaked", {"seconds": seconds}, worker_id=handle.slot)
+
+
+def tenure_of(handle: Handle) -> health.Tenure:
+    """Return who has a worker now: which lease, or none since when.
+
+    The number is read before the lease is, and is written before the lease is there: what was
+    found of an older lease is never said of a newer one.
+    """
+    lease, since_ns = handle.row[t.LEASES], handle.row[t.LEASED_SINCE_NS]
+    if handle.live_lease is None:
+        since_ns = handle.idle_since_ns
+    return health.Tenure(lease, since_ns)
 
 
 def _in_time(body: bytes | memoryview) -> BaseException:

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 import weakref
+from itertools import islice
 from typing import Any
 
 from ..errors import CheckoutTimeout, PoolClosed, PoolForked, TooManyWaiters
@@ -21,11 +22,14 @@ from . import table as t
 from . import wire
 from .handle import Handle
 from .manager import Crowded, Manager
+from .passage import passage, passages, waits
 from .states import WorkerState as S
-from .turnstile import Closed
+from .turnstile import Closed, Turnstile, Waiter
 
 _monotonic_ns, _get_ident = time.monotonic_ns, threading.get_ident
 _TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
+
+_COMPARED = 4  # idle workers at either end
 
 
 class _StandIn:
@@ -115,10 +119,16 @@ class Desk:
     def _colder(self, handle: Handle) -> Handle:
         """Exchange a worker for an idle one whose sessions are fewer or longer unused.
 
-        For callers without a session: what is warm shall stay free for the sessions.
+        For callers without a session: what is warm shall stay free for the sessions. Only some of
+        the idle workers are compared: those that have been idle longest, whose sessions are likely
+        to be unused longest, and those that came last, among which the ones without any are.
         """
-        idle = self._turnstile.idle.copy().values()
-        other = min(idle, key=_warmth, default=handle)
+        idle = self._turnstile.idle
+        try:
+            some = [*islice(idle.values(), _COMPARED), *islice(reversed(idle.values()), _COMPARED)]
+        except RuntimeError:
+            return handle  # another thread changed it meanwhile; the worker at hand will do
+        other = min(some, key=_warmth, default=handle)
         if _warmth(other) < _warmth(handle) and self._turnstile.claim(other.slot, other):
             self._turnstile.publish(handle.slot, handle)
             return other
@@ -314,8 +324,8 @@ class Desk:
 
     def _unmark(self, handle: Handle, held: float) -> None:
         """Tell of the end of a lease, the more so if it was reported as leaked."""
-        if handle.leak_warned:
-            handle.leak_warned = False
+        leak_warned, handle.leak_warned = handle.leak_warned, 0
+        if leak_warned and leak_warned == handle.row[t.LEASES]:
             logger().warning(
                 "worker %d of %s, reported as leaked, was given back after %.1f s",
                 handle.slot, self.config.name, held,
@@ -399,6 +409,12 @@ class Desk:
         return error
 
 
+waits(Waiter.wait, Manager.wait_for)
+for _room in (Turnstile, Desk):
+    passages(_room)
+
+
+@passage
 def _dropped(desk: weakref.ref[Desk], lease: weakref.ref[Any]) -> None:
     its_desk = desk()
     if its_desk is not None:  # the lease has kept it until now

@@ -52,10 +52,10 @@ class Handle:
         "_telling", "_theirs", "abandoned", "box", "calls_before", "calls_sent", "channel",
         "condemned", "conn", "death", "ended_ns", "expires_ns", "failed", "generation",
         "idle_since_ns", "in_call", "killed_for", "last_begun_id", "leak_warned", "lease",
-        "lost_since_ns", "origin", "permit", "pid", "probe_failures", "probed_ns", "process",
+        "origin", "permit", "pid", "probe_failures", "probed_ns", "process",
         "ready_ns", "reserve", "revoked", "row", "serving_ns", "session", "session_ended_ns",
         "sessions", "sessions_over", "since_ns", "slot", "spawned_ns", "start_error", "state",
-        "sweeps_lost", "tainted", "terminated", "thread", "transcript", "worn",
+        "tainted", "terminated", "thread", "transcript", "worn",
     )  # fmt: skip
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -79,9 +79,7 @@ class Handle:
         self.lease: weakref.ref[Any] | None = None
         self.probe_failures = 0
         self.probed_ns = 0
-        self.sweeps_lost = 0
-        self.lost_since_ns = 0  # `idle_since_ns` when it was found lost
-        self.leak_warned = False
+        self.leak_warned = 0  # the number of the lease that was reported as leaked
         self.terminated = False  # has been sent SIGTERM
         self.condemned = False  # its end is wanted, however it comes
         self.abandoned = False  # this process is a fork of the owner

@@ -18,6 +18,13 @@ QUIET_NS = 10 * SECOND_NS  # a look is due at last, whatever the reasons to skip
 KILL_AFTER = 1.0  # seconds between SIGTERM and SIGKILL for a worker that will not stop
 
 
+class Tenure(NamedTuple):
+    """One ownership of a slot. What was decided about it is not done to the next one."""
+
+    lease: int  # the number of the slot's last lease
+    since_ns: int  # when that began; once it is over, when the slot was offered
+
+
 class Row(NamedTuple):
     """What `plan` knows of one worker. Times are monotonic nanoseconds."""
 
@@ -29,7 +36,8 @@ class Row(NamedTuple):
     leased_since_ns: Optional[int] = None  # there is a live lease, and since when
     probed_ns: int = 0
     probe_failures: int = 0
-    sweeps_lost: int = 0  # how many looks in a row found it neither idle nor leased
+    tenure: Tenure = Tenure(0, 0)
+    lost: bool = False  # neither idle nor leased, nor on its way to somebody, for two sweeps
     leak_warned: bool = False
     terminated: bool = False  # has been sent SIGTERM
     reserve: bool = False  # out of service
@@ -81,10 +89,17 @@ def limits_of(config: "PoolConfig") -> Limits:
 class Action:
     """What to do about one worker. Two are equal when they are of one kind and say the same."""
 
-    def __init__(self, slot: int, reason: str = "", shrink: bool = False) -> None:
+    def __init__(
+        self,
+        slot: int,
+        reason: str = "",
+        shrink: bool = False,
+        tenure: Optional[Tenure] = None,
+    ) -> None:
         self.slot = slot
         self.reason = reason
         self.shrink = shrink
+        self.tenure = tenure  # the only one it is about, where it is about one
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.__dict__ == self.__dict__
@@ -125,15 +140,15 @@ class Retire(Action):
 
 
 class Revoke(Action):
-    """Take the worker away from its lease."""
+    """Take the worker away from the lease that was looked at."""
 
 
 class WarnLeak(Action):
-    """Log the lease with the stack that took it."""
+    """Log the lease that was looked at, with the stack that took it."""
 
 
 class Lost(Action):
-    """Neither idle nor leased at this look. At the second look running it is revoked."""
+    """Neither idle nor leased at this look. It is revoked once nobody can be holding it."""
 
 
 def plan(
@@ -225,16 +240,16 @@ def _failed_probe(row: Row, limits: Limits) -> Action:
 
 def _plan_lease(row: Row, now: int, limits: Limits) -> Optional[Action]:
     if row.leased_since_ns is None:
-        if row.sweeps_lost >= 1:
-            return Revoke(row.slot, "neither idle nor leased: its lease was lost")
-        return Lost(row.slot)
+        if row.lost:
+            reason = "neither idle nor leased: its lease was lost"
+            return Revoke(row.slot, reason, tenure=row.tenure)
+        return Lost(row.slot, tenure=row.tenure)
     held = now - row.leased_since_ns
     if limits.lease_ns is not None and held > limits.lease_ns:
-        return Revoke(
-            row.slot, f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s"
-        )
+        reason = f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s"
+        return Revoke(row.slot, reason, tenure=row.tenure)
     if limits.leak_ns is not None and held > limits.leak_ns and not row.leak_warned:
-        return WarnLeak(row.slot)
+        return WarnLeak(row.slot, tenure=row.tenure)
     return None
 
 

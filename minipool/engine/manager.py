@@ -23,11 +23,12 @@ from ..telemetry import Hooks, logger
 from . import health
 from . import table as t
 from .bell import Bell, ready
-from .care import Care
+from .care import Care, tenure_of
 from .fleet import Fleet, retry_in
 from .handle import Handle
 from .launch import Launcher
 from .oom import OOM_KILLS
+from .passage import Suspects
 from .resources import resident_bytes
 from .staff import Staff
 from .states import WorkerState as S
@@ -52,14 +53,14 @@ class Manager:
         self.config = config
         self.hooks = hooks
         self.bell = Bell()
-        self.turnstile = Turnstile(config.strategy, self._queued, self.refused)
+        self.turnstile = Turnstile(config.strategy, self._queued, self.refused, swept=True)
         self.fleet = Fleet(launcher, config, hooks)
         self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)
         if self.fleet.breaker is not None:
             self.fleet.breaker.listeners.append(self._circuit_changed)
         self.sweepers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called once a tick
-        #: Closed with the pool; weakly, because what waits there may know the pool.
+        #: Swept and closed with the pool; weakly, because what waits there may know the pool.
         self.lines: list[weakref.ref[Turnstile]] = []
         self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
         self.done = False  # everything has ended
@@ -73,11 +74,13 @@ class Manager:
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
+        self._suspects = Suspects()  # workers that nobody seems to have
         self._last_look = 0.0
         self._acted = True  # the last look found something to do
         # Looks are skipped until then, in monotonic ns, while `_seen` is the same.
         self._quiet_until, self._quiet_seen = 0, (0, 0)
-        self._seat: object = None
+        #: Who was in the matcher's seat of each turnstile at the last sweep.
+        self._seats: weakref.WeakKeyDictionary[Turnstile, object] = weakref.WeakKeyDictionary()
         self._thread = threading.Thread(
             target=self._run, name=f"minipool-{config.name}", daemon=True
         )
@@ -294,14 +297,25 @@ class Manager:
         idle = self.turnstile.idle
         handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
         weigh = self.config.kill_rss is not None
-        return [_row(handle, handle.slot in idle, sweep, weigh) for handle in handles]
+        lost = self._lost if sweep else lambda handle: False
+        return [_row(handle, handle.slot in idle, lost, weigh) for handle in handles]
+
+    def _lost(self, handle: Handle) -> bool:
+        """Tell whether a worker that is neither idle nor leased is nobody's."""
+        lost = self._suspects.lost(handle.slot, self._mark(handle))
+        return lost and self.turnstile.receiver(handle.slot) is None
+
+    def _mark(self, handle: Handle) -> Any:
+        """Return what each lease of a worker changes, and each hand-over."""
+        return tenure_of(handle), self.turnstile.handed.get(handle.slot)
 
     def _look(self) -> None:
         """Make the plan and carry it out.
 
-        Losses are counted, and acted on, by sweeps only: looks that are a tick apart. One look
+        Losses are looked for, and acted on, by sweeps only: looks that are a tick apart. One look
         may well find a busy worker on its way from one lease to the next, and a later one on
-        another such way; lost is who has not even been given back in between.
+        another such way. A worker is lost only if it was not returned in between, and if nobody
+        can be holding it: see `passage`.
         """
         now, now_ns = time.monotonic(), time.monotonic_ns()
         sweep = now - self._last_look >= self.config.tick
@@ -314,12 +328,8 @@ class Manager:
             self.staff.last_shrink_ns,
         )
         for action in actions:
-            handle = self.fleet.handles[action.slot]
-            if isinstance(action, health.Lost):
-                if sweep:
-                    handle.sweeps_lost, handle.lost_since_ns = 1, handle.idle_since_ns
-            else:
-                self._act(action, handle)
+            if not isinstance(action, health.Lost):
+                self._act(action, self.fleet.handles[action.slot])
         self._acted = bool(actions)
         if sweep:
             self._sweep(actions, now_ns)
@@ -327,9 +337,9 @@ class Manager:
     def _sweep(self, actions: list[health.Action], now_ns: int) -> None:
         self._last_look = now_ns / 1e9
         lost = {action.slot for action in actions if isinstance(action, health.Lost)}
-        for handle in self.fleet.handles.values():
-            if handle.slot not in lost:
-                handle.sweeps_lost = 0
+        handles = [handle for handle in self.fleet.handles.values() if handle.slot in lost]
+        nowhere = [handle for handle in handles if self.turnstile.receiver(handle.slot) is None]
+        self._suspects.end({handle.slot: self._mark(handle) for handle in nowhere})
         self.fleet.forgive(now_ns)
         OOM_KILLS.look()
         for reference in self.sweepers:
@@ -340,7 +350,10 @@ class Manager:
         for handle in tuple(self.fleet.handles.values()):
             if handle.sessions_over:
                 self.care.probe(handle)
-        self._seat = self.turnstile.unseat(self._seat)
+        for turnstile in (self.turnstile, *(line() for line in self.lines)):
+            if turnstile is not None:
+                self._seats[turnstile] = turnstile.sweep(self._seats.get(turnstile))
+            del turnstile
         self._tell()
         if self.hooks["utilization"]:
             live = self.fleet.live()
@@ -379,9 +392,9 @@ class Manager:
                 handle.tainted = action.reason
                 self.care.retire(handle)
         elif isinstance(action, health.Revoke):
-            self.care.revoke(handle, action.reason)
-        elif isinstance(action, health.WarnLeak):
-            self.care.warn_leak(handle)
+            self.care.revoke(handle, action.reason, action.tenure)
+        elif isinstance(action, health.WarnLeak) and action.tenure is not None:
+            self.care.warn_leak(handle, action.tenure)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -439,10 +452,11 @@ class Manager:
         return error
 
 
-def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
-    lease = handle.live_lease
-    same_loss = sweep and handle.lost_since_ns == handle.idle_since_ns
-    since_ns = handle.row[t.LEASED_SINCE_NS] or time.monotonic_ns()  # 0: this moment begun or over
+def _row(handle: Handle, idle: bool, lost: Callable[[Handle], bool], weigh: bool) -> health.Row:
+    tenure = tenure_of(handle)
+    lease = handle.live_lease  # after it: what is found of an older one is acted on by nobody
+    since_ns = tenure.since_ns or time.monotonic_ns()  # 0: this moment begun or over
+    gone = lease is None and not idle and handle.state is S.IDLE
     return health.Row(
         slot=handle.slot,
         generation=handle.generation,
@@ -452,8 +466,9 @@ def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
         leased_since_ns=None if lease is None else since_ns,
         probed_ns=handle.probed_ns,
         probe_failures=handle.probe_failures,
-        sweeps_lost=handle.sweeps_lost if same_loss else 0,
-        leak_warned=handle.leak_warned,
+        tenure=tenure,
+        lost=gone and lost(handle),
+        leak_warned=handle.leak_warned == tenure.lease,
         terminated=handle.terminated,
         reserve=handle.reserve,
         worn=handle.worn is not None,
