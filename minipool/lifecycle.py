@@ -82,13 +82,12 @@ class Lifecycle:
         desk = self._open(0)
         manager = desk.manager
         wanted = manager.staff.target if workers is None else workers
-        most = manager.staff.ceiling + manager.staff.overflow
+        most = manager.staff.wish.most
         if wanted > most:
             raise ValueError(f"workers={workers!r}: the pool has {most} at most")
         limit = self.config.init_timeout if timeout is None else seconds(timeout, "timeout")
         if wanted > manager.staff.target:
-            staff = manager.staff
-            manager.order(lambda: setattr(staff, "target", max(staff.target, wanted)))
+            manager.order(lambda: manager.staff.want_at_least(wanted))
         if not manager.wait_for(lambda: ready_count(manager) >= wanted, limit):
             ready = ready_count(manager)
             cause = manager.fleet.last_failure
@@ -194,26 +193,25 @@ class Lifecycle:
             ConfigError: it is not a size this pool can have; nothing has changed.
         """
         manager = self._open(0).manager
-        fixed = manager.staff.floor == manager.staff.ceiling
+        wish = manager.staff.wish
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"size={size!r}: give a whole number, 1 or more", option="size",
                               value=size)  # fmt: skip
         from .config import MAX_WORKERS
 
-        if size + manager.staff.overflow + self.config.spares > MAX_WORKERS:
+        if size + wish.overflow + self.config.spares > MAX_WORKERS:
             raise ConfigError(f"size={size!r}: with max_overflow and spares it may be "
                               f"{MAX_WORKERS} at most", option="size", value=size)  # fmt: skip
-        if not fixed and not manager.staff.floor <= size <= manager.staff.ceiling:
+        if wish.floor != wish.ceiling and not wish.floor <= size <= wish.ceiling:
             raise ConfigError(
-                f"size={size!r}: it is not between min_size={manager.staff.floor} and "
-                f"max_size={manager.staff.ceiling}; make the pool with wider bounds",
+                f"size={size!r}: it is not between min_size={wish.floor} and "
+                f"max_size={wish.ceiling}; make the pool with wider bounds",
                 option="size",
                 value=size,
             )
-        previous = manager.staff.target
+        previous = wish.target
         smaller = gentle and size < previous
-        resize = manager.staff.shrink if smaller else manager.staff.resize
-        manager.command(lambda: resize(size))
+        manager.command(lambda: manager.staff.resize(size, gentle))
         reached = manager.staff.target if smaller else size
         if reached != previous or not smaller:  # else nobody could go
             self.hooks.emit("pool.resized", {"size": reached, "previous": previous})

@@ -15,7 +15,6 @@ from .engine import wire
 from .engine.desk import Desk
 from .engine.launch import Launcher
 from .engine.manager import Manager, live_managers
-from .engine.states import WorkerState
 from .errors import PoolStartError
 from .sessions import Sessions
 
@@ -92,8 +91,8 @@ def wait_started(desk: Desk, count: int) -> PoolStartError | None:
 
 
 def ready_count(manager: Manager) -> int:
-    """Return how many workers are in service."""
-    return manager.fleet.count(WorkerState.IDLE, WorkerState.PROBING)
+    """Return how many workers are in service and fit for the next caller."""
+    return len(manager.fleet.usable())
 
 
 def note_pool(pool: Any) -> None:

@@ -213,17 +213,17 @@ def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> Health
     infos = tuple(worker_info(fleet.handles[slot]) for slot in sorted(fleet.handles))
     if manager.closing:
         return HealthReport("unhealthy", (f"{config.name} is closed",), infos)
-    serving = [info for info in infos if info.state in ("idle", "leased", "probing")]
+    serving, target = len(fleet.usable()), manager.staff.target
     reasons = [
         f"worker {info.worker_id} failed {info.probe_failures} health checks in a row"
         for info in infos
         if info.probe_failures
     ]
-    if len(serving) < manager.staff.target:
-        reasons.append(f"{len(serving)} of {manager.staff.target} workers are in service")
+    if serving < target:
+        reasons.append(f"{serving} of {target} workers are in service")
     if fleet.last_failure is not None:
         reasons.append(f"the last start failed: {fleet.last_failure}")
-        worn = sum(handle.worn is not None for handle in fleet.live())
+        worn = sum(handle.worn is not None for handle in fleet.staying())
         if worn:
             reasons.append(f"{worn} workers past their limits serve on, as no other can be started")
     if fleet.breaker is not None and fleet.breaker.state != CLOSED:
@@ -234,6 +234,6 @@ def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> Health
     waiting = len(manager.turnstile.waiters)
     if waiting:
         reasons.append(f"{waiting} callers are waiting for a worker")
-    unhealthy = manager.staff.target > 0 and not serving
+    unhealthy = target > 0 and not serving
     status = "unhealthy" if unhealthy else "degraded" if reasons else "healthy"
     return HealthReport(status, tuple(reasons), infos)

@@ -65,7 +65,7 @@ def warm_up(
     for command in commands:
         packed_command(desk.targets, desk.config.codec, command)  # refuses what cannot be sent
     start = time.monotonic()
-    slots = sorted(handle.slot for handle in desk.manager.fleet.live())
+    slots = sorted(handle.slot for handle in desk.manager.fleet.staying())
     run = _WarmUp(desk, commands, each)
     for stage_slots in _stages(slots, strategy):
         stage_end = time.monotonic() + stage if strategy == "staged" else math.inf
@@ -174,7 +174,7 @@ class _WarmUp:
             return handle is not None and handle.state in (WorkerState.IDLE, WorkerState.PROBING)
 
         def given_up() -> bool:
-            return slot not in handles and len(fleet.live()) >= staff.target
+            return slot not in handles and len(fleet.staying()) >= staff.target
 
         while True:
             desk.check_open()

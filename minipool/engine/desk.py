@@ -201,7 +201,8 @@ class Desk:
                     continue  # there is hope again
                 raise  # that one worker is no more
             if token is None:
-                self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
+                if wants is None:
+                    self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
                 self.check_open()
                 raise self._timed_out(timeout, time.monotonic() - start)
             handle: Handle = token[1]

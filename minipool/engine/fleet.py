@@ -86,15 +86,37 @@ class Fleet:
     # -- looking -----------------------------------------------------------------------------
 
     def live(self) -> list[Handle]:
-        """Return the workers that are in service, or booting for it."""
+        """Return the workers that are in service, or booting for it; also those on their way out.
+
+        One that is on its way out may still be leased.
+        """
         handles = tuple(self.handles.values())
         return [handle for handle in handles if handle.state in _LIVE and not handle.reserve]
 
+    def staying(self) -> list[Handle]:
+        """Return the workers that are in service, or booting for it, and not on their way out.
+
+        These are the ones that count: what a pool lacks is the difference to its target.
+        """
+        return [handle for handle in self.live() if not handle.condemned]
+
+    def usable(self) -> list[Handle]:
+        """Return the workers that are in service, fit for the next caller and not on their way out.
+
+        Leased ones are among them.
+        """
+        booting = S.STARTING
+        return [
+            handle
+            for handle in self.staying()
+            if handle.state is not booting and (handle.tainted is None or handle.worn_out)
+        ]
+
     def reserve(self) -> list[Handle]:
-        """Return the workers that are out of service, ready or booting, and well."""
+        """Return the workers that are out of service, ready or booting, and to stay."""
         ends = (S.STOPPING, S.LOST)
-        handles = tuple(self.handles.values())
-        return [handle for handle in handles if handle.reserve and handle.state not in ends]
+        handles = [handle for handle in tuple(self.handles.values()) if handle.reserve]
+        return [h for h in handles if h.state not in ends and not h.condemned]
 
     def count(self, *states: S) -> int:
         """Return how many workers are in one of these states (IDLE includes leased ones)."""
@@ -120,7 +142,7 @@ class Fleet:
     def hopeless(self) -> bool:
         """Whether no worker is there, and none will be until the breaker allows a trial."""
         breaker = self.breaker
-        nobody = not self.live() and not self.reserve()
+        nobody = not self.staying() and not self.reserve()
         return nobody and breaker is not None and breaker.retry_in > 0
 
     def served_ns(self, now: int) -> int:

@@ -32,7 +32,6 @@ class Row(NamedTuple):
     sweeps_lost: int = 0  # how many looks in a row found it neither idle nor leased
     leak_warned: bool = False
     terminated: bool = False  # has been sent SIGTERM
-    reserve: bool = False  # out of service
     worn: bool = False  # known to be so
     expires_ns: int = 0  # when it reaches its max_lifetime; 0: never
     rss_bytes: int = 0
@@ -81,10 +80,9 @@ def limits_of(config: "PoolConfig") -> Limits:
 class Action:
     """What to do about one worker. Two are equal when they are of one kind and say the same."""
 
-    def __init__(self, slot: int, reason: str = "", shrink: bool = False) -> None:
+    def __init__(self, slot: int, reason: str = "") -> None:
         self.slot = slot
         self.reason = reason
-        self.shrink = shrink
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.__dict__ == self.__dict__
@@ -93,8 +91,7 @@ class Action:
         return hash((type(self), self.slot, self.reason))
 
     def __repr__(self) -> str:
-        shrink = ", shrink=True" if self.shrink else ""
-        return f"{type(self).__name__}({self.slot}, {self.reason!r}{shrink})"
+        return f"{type(self).__name__}({self.slot}, {self.reason!r})"
 
 
 class Probe(Action):
@@ -117,13 +114,6 @@ class Terminate(Action):
     """Send SIGTERM to a worker that was asked to stop and did not."""
 
 
-class Retire(Action):
-    """Ask an idle worker to stop; no other is started for it.
-
-    With `shrink` it was one of the target, which sinks by one.
-    """
-
-
 class Revoke(Action):
     """Take the worker away from its lease."""
 
@@ -136,25 +126,14 @@ class Lost(Action):
     """Neither idle nor leased at this look. At the second look running it is revoked."""
 
 
-def plan(
-    rows: Sequence[Row],
-    now: int,
-    limits: Limits,
-    target: int,
-    floor: int,
-    last_shrink_ns: int = 0,
-) -> list[Action]:
-    """Return what to do about each worker, in the order of the rows.
-
-    `target` is how many workers are wanted now, `floor` how few `max_idle` may leave.
-    """
+def plan(rows: Sequence[Row], now: int, limits: Limits) -> list[Action]:
+    """Return what to do about each worker, in the order of the rows."""
     actions: list[Action] = []
     for row in rows:
         action = _plan_row(row, now, limits) or _plan_wear(row, now, limits)
         if action is not None:
             actions.append(action)
     actions += _plan_probes(rows, now, limits)
-    actions += _plan_shrinking(rows, now, limits, target, floor, last_shrink_ns)
     return actions
 
 
@@ -276,24 +255,3 @@ def _probe_after(row: Row, limits: Limits) -> int:
     if row.probe_failures:
         return min(limits.probe_every_ns, limits.probe_timeout_ns)
     return limits.probe_every_ns
-
-
-def _plan_shrinking(
-    rows: Sequence[Row], now: int, limits: Limits, target: int, floor: int, last_shrink_ns: int
-) -> list[Action]:
-    ends = (S.STOPPING, S.LOST)
-    live = [row for row in rows if row.state not in ends and not row.reserve]
-    idle = sorted(
-        (row for row in live if row.state is S.IDLE and row.idle), key=lambda row: row.since_ns
-    )
-    surplus = len(live) - target
-    if surplus > 0:
-        over = [row for row in idle if now - row.since_ns > limits.overflow_idle_ns]
-        return [Retire(row.slot, "overflow no longer needed") for row in over[:surplus]]
-    if limits.max_idle_ns is None or target <= floor or not idle:
-        return []
-    if any(row.state is S.STARTING for row in live):
-        return []  # it was wanted a moment ago
-    if now - idle[0].since_ns > limits.max_idle_ns and now - last_shrink_ns > limits.max_idle_ns:
-        return [Retire(idle[0].slot, "idle for max_idle", shrink=True)]
-    return []

@@ -108,7 +108,7 @@ class Manager:
             line = list(self.turnstile.waiters)  # in the order in which they joined it
             if waiter.ticket in line[self.config.max_waiting :]:
                 raise Crowded
-        if self.staff.may_grow:
+        if self.staff.may_grow and waiter.wants is None:  # else no new worker could serve it
             self.bell.ring()
 
     def wish(self) -> None:
@@ -230,7 +230,7 @@ class Manager:
             dues.append(self._close_by - now)
             dues.append(self._close_by + _LAST_GRACE - now)
         busy = self._acted or backoff or self.closing or self.staff.raise_at > now
-        if not busy and len(self.fleet.live()) >= self.staff.target:
+        if not busy and len(self.fleet.staying()) >= self.staff.target:
             self._quiet_seen = seen
             self._quiet_until = health.quiet_until(
                 rows, now_ns, self._limits, self.staff.last_shrink_ns
@@ -276,7 +276,7 @@ class Manager:
             self.care.take_back(self._refused.popleft())
         self._look()
         if self._close_by is None:
-            self.staff.reconcile()
+            self._acted = self.staff.reconcile() or self._acted
             if self.turnstile.waiters and self.fleet.hopeless:
                 self.turnstile.dismiss(None)
         else:
@@ -305,14 +305,7 @@ class Manager:
         """
         now, now_ns = time.monotonic(), time.monotonic_ns()
         sweep = now - self._last_look >= self.config.tick
-        actions = health.plan(
-            self._rows(sweep),
-            now_ns,
-            self._limits,
-            self.staff.target,
-            self.staff.floor,
-            self.staff.last_shrink_ns,
-        )
+        actions = health.plan(self._rows(sweep), now_ns, self._limits)
         for action in actions:
             handle = self.fleet.handles[action.slot]
             if isinstance(action, health.Lost):
@@ -373,11 +366,6 @@ class Manager:
         elif isinstance(action, health.Terminate):
             handle.terminated = True
             handle.kill(15)
-        elif isinstance(action, health.Retire):
-            if self.turnstile.claim(handle.slot, handle):
-                self.staff.retired(action.shrink)
-                handle.tainted = action.reason
-                self.care.retire(handle)
         elif isinstance(action, health.Revoke):
             self.care.revoke(handle, action.reason)
         elif isinstance(action, health.WarnLeak):
@@ -455,7 +443,6 @@ def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
         sweeps_lost=handle.sweeps_lost if same_loss else 0,
         leak_warned=handle.leak_warned,
         terminated=handle.terminated,
-        reserve=handle.reserve,
         worn=handle.worn is not None,
         expires_ns=handle.expires_ns,
         # A busy worker cannot say it itself.

@@ -9,7 +9,7 @@ from . import wire
 from .desk import Desk
 from .handle import Handle
 from .manager import Manager
-from .reserve import nearly_used_up
+from .sizing import nearly_used_up
 
 
 class TallyDesk(Desk):

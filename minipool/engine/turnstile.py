@@ -204,6 +204,7 @@ class Turnstile:
             return True
         waiter.wants = None
         self.pump()
+        self._on_queue(waiter)  # any slot would do now, so that a new one would help
         return False
 
     def _outcome(self, waiter: Waiter) -> Token | None:
@@ -279,6 +280,14 @@ class Turnstile:
                 return next(iter(self.idle.items()), None)
             except RuntimeError:
                 continue  # another thread changed the dict under `iter`
+
+    def general_waiters(self) -> int:
+        """Count the waiters that any slot would do for."""
+        found: List[int] = []
+        for ticket, waiter in self.waiters.copy().items():
+            if waiter.wants is None:
+                found.append(ticket)
+        return len(found)
 
     def dismiss(self, wants: Any) -> None:
         """Wake who waits for a slot that is no more, with Closed."""

@@ -94,7 +94,7 @@ def read(pool: Pool[Any]) -> Reading:
         return _EMPTY._replace(status="closed" if pool.closed else "new", **common)
     desk.check_process()
     manager, fleet = desk.manager, desk.manager.fleet
-    now = manager.closed_ns or now
+    now, wish = manager.closed_ns or now, manager.staff.wish
     handles = [handle for _, handle in sorted(fleet.handles.copy().items())]
     rows = fleet.counted_rows()
     waits, calls = t.histograms(rows)
@@ -104,10 +104,10 @@ def read(pool: Pool[Any]) -> Reading:
     return Reading(
         **common,
         status="closed" if manager.done else "closing" if manager.closing else "open",
-        pool_size=manager.staff.target,
-        min_size=manager.staff.floor,
-        max_size=manager.staff.ceiling,
-        overflow=manager.staff.overflow,
+        pool_size=wish.target,
+        min_size=wish.floor,
+        max_size=wish.ceiling,
+        overflow=wish.overflow,
         workers=tuple([_worker(handle, now) for handle in handles]),
         queue_depth=len(manager.turnstile.waiters),
         active_sessions=len(pool._sessions),
