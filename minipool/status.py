@@ -204,15 +204,21 @@ def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:
     return min(1.0, leased / served) if served else 0.0
 
 
-def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> HealthReport:
-    """Judge a pool: unhealthy if it cannot serve, degraded if it serves but not as it should."""
+def health_report(
+    config: PoolConfig, desk: Desk | None, closed: bool, failure: BaseException | None
+) -> HealthReport:
+    """Judge a pool: unhealthy if it cannot serve, degraded if it serves but not as it should.
+
+    `failure` is why its last opening failed.
+    """
+    why = () if failure is None else (f"it could not start: {failure}",)
     if desk is None:
         state = "closed" if closed else "not open"
-        return HealthReport("unhealthy", (f"{config.name} is {state}",), ())
+        return HealthReport("unhealthy", (f"{config.name} is {state}", *why), ())
     manager, fleet = desk.manager, desk.manager.fleet
     infos = tuple(worker_info(fleet.handles[slot]) for slot in sorted(fleet.handles))
     if manager.closing:
-        return HealthReport("unhealthy", (f"{config.name} is closed",), infos)
+        return HealthReport("unhealthy", (f"{config.name} is closed", *why), infos)
     serving, target = len(fleet.usable()), manager.staff.target
     reasons = [
         f"worker {info.worker_id} failed {info.probe_failures} health checks in a row"

@@ -15,7 +15,7 @@ import warnings
 import weakref
 from typing import Any
 
-from ..errors import CheckoutTimeout, PoolClosed, PoolForked, TooManyWaiters
+from ..errors import CheckoutTimeout, PoolClosed, PoolForked, PoolStartError, TooManyWaiters
 from ..telemetry import logger
 from . import table as t
 from . import wire
@@ -363,10 +363,11 @@ class Desk:
     def check_open(self) -> None:
         """Raise the error that tells why nothing can be had, if the pool is not open."""
         self.check_process()
-        if self.manager.closing:
-            raise PoolClosed(
-                f"{self.config.name} is closed; a pool does not reopen: make a new one"
-            )
+        manager = self.manager
+        if manager.closing:
+            if manager.failure is not None and not manager.for_good:
+                raise could_not_start(self.config.name, manager.failure, AGAIN)
+            raise closed_error(self.config.name, manager.failure)
 
     def _check_circuit(self) -> None:
         fleet = self.manager.fleet
@@ -388,16 +389,37 @@ class Desk:
         leased = [handle for handle in live if handle.live_lease is not None]
         mine = sum(handle.thread == _get_ident() for handle in leased)
         starting = sum(handle.state is S.STARTING for handle in live)
+        leaving = sum(handle.condemned for handle in live)
         waiting = len(self._turnstile.waiters)
         error = CheckoutTimeout(
             f"no worker of {self.config.name} came free within {timeout} s (size {size}, leased "
-            f"{len(leased)}, starting {starting}, waiting {waiting}{_nested(mine)}); raise `size` "
-            f"or `checkout_timeout`, or look for a lease that is never given back",
+            f"{len(leased)}{_leaving(leaving)}, starting {starting}, waiting "
+            f"{waiting}{_nested(mine)}); raise `size` or `checkout_timeout`, or look for a lease "
+            f"that is never given back",
             timeout=timeout, waited=waited, size=size, leased=len(leased),
             waiting=waiting, held_by_this_thread=mine,
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure
         return error
+
+
+AGAIN, ANEW = "the next use tries again", "open a new pool"
+
+
+def could_not_start(name: str | None, failure: BaseException, what_then: str) -> PoolStartError:
+    """Return the error that tells why a pool is not open; a new one for each caller."""
+    error = PoolStartError(f"{name} could not start: {failure}; correct that; {what_then}")
+    error.__cause__ = failure.__cause__ or failure
+    return error
+
+
+def closed_error(name: str | None, failure: BaseException | None) -> PoolClosed:
+    """Return the error that tells that a pool is closed, and why, if it could not start."""
+    why = "" if failure is None else f", because it could not start: {failure}"
+    error = PoolClosed(f"{name} is closed{why}; a pool does not reopen: make a new one")
+    if failure is not None:
+        error.__cause__ = failure.__cause__ or failure
+    return error
 
 
 def _dropped(desk: weakref.ref[Desk], lease: weakref.ref[Any]) -> None:
@@ -408,6 +430,10 @@ def _dropped(desk: weakref.ref[Desk], lease: weakref.ref[Any]) -> None:
 
 def _warmth(handle: Handle) -> tuple[bool, int]:
     return bool(handle.sessions), handle.session_ended_ns
+
+
+def _leaving(count: int) -> str:
+    return f" ({count} of them on their way out)" if count else ""
 
 
 def _nested(mine: int) -> str:

@@ -7,11 +7,12 @@ worker keeps its slot until its process is gone, because the row has one writer 
 from __future__ import annotations
 
 import collections
+import errno
 import functools
 import random
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple
 
 from ..backoff import Backoff
 from ..breaker import CLOSED, CircuitBreaker, Permit
@@ -33,7 +34,21 @@ MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never re
 REMEMBERED = 100  # deaths
 LIFETIME_JITTER = 0.1  # of max_lifetime, either way: who was born together shall not end so
 STRUCK_PAUSE = 0.2  # seconds at most before the next start, after one that was struck down
+MANY = 5  # failed starts in a row, after which it is no chance any more
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
+_SCARCE = (
+    errno.EAGAIN,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+)  # and may be there a moment later
+
+
+class Verdict(NamedTuple):
+    """The last failed start that says that the next one will fail as well."""
+
+    at: float  #: monotonic
+    left: int  #: workers that were ready, or still booting, all the same; 0: nothing is tried
 
 
 class Fleet:
@@ -45,6 +60,7 @@ class Fleet:
         config: PoolConfig,
         hooks: Hooks,
         jitter: Callable[[], float] = random.random,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self.handles: dict[int, Handle] = {}
         self.table = t.Table(config.name or "", portable=launcher.portable)
@@ -57,8 +73,9 @@ class Fleet:
         self.retired = 0  # workers that ended because they were told to
         self.start_failures = 0  # in all
         self.backoff = Backoff(random=jitter)
-        self.breaker: CircuitBreaker | None = _breaker(config)
+        self.breaker = breaker or _breaker(config)
         self.last_failure: BaseException | None = None
+        self.verdict: Verdict | None = None
         self.not_before = 0.0  # monotonic: no start sooner than this
         self._launcher = launcher
         self._config = config
@@ -360,6 +377,18 @@ class Fleet:
         self._hooks.emit("error", {}, kind="start", error=self.last_failure, worker_id=slot)
         if permit is not None and alone and not struck:
             permit.failed(self.last_failure)
+        self._judge(handle, exitcode, cause)
+
+    def _judge(
+        self, handle: Handle | None, exitcode: int | None, cause: BaseException | None
+    ) -> None:
+        """Note whether a failed start says what will come of the next one."""
+        given_up = self.backoff.failures >= MANY
+        if self.breaker is not None and self.breaker.retry_in > 0:
+            given_up = True
+        if given_up or not _by_chance(handle, exitcode, cause):
+            left = [other for other in self.staying() if other is not handle]
+            self.verdict = Verdict(time.monotonic(), 0 if given_up else len(left))
 
     # -- end ---------------------------------------------------------------------------------
 
@@ -391,6 +420,19 @@ def _struck(handle: Handle, exitcode: int | None) -> bool:
     """Tell whether somebody killed a worker who is neither the pool nor the kernel."""
     ours = handle.killed_for is not None or handle.process.starved
     return not ours and signal_name(exitcode) in ("SIGKILL", "SIGTERM")
+
+
+def _by_chance(handle: Handle | None, exitcode: int | None, cause: BaseException | None) -> bool:
+    """Tell whether a start that failed may well succeed if it is tried again.
+
+    One that a signal of somebody else ended, or for which the system lacked something. Not one
+    whose class or preload raised, that left by itself, or that was not ready in time.
+    """
+    if handle is None:
+        return isinstance(cause, OSError) and cause.errno in _SCARCE
+    if handle.start_error is not None or handle.killed_for is not None:
+        return False
+    return handle.ready_ns > 0 or exitcode is None or exitcode < 0
 
 
 def _start_error(

@@ -18,7 +18,6 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..breaker import CLOSED, CircuitBreaker
-from ..errors import PoolStartError
 from ..telemetry import Hooks, logger
 from . import health
 from . import table as t
@@ -48,12 +47,18 @@ class Crowded(Exception):
 class Manager:
     """The thread, and what others ask of it: to do an order, to be waited for, to close."""
 
-    def __init__(self, launcher: Launcher, config: PoolConfig, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        config: PoolConfig,
+        hooks: Hooks,
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
         self.config = config
         self.hooks = hooks
         self.bell = Bell()
         self.turnstile = Turnstile(config.strategy, self._queued, self.refused)
-        self.fleet = Fleet(launcher, config, hooks)
+        self.fleet = Fleet(launcher, config, hooks, breaker=breaker)
         self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)
         if self.fleet.breaker is not None:
@@ -63,6 +68,8 @@ class Manager:
         self.lines: list[weakref.ref[Turnstile]] = []
         self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
         self.done = False  # everything has ended
+        self.failure: BaseException | None = None  # why it was given up: no worker could be started
+        self.for_good = True  # its end is the pool's; False: the pool may be opened again
         self.at_end: Callable[[], object] = bool  # called once, when it has
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
@@ -412,19 +419,15 @@ class Manager:
         OOM_KILLS.end()
         self.at_end()
         self.done = True
-        uptime = (self.closed_ns - self.opened_ns) / 1e9
-        self.hooks.emit("pool.terminate", {"uptime": uptime})
+        if self.for_good:
+            uptime = (self.closed_ns - self.opened_ns) / 1e9
+            self.hooks.emit("pool.terminate", {"uptime": uptime})
 
-    def start_error(self) -> PoolStartError | None:
-        """Return the error that tells why no worker is there, if starting them has failed."""
-        failure = self.fleet.last_failure
-        if failure is None:
-            return None
-        error = PoolStartError(
-            f"{self.config.name} could not start: {failure}; correct that and open a new pool"
-        )
-        error.__cause__ = failure.__cause__ or failure
-        return error
+    def give_up(self, failure: BaseException, for_good: bool) -> None:
+        """End everything now, because no worker could be started: whoever waits is told why."""
+        self.for_good = for_good or (self.failure is not None and self.for_good)
+        self.failure = failure  # before anybody is woken
+        self.close(0.0, kill=True)
 
 
 def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
