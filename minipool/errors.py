@@ -70,7 +70,7 @@ class TooManyWaiters(PoolError):
 
 
 class PoolClosed(PoolError):
-    """The pool is closed, closing, or was never opened (the text says which)."""
+    """The pool is closed, or closing. If it could not start, the cause says why."""
 
 
 class PoolForked(PoolError):
@@ -80,7 +80,11 @@ class PoolForked(PoolError):
 
 
 class PoolStartError(PoolError):
-    """The pool could not start its workers and is closed again; the cause says why."""
+    """The pool could not start its workers; the cause says why.
+
+    After `open()` or `with` it is closed. A pool that could not be opened for its first use is not:
+    the next use tries again.
+    """
 
 
 class CircuitOpen(PoolError):

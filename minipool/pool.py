@@ -34,9 +34,10 @@ class Pool(Inspection, Generic[W]):
     makes one object of it, with `args` and `kwargs`, and keeps it. Without a worker the pool runs
     plain functions. All `options` are those of `PoolConfig`.
 
-    The constructor starts nothing; `with`, `open()` or the first use does. A closed pool does not
-    reopen. Every method may be called from any thread, and from signal handlers; none from a
-    forked child, where each raises PoolForked.
+    The constructor starts nothing; `with`, `open()` or the first use does. A pool that could not
+    be opened for its first use may be used again; one that was closed does not reopen. Every method
+    may be called from any thread, and from signal handlers; none from a forked child, where each
+    raises PoolForked.
 
     Raises:
         ConfigError: an option is wrong, or `worker` could not be made in another process.
@@ -120,7 +121,9 @@ class Pool(Inspection, Generic[W]):
             SessionNotFound: there is no such session, and `strict_sessions` is set.
             SessionLost: with "strict" affinity, its worker is gone. Check out again.
             SessionError: the store refused, or there are too many sessions, all in use.
-            PoolStartError: this was the first use, and the pool could not be opened.
+            PoolStartError: this was the first use, or came while that was under way, and the pool
+                could not be opened. It stays unopened: the next use tries again.
+            CircuitOpen: no worker is there, and starting them failed too often to be tried now.
         """
         desk = self._desk
         if desk is None:

@@ -64,4 +64,4 @@ class Autoscaler:
                 pool.resize(decision.resize_to, gentle=True)
         if decision.overflow is not None:
             manager, overflow = pool._desk.manager, decision.overflow
-            manager.order(lambda: manager.staff.allow_overflow(overflow))
+            manager.command(lambda: manager.staff.allow_overflow(overflow))
