@@ -15,6 +15,7 @@ configuration is only its first value.
 """
 
 # The types are no text here, as `typing` would compile that of every field at every import.
+import operator
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from .states import WorkerState as S
@@ -129,6 +130,9 @@ def plan(situation: Situation) -> Plan:
     )
 
 
+_IDLE_NS = operator.attrgetter("idle_ns")
+
+
 class _Draft:
     """A plan in the making: each step sees the workers as the steps before will leave them."""
 
@@ -145,35 +149,41 @@ class _Draft:
         self.set_aside: List[Member] = []  # worn, in the reserve
         self.probed = self.booting = self.stopping = 0
         for member in situation.members:
-            self._sort(member)
+            state = member.state
+            if state is S.STARTING:
+                self.booting += 1
+            elif state is S.STOPPING or state is S.LOST:
+                self.stopping += state is S.STOPPING
+                continue
+            if member.leaving:
+                continue
+            if member.reserve:
+                self._stand_by(member)
+            else:
+                self.service.append(member)
         self.wanted = self.wish.target
 
-    def _sort(self, member: Member) -> None:
-        state = member.state
-        self.booting += state is S.STARTING
-        self.stopping += state is S.STOPPING
-        if member.leaving or state in (S.STOPPING, S.LOST):
-            return
-        if not member.reserve:
-            self.service.append(member)
-        elif member.worn:
-            if state is S.SPARE:
+    def _stand_by(self, member: Member) -> None:
+        if member.worn:
+            if member.state is S.SPARE:
                 self.set_aside.append(member)
-        elif state is S.SPARE:
+        elif member.state is S.SPARE:
             self.ready.append(member)
-        elif state is S.STARTING:
+        elif member.state is S.STARTING:
             self.raised.append(member)
         else:
             self.probed += 1
 
     @property
     def _starting(self) -> int:
-        return sum(member.state is S.STARTING for member in self.service)
+        booting = S.STARTING
+        return len([1 for member in self.service if member.state is booting])
 
     def _idle(self) -> List[Member]:
         """Return the workers that nobody has, the longest idle first."""
-        idle = [member for member in self.service if member.state is S.IDLE and member.idle]
-        return sorted(idle, key=lambda member: -member.idle_ns)
+        idle = [member for member in self.service if member.idle]
+        idle.sort(key=_IDLE_NS, reverse=True)
+        return idle
 
     def _dismiss(self, members: Sequence[Member], letting: LetGo) -> None:
         gone = {member.slot for member in members}
@@ -199,18 +209,19 @@ class _Draft:
 
     def shrink(self) -> None:
         """Let go what has been idle for too long."""
-        given, wish, idle = self.given, self.wish, self._idle()
+        given, wish = self.given, self.wish
         surplus = len(self.service) - wish.target
         if given.waiting or given.resize is not None:
             return
         if surplus > 0:
-            over = [member for member in idle if member.idle_ns > given.overflow_idle_ns]
+            over = [member for member in self._idle() if member.idle_ns > given.overflow_idle_ns]
             self._dismiss(over[:surplus], LetGo(0, "overflow no longer needed", if_idle=True))
             return
         longest = given.max_idle_ns
-        if longest is None or wish.target <= wish.floor or not idle or self._starting:
+        if longest is None or wish.target <= wish.floor or self._starting:
             return  # who is starting was wanted a moment ago
-        if idle[0].idle_ns > longest and given.since_change_ns > longest:
+        idle = self._idle()
+        if idle and idle[0].idle_ns > longest and given.since_change_ns > longest:
             self._dismiss(idle[:1], LetGo(0, "idle for max_idle", if_idle=True, shrink=True))
 
     # -- more --------------------------------------------------------------------------------
@@ -218,9 +229,11 @@ class _Draft:
     def grow(self) -> None:
         """Raise the number wanted by what the line asks for."""
         given, wish = self.given, self.wish
+        self.wanted = wish.target - sum(letting.shrink for letting in self.let_go)
+        if not (given.waiting or given.asked):
+            return
         living, starting = len(self.service), self._starting
         idle = len(self._idle())  # those in the line are about to get them
-        self.wanted = wish.target - sum(letting.shrink for letting in self.let_go)
         unmet = max(given.waiting, given.asked) - idle
         if unmet > starting and wish.target < wish.full:
             target = max(wish.target, living - starting + unmet)
@@ -267,11 +280,13 @@ class _Draft:
         return len(self._worn()) + self._soon_used_up()
 
     def _soon_used_up(self) -> int:
-        return sum(member.nearly_used_up and not member.worn for member in self.service)
+        return len([1 for member in self.service if member.nearly_used_up and not member.worn])
 
     def exchange(self) -> None:
         """Take one worn worker out of service for each stand-in that is ready. Spares stay."""
         worn = self._worn()
+        if not worn:
+            return
         staying = [member for member in worn if not member.unfit]
         promised = len(worn) - len(staying)  # to those that go when they are given back
         free = len(self.ready) - self.given.spares - self._soon_used_up() - promised

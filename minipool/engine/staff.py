@@ -82,8 +82,9 @@ class Staff:
 
     def reconcile(self) -> bool:
         """Fill, exchange, retire and start what there is a cause for; tell if there was any."""
-        for handle in self._fleet.live():  # dismissed in the moment it was given back?
-            if handle.tainted is not None and self._turnstile.claim(handle.slot, handle):
+        for slot, handle in self._turnstile.idle.copy().items():
+            # Dismissed in the moment it was given back?
+            if handle.tainted is not None and self._turnstile.claim(slot, handle):
                 self._care.take_back(handle)
         return self._adjust()
 
@@ -99,7 +100,7 @@ class Staff:
 
     def _situation(self, resize: int | None, gentle: bool) -> Situation:
         fleet, now_ns, now = self._fleet, time.monotonic_ns(), time.monotonic()
-        members = [self._member(handle, now_ns) for handle in tuple(fleet.handles.values())]
+        members = self._members(now_ns)
         self.may_grow = len(fleet.staying()) < self.wish.most
         waiting = self._turnstile.general_waiters()  # after that: who queues sees it, or is seen
         asked, self.wished = self.wished, False
@@ -122,22 +123,28 @@ class Staff:
             since_change_ns=now_ns - self.last_shrink_ns,
         )
 
-    def _member(self, handle: Handle, now_ns: int) -> Member:
-        idle = handle.state is S.IDLE and handle.slot in self._turnstile.idle
-        most = self._config.max_calls
-        return Member(
-            slot=handle.slot,
-            state=handle.state,
-            idle=idle,
-            idle_ns=now_ns - handle.idle_since_ns if idle else 0,
-            reserve=handle.reserve,
-            leaving=handle.condemned,
-            unfit=handle.tainted is not None,
-            worn=handle.worn is not None,
-            used_up=most is not None and handle.calls_sent >= most,
-            nearly_used_up=self._soon is not None and handle.calls_sent >= self._soon,
-            warm=bool(handle.sessions),
-        )
+    def _members(self, now_ns: int) -> list[Member]:
+        """Return what the plan is to know of each worker. Called on every turn, so it is brief."""
+        free, most, soon = self._turnstile.idle, self._config.max_calls, self._soon
+        members = []
+        for slot, handle in tuple(self._fleet.handles.items()):
+            idle = handle.state is S.IDLE and slot in free
+            members.append(
+                Member(
+                    slot,
+                    handle.state,
+                    idle,
+                    now_ns - handle.idle_since_ns if idle else 0,
+                    handle.reserve,
+                    handle.condemned,
+                    handle.tainted is not None,
+                    handle.worn is not None,
+                    most is not None and handle.calls_sent >= most,
+                    soon is not None and handle.calls_sent >= soon,
+                    bool(handle.sessions),
+                )
+            )
+        return members
 
     def _carry_out(self, decided: Plan) -> bool:
         """Take the steps of a plan. What a caller was faster at is planned anew, a turn later."""
