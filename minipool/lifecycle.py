@@ -69,9 +69,9 @@ class Lifecycle:
 
     def _check_count(self, workers: int | None) -> None:
         config, desk = self.config, self._desk
-        most = (config.max_size or 0) + config.max_overflow
+        most = config.max_size or 0
         if desk is not None:
-            most = desk.manager.staff.wish.most
+            most = desk.manager.staff.wish.ceiling
         if workers is None:
             return
         if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= most:

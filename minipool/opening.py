@@ -96,10 +96,7 @@ def wait_started(desk: Desk, count: int, since: float) -> BaseException | None:
     desk.check_open()
     if enough:
         return None
-    fleet = manager.fleet
-    if fleet.last_failure is None and fleet.breaker is not None and fleet.breaker.retry_in > 0:
-        return fleet.breaker.error(f"no worker of {desk.config.name} was started")
-    return fleet.last_failure or WorkerStartError(
+    return _why_lost(manager, since) or WorkerStartError(
         f"{ready_count(manager)} of {count} workers became ready within {timeout} s; raise "
         f"`init_timeout`"
     )
@@ -107,12 +104,19 @@ def wait_started(desk: Desk, count: int, since: float) -> BaseException | None:
 
 def _lost(manager: Manager, needed: int, since: float) -> bool:
     """Tell whether so many workers are not to be hoped for."""
-    fleet = manager.fleet
-    verdict, breaker = fleet.verdict, fleet.breaker
+    verdict = manager.fleet.verdict
     if verdict is not None and verdict.at >= since:
-        return verdict.left < needed
-    nobody = not fleet.staying() and not fleet.reserve()
-    return nobody and breaker is not None and breaker.retry_in > 0
+        return verdict.hope(manager.staff.target) < needed
+    return manager.fleet.hopeless
+
+
+def _why_lost(manager: Manager, since: float) -> BaseException | None:
+    fleet = manager.fleet
+    if fleet.verdict is not None and fleet.verdict.at >= since:
+        return fleet.verdict.failure
+    if fleet.last_failure is None and fleet.breaker is not None and fleet.hopeless:
+        return fleet.breaker.error(f"no worker of {manager.config.name} was started")
+    return fleet.last_failure
 
 
 def give_up(desk: Desk, failure: BaseException, then: Callable[[], object]) -> None:

@@ -92,6 +92,18 @@ def test_opening_with_fewer_waits_while_enough_may_still_come(tmp_path: Path, ga
     pool.close()
 
 
+def test_opening_with_fewer_counts_on_those_that_have_not_been_started(
+    tmp_path: Path, gate: Gate
+) -> None:
+    """One of the first batch has raised; the batch is smaller than what is waited for."""
+    args = (str(tmp_path / "first"), gate.path)
+    pool = Pool(AllButOne, args=args, size=4, startup_batch=1, init_timeout=None)
+    gate.open(4)
+    pool.open(workers=3)
+    assert pool.stats().start_failures == 1 and pool.stats().idle >= 3
+    pool.close()
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_deaths_by_signal_are_tried_again_while_opening(tmp_path: Path, size: int) -> None:
     with Pool(FailsSoOften, args=(str(tmp_path / "tries"), 2, "dies"), size=size) as pool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import errno
 import functools
+import math
 import random
 import time
 import weakref
@@ -48,7 +49,13 @@ class Verdict(NamedTuple):
     """The last failed start that says that the next one will fail as well."""
 
     at: float  #: monotonic
-    left: int  #: workers that were ready, or still booting, all the same; 0: nothing is tried
+    failure: WorkerStartError
+    left: int  #: workers that were ready, or still booting, all the same
+    tried: float  #: how many had been started by then; infinity: no other is worth a try
+
+    def hope(self, target: int) -> int:
+        """Return how many of `target` workers there may be nevertheless."""
+        return self.left + int(max(0, target - self.tried))
 
 
 class Fleet:
@@ -373,28 +380,35 @@ class Fleet:
         self.start_failures += 1
         self._failed_ns = now
         self.not_before = time.monotonic() + self._pause
-        self.last_failure = _start_error(slot, exitcode, cause, handle)
-        self._hooks.emit("error", {}, kind="start", error=self.last_failure, worker_id=slot)
+        failure = self.last_failure = _start_error(slot, exitcode, cause, handle)
+        self._hooks.emit("error", {}, kind="start", error=failure, worker_id=slot)
         if permit is not None and alone and not struck:
-            permit.failed(self.last_failure)
-        self._judge(handle, exitcode, cause)
+            permit.failed(failure)
+        self._judge(handle, exitcode, cause, failure)
 
     def _judge(
-        self, handle: Handle | None, exitcode: int | None, cause: BaseException | None
+        self,
+        handle: Handle | None,
+        exitcode: int | None,
+        cause: BaseException | None,
+        failure: WorkerStartError,
     ) -> None:
         """Note whether a failed start says what will come of the next one."""
         given_up = self.backoff.failures >= MANY
         if self.breaker is not None and self.breaker.retry_in > 0:
             given_up = True
         if given_up or not _by_chance(handle, exitcode, cause):
-            left = [other for other in self.staying() if other is not handle]
-            self.verdict = Verdict(time.monotonic(), 0 if given_up else len(left))
+            left = 0 if given_up else len(self.staying())
+            tried = math.inf if given_up else self._generation
+            self.verdict = Verdict(time.monotonic(), failure, left, tried)
 
     # -- end ---------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give back the shared memory. What was counted stays readable."""
-        for failure in (self.last_failure, None if self.breaker is None else self.breaker.cause):
+        cause = None if self.breaker is None else self.breaker.cause
+        verdict = None if self.verdict is None else self.verdict.failure
+        for failure in (self.last_failure, cause, verdict):
             while failure is not None:
                 failure.__traceback__ = None  # its frames hold a row, and that the memory
                 failure = failure.__cause__
