@@ -13,7 +13,7 @@ ROOMS = [
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.portable",
     "engine.workerend", "engine.conversation", "engine.baggage", "engine.voice",
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health", "engine.sizing",
-    "engine.oom", "engine.process", "engine.inquest", "engine.handle", "engine.laden",
+    "engine.oom", "engine.process", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
     "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",
     "engine.fleet", "engine.care", "engine.staff", "engine.manager",
     "engine.desk", "engine.tally",

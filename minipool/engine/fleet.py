@@ -7,13 +7,12 @@ worker keeps its slot until its process is gone, because the row has one writer 
 from __future__ import annotations
 
 import collections
-import errno
 import functools
 import math
 import random
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from ..backoff import Backoff
 from ..breaker import CLOSED, CircuitBreaker, Permit
@@ -26,6 +25,7 @@ from .inquest import Death, hold, reason_of
 from .launch import Launcher
 from .process import describe_exit, signal_name
 from .states import WorkerState as S
+from .verdict import MANY, Verdict, by_chance
 
 if TYPE_CHECKING:
     from ..config import PoolConfig
@@ -35,27 +35,7 @@ MIN_UPTIME_NS = SECOND_NS  # a worker that ends sooner, without a call, never re
 REMEMBERED = 100  # deaths
 LIFETIME_JITTER = 0.1  # of max_lifetime, either way: who was born together shall not end so
 STRUCK_PAUSE = 0.2  # seconds at most before the next start, after one that was struck down
-MANY = 5  # failed starts in a row, after which it is no chance any more
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
-_SCARCE = (
-    errno.EAGAIN,
-    errno.ENOMEM,
-    errno.EMFILE,
-    errno.ENFILE,
-)  # and may be there a moment later
-
-
-class Verdict(NamedTuple):
-    """The last failed start that says that the next one will fail as well."""
-
-    at: float  #: monotonic
-    failure: WorkerStartError
-    left: int  #: workers that were ready, or still booting, all the same
-    tried: float  #: how many had been started by then; infinity: no other is worth a try
-
-    def hope(self, target: int) -> int:
-        """Return how many of `target` workers there may be nevertheless."""
-        return self.left + int(max(0, target - self.tried))
 
 
 class Fleet:
@@ -397,7 +377,7 @@ class Fleet:
         given_up = self.backoff.failures >= MANY
         if self.breaker is not None and self.breaker.retry_in > 0:
             given_up = True
-        if given_up or not _by_chance(handle, exitcode, cause):
+        if given_up or not by_chance(handle, exitcode, cause):
             left = 0 if given_up else len(self.staying())
             tried = math.inf if given_up else self._generation
             self.verdict = Verdict(time.monotonic(), failure, left, tried)
@@ -434,19 +414,6 @@ def _struck(handle: Handle, exitcode: int | None) -> bool:
     """Tell whether somebody killed a worker who is neither the pool nor the kernel."""
     ours = handle.killed_for is not None or handle.process.starved
     return not ours and signal_name(exitcode) in ("SIGKILL", "SIGTERM")
-
-
-def _by_chance(handle: Handle | None, exitcode: int | None, cause: BaseException | None) -> bool:
-    """Tell whether a start that failed may well succeed if it is tried again.
-
-    One that a signal of somebody else ended, or for which the system lacked something. Not one
-    whose class or preload raised, that left by itself, or that was not ready in time.
-    """
-    if handle is None:
-        return isinstance(cause, OSError) and cause.errno in _SCARCE
-    if handle.start_error is not None or handle.killed_for is not None:
-        return False
-    return handle.ready_ns > 0 or exitcode is None or exitcode < 0
 
 
 def _start_error(
