@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 ROOMS = [
     "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.portable",
-    "engine.workerend", "engine.conversation", "engine.baggage", "engine.voice",
+    "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health",
     "engine.oom", "engine.process", "engine.inquest", "engine.handle", "engine.laden",
     "engine.launch", "engine.turnstile", "engine.bell", "engine.teller", "engine.scribe",

@@ -64,6 +64,8 @@ class Care:
         if frame is None:
             return None
         call_id, status, body = frame
+        if handle.channel.unsent and status != wire.START_FAILED:
+            return self.condemn(handle, "it answered before it had read what it was sent")
         if handle.state is S.STARTING:
             if status == wire.READY:
                 return self._ready(handle)
@@ -73,6 +75,13 @@ class Care:
         elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
             return self._probed(handle, status == wire.RETURNED)
         self.condemn(handle, "it sent what was not asked for")
+
+    def send_rest(self, handle: Handle) -> None:
+        """Send more of what a worker was not able to take at once."""
+        try:
+            handle.channel.flush()
+        except PeerGone:
+            self._hung_up(handle)
 
     def _hung_up(self, handle: Handle) -> None:
         """Give a worker whose pipe has ended a moment to end by itself: its exit code tells why."""
@@ -141,6 +150,8 @@ class Care:
         if handle.reserve:
             return self.set_aside(handle)
         self._turnstile.publish(handle.slot, handle)
+        if handle.sessions_over:  # whoever waited has it first
+            self.probe(handle)
 
     def count_failure(self, handle: Handle) -> None:
         """Count a probe that got no answer in time; its worker is given the same time again."""

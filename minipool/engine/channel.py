@@ -11,6 +11,7 @@ and its worker is replaced.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
@@ -160,6 +161,8 @@ class FastEnd(End):
         self._set_timeout(None)
         self._most = SHORT  # bytes to read at once
         self._narrow = True
+        #: What the manager has posted and the pipe has not taken yet.
+        self.unsent: collections.deque[memoryview] = collections.deque()
 
     def _set_timeout(self, timeout: float | None) -> None:
         self._timeout = timeout
@@ -211,17 +214,47 @@ class FastEnd(End):
         self._expect_no_more()
         return reply
 
-    def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
-        """Send a small request without a name, without waiting for anything.
+    @property
+    def out(self) -> int:
+        """The descriptor that `flush` writes to."""
+        return self._out
+
+    def post(self, call_id: int, kind: int, *parts: bytes) -> None:
+        """Send a request without a name as far as the pipe takes it now; `flush` sends the rest.
+
+        By the manager, to a worker that it owns: nobody may call it before all is sent.
 
         Raises:
-            PeerGone: the worker is dead, or has not read what was sent before.
+            PeerGone: the worker is dead.
         """
-        try:
-            size = _REQUEST_HEADER + len(body)
-            os.write(self._out, _pack_request(size, call_id, kind, 0) + body)
-        except OSError:
-            raise PeerGone from None
+        size = _REQUEST_HEADER + sum(map(len, parts))
+        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
+        frame = (length + _pack_request(0, call_id, kind, 0)[4:], *parts)
+        if size <= SMALL:
+            frame = (b"".join(frame),)
+        self.unsent.extend(memoryview(part) for part in frame if part)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is left of what was posted, as far as the pipe takes it. Never waits.
+
+        Raises:
+            PeerGone: the worker is dead; nothing is left.
+        """
+        while self.unsent:
+            part = self.unsent[0]
+            try:
+                rest = part[os.write(self._out, part) :]
+            except BlockingIOError:
+                return
+            except OSError:
+                self.unsent.clear()
+                raise PeerGone from None
+            if rest:
+                self.unsent[0] = rest
+                self._widen_once()
+            else:
+                self.unsent.popleft()
 
     def _piece_now(self) -> bytes | None:
         try:
@@ -261,9 +294,7 @@ class FastEnd(End):
             poll.register(self._out, select.POLLOUT)
         except ValueError:
             raise PeerGone from None  # closed
-        if self._narrow:
-            self._narrow = False
-            widen(self._out)
+        self._widen_once()
         poll.register(self._death_fd, select.POLLIN)
         for part in parts:
             rest = memoryview(part)
@@ -280,6 +311,11 @@ class FastEnd(End):
                 except OSError:
                     raise PeerGone from None
 
+    def _widen_once(self) -> None:
+        if self._narrow:
+            self._narrow = False
+            widen(self._out)
+
     def hang_up(self) -> None:
         """Hear that the worker is dead: from now on its `death_fd` may be that of another."""
         self._dead = True
@@ -287,6 +323,7 @@ class FastEnd(End):
     def close(self) -> None:
         """Close the pipes. A thread that still wants to use them gets PeerGone."""
         self.fd, self._out, self._dead = -1, -1, True
+        self.unsent.clear()
         self._ends.close()
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from . import blackbox, wire
 from . import table as t
+from .assignment import Assignment, Setup, unpacked
 from .conversation import NotHere, Session, WarmSessions
 from .lifeline import die_with_parent, end_all, lead_a_group
 from .resources import limit, resident_bytes
@@ -73,33 +74,11 @@ def current_session() -> Session:
     return _session
 
 
-class Setup:
-    """Everything a worker is told at its start; travels with the process object."""
+def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
+    """Be one worker, from the first instruction to the last.
 
-    def __init__(self, **words: Any) -> None:
-        self.__dict__.update(words)
-
-    pool: str
-    slot: int
-    generation: int
-    spec: Any  # (worker, args, kwargs), pickled unless the process is forked
-    codec: bytes | None  # packed; None: pickle
-    warm_up: list[tuple[int, bytes, bytes]]  # kind, name and body of calls to begin with
-    env: dict[str, str]
-    niceness: int
-    kill_group: bool
-    max_message: int
-    limits: dict[str, float]
-    table: wire.Descriptor | None
-    lifeline: wire.Descriptor | None
-    box: wire.Descriptor | None
-    portable: bool
-    baggage: Baggage | None  # what travels with each call
-    voice: Voice | None  # how logs and output get out
-
-
-def main(conn: Any, setup: Setup) -> None:
-    """Be one worker, from the first instruction to the last."""
+    Without an `inherited` assignment, the first frame is one.
+    """
     global _current
     group = lead_a_group() and setup.kill_group
     _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
@@ -112,18 +91,23 @@ def main(conn: Any, setup: Setup) -> None:
     _let_go_when_forked([conn.fileno()] if portable else [conn.reader.fd, conn.writer.fd])
     if setup.box is not None:
         blackbox.install(setup.box.fd)
-    if setup.env:
-        os.environ.update(setup.env)
     if setup.niceness and hasattr(os, "nice"):
         os.nice(setup.niceness)
-    _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
     words = _row(setup)
     end = (PortableWorkerEnd if portable else FastWorkerEnd)(conn, setup.max_message)
+    try:
+        assignment = inherited or _received(end, setup)
+    except (EOFError, OSError):
+        end_all(group)  # the owner is gone, or has done with us
+    _current = CurrentWorker(assignment.pool, setup.slot, setup.generation)
+    os.environ.update(assignment.env)
     if setup.voice is not None:
-        setup.voice.begin(words, lambda: None if _session is None else _session.id, setup.baggage)
+        baggage = assignment.baggage
+        setup.voice.begin(words, lambda: None if _session is None else _session.id, baggage)
     worker = _Worker(end, words, shared=setup.table is not None)
     try:
-        worker.start(setup)
+        worker.start(setup, assignment)
+        del assignment  # its arguments are the object's business now
         worker.serve()
         orphaned = False
     except (EOFError, OSError):
@@ -147,7 +131,7 @@ class _Worker:
         self._baggage: Baggage | None = None
         self._voice: Voice | None = None
 
-    def start(self, setup: Setup) -> None:
+    def start(self, setup: Setup, assignment: Assignment) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
 
         Raises:
@@ -158,15 +142,15 @@ class _Worker:
         self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
         try:
-            if setup.limits:
-                limit(setup.limits)
-            spec = pickle.loads(setup.spec) if isinstance(setup.spec, bytes) else setup.spec
-            codec = None if setup.codec is None else wire.unpack_codec(setup.codec)
+            if assignment.limits:
+                limit(assignment.limits)
+            codec = None if assignment.codec is None else wire.unpack_codec(assignment.codec)
             self._dumps, self._loads = wire.functions_of(codec)
-            if setup.baggage is not None:
-                setup.baggage.open()
-            self._baggage = setup.baggage
-            make, args, kwargs = spec
+            if assignment.baggage is not None:
+                assignment.baggage.open()
+            self._baggage = assignment.baggage
+            spec = assignment.spec
+            make, args, kwargs = spec if isinstance(spec, tuple) else pickle.loads(spec)
             if isinstance(make, str):
                 make = wire.find(make)
             if make is not None:
@@ -175,7 +159,7 @@ class _Worker:
         except BaseException as error:
             self._end.send(0, wire.START_FAILED, wire.pack_error(error))
             raise SystemExit(1) from None
-        for kind, name, body in setup.warm_up:
+        for kind, name, body in assignment.warm_up:
             status, reply = self._run(kind, name, body)
             if status in (wire.RAISED, wire.RAISED_AND_TAINTED):
                 self._end.send(0, wire.START_FAILED, reply)
@@ -357,6 +341,14 @@ class _Worker:
         self._object = None
         if self._voice is not None:
             self._voice.tell_dropped()
+
+
+def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup) -> Assignment:
+    """Wait for the assignment."""
+    assignment, levels = unpacked(end.receive_assignment())
+    if setup.voice is not None:
+        setup.voice.levels = levels
+    return assignment
 
 
 def _row(setup: Setup) -> memoryview:

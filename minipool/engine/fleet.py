@@ -191,7 +191,7 @@ class Fleet:
             if self.scribe is not None:
                 handle.transcript = self.scribe.listen(slot, self._generation)
                 setup.voice = handle.transcript.voice
-            handle.prepare(self._launcher.context, setup)
+            handle.prepare(self._launcher.context, setup, self._launcher.assignment)
         except BaseException:
             self._forget(handle)
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import os
 import pickle
 import signal
@@ -23,9 +24,10 @@ from ..errors import (
 )
 from . import blackbox, inquest, wire
 from . import table as t
+from .assignment import Assignment, Setup
 from .blackbox import LAST_WORDS, SHOW
 from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, pair
-from .child import Setup, main
+from .child import main
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
 _LAST_WORDS = 0.05  # seconds; it takes one in fifty, unless the worker is stopped
 _FAULTS = {PeerGone: "died", TimedOut: "too late", Garbled: "garbled its reply"}
+_LONGEST_NAME = 100  # characters of a pool's name in that of a process
+_MOST_TOLD, _MOST_TOLD_BYTES = 200, 16 * 1024  # of ended sessions, in one probe
 _IN_SERVICE = (WorkerState.IDLE, WorkerState.PROBING)
 
 PROBE_ID = -1  # what a probe carries in place of a call's id
@@ -48,8 +52,9 @@ class Handle:
     """One worker process, as the parent sees it."""
 
     __slots__ = (  # more attributes than CPython keeps quick in a dict
-        "__weakref__", "_dumps", "_exchange", "_limit", "_loads", "_noted_id", "_portable",
-        "_telling", "_theirs", "abandoned", "box", "calls_before", "calls_sent", "channel",
+        "__weakref__", "_assignment", "_dumps", "_exchange", "_limit", "_loads", "_noted_id",
+        "_portable", "_telling", "_theirs", "abandoned", "box", "calls_before", "calls_sent",
+        "channel",
         "condemned", "conn", "death", "ended_ns", "expires_ns", "failed", "generation",
         "idle_since_ns", "in_call", "killed_for", "last_begun_id", "leak_warned", "lease",
         "lost_since_ns", "origin", "permit", "pid", "probe_failures", "probed_ns", "process",
@@ -102,6 +107,7 @@ class Handle:
         self.calls_sent = 0
         self._dumps, self._loads = wire.functions_of(codec)
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
+        self._assignment: tuple[bytes, ...] = ()  # what is sent once it is started
         self.box: blackbox.BlackBox | None = None
         self.death: inquest.Death | None = None  # once the caller whose call failed knows of it
         self.process: Any = None
@@ -112,19 +118,25 @@ class Handle:
 
     # -- start and end (manager) -------------------------------------------------------------
 
-    def prepare(self, context: Any, setup: Setup) -> None:
+    def prepare(self, context: Any, setup: Setup, assignment: Assignment) -> None:
         """Make everything that the process will need.
+
+        A forked worker inherits its assignment, which need not even be picklable then.
 
         Raises:
             OSError: there is no room for one more pipe; nothing is left.
         """
+        forks = context.get_start_method() == "fork"
+        if not forks:
+            self._assignment = assignment.parts(setup.voice.levels if setup.voice else {})
         self._theirs = [] if setup.voice is None else [setup.voice]
         self.conn, theirs = pair(context, setup.portable)
         self._theirs.append(theirs)
         # Nobody writes these words now: the last worker is dead, and this one is not there yet.
         self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
-        name = f"minipool-{setup.pool}-{self.slot}"
-        self.process = WorkerProcess(context, name, main, (theirs, setup), setup.kill_group)
+        name = f"minipool-{assignment.pool[:_LONGEST_NAME]}-{self.slot}"
+        args = (theirs, setup, assignment if forks else None)
+        self.process = WorkerProcess(context, name, main, args, setup.kill_group)
         self._portable, self._limit = setup.portable, setup.max_message
         self.box = blackbox.make()
         setup.box = None if self.box is None else self.box.theirs
@@ -149,7 +161,10 @@ class Handle:
                 lent.close()
 
     def started(self) -> None:
-        """Note that it was started. It is booting now; its ready frame comes by itself."""
+        """Note that it was started, and send its assignment as far as the pipe takes it.
+
+        It is booting now; its ready frame comes by itself.
+        """
         self.pid = self.process.pid
         row = self.row
         row[t.GENERATION], row[t.PID], row[t.LEASED_SINCE_NS] = self.generation, self.pid or 0, 0
@@ -162,6 +177,15 @@ class Handle:
         else:
             self.channel = FastEnd(self.conn, self.process.death_fd, self._limit)
         self._exchange = self.channel.exchange
+        parts, self._assignment = self._assignment, ()
+        if not parts:
+            return
+        try:
+            self.channel.post(0, wire.ASSIGN, *parts)
+        except PeerGone:
+            pass  # its end is about to be seen
+        except RuntimeError:  # out of threads
+            self.kill()
 
     def kill(self, signum: int = signal.SIGKILL) -> bool:
         """Send a signal, if the process is still there. Never hits another: no stored pid."""
@@ -439,9 +463,20 @@ class Handle:
             PeerGone: it is dead.
         """
         self.in_call = self.failed = True  # no caller waits
-        self._telling = [self.sessions_over[i] for i in range(min(1000, len(self.sessions_over)))]
+        self._telling = self._next_to_tell()
         body = pickle.dumps(self._telling) if self._telling else b""
-        self.channel.send(PROBE_ID, wire.PROBE, body)
+        self.channel.post(PROBE_ID, wire.PROBE, body)
+
+    def _next_to_tell(self) -> list[tuple[str, int]]:
+        """Return which ended sessions one probe tells of: at least one, of about 16 KiB."""
+        telling: list[tuple[str, int]] = []
+        room = _MOST_TOLD_BYTES
+        for over in itertools.islice(tuple(self.sessions_over), _MOST_TOLD):
+            room -= len(over[0])
+            if telling and room < 0:
+                break
+            telling.append(over)
+        return telling
 
     def probed(self) -> None:
         """Hear that the probe was answered, and with it what it told."""
@@ -453,7 +488,7 @@ class Handle:
     def send_stop(self, sessions_end: bool) -> None:
         """Ask the worker to close its object and end. A dead one is stopped enough."""
         with contextlib.suppress(PeerGone):
-            self.channel.send(0, wire.STOP, b"\1" if sessions_end else b"")
+            self.channel.post(0, wire.STOP, b"\1" if sessions_end else b"")
 
     def receive(self) -> tuple[int, int, bytes | memoryview] | None:
         """Return call id, status and body of the frame that is there, or None. Never waits.

@@ -208,7 +208,9 @@ class Manager:
             sources.append(handle.process.death_fd)
             if handle.state in (S.STARTING, S.PROBING):
                 sources.append(handle.channel.fd)
-        return ready(sources, self._patience())
+        handles = self.fleet.handles.values()
+        full = [handle.channel.out for handle in handles if handle.channel.unsent]
+        return ready(sources, self._patience(), full)
 
     def _patience(self) -> float:
         """Return how long the manager may wait if nothing happens."""
@@ -266,6 +268,8 @@ class Manager:
         if self.bell.reader in heard:
             self.bell.silence()
         for handle in tuple(self.fleet.handles.values()):
+            if handle.channel.unsent and handle.channel.out in heard:
+                self.care.send_rest(handle)
             if handle.state in (S.STARTING, S.PROBING) and handle.channel.fd in heard:
                 self.care.hear(handle)
             if handle.ended_ns or handle.process.death_fd in heard:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from . import wire
+from .assignment import MAX_ASSIGNMENT
 from .channel import CHUNK, PIECE, SHORT, SMALL, length_of, long_length, widen
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
@@ -20,6 +21,14 @@ class _WorkerEnd:
 
     def __init__(self, conn: Any, limit: int) -> None:
         self._conn, self._limit = conn, limit
+
+    def receive_assignment(self) -> bytes | memoryview:
+        """Wait for the first request, which is of any length; return its body.
+
+        Raises:
+            EOFError: the parent is gone or has closed the pipe.
+        """
+        raise NotImplementedError
 
     def check(self, size: int) -> None:
         """Raise RemoteError if a reply with a body of `size` bytes would be too long."""
@@ -49,6 +58,12 @@ class FastWorkerEnd(_WorkerEnd):
                 body = _NAME + name_size
                 return call_id, kind, frame[_NAME:body], frame[body:]
         return self._receive_rest(frame)
+
+    def receive_assignment(self) -> bytes | memoryview:
+        limit, self._limit = self._limit, MAX_ASSIGNMENT
+        body = self._receive_rest(_read(self._fd, CHUNK))[3]
+        self._limit, self._most = limit, SHORT
+        return body
 
     def _receive_rest(self, frame: bytes) -> tuple[int, int, bytes, bytes | memoryview]:
         if not frame:
@@ -90,6 +105,9 @@ class FastWorkerEnd(_WorkerEnd):
 
 class PortableWorkerEnd(_WorkerEnd):
     """The worker's end, on `multiprocessing.Connection`."""
+
+    def receive_assignment(self) -> bytes | memoryview:
+        return self.receive()[3]
 
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
         return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
