@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ..breaker import CLOSED, CircuitBreaker
 from ..errors import PoolStartError
-from ..telemetry import Hooks, logger
+from ..telemetry import Hooks, log_through, logger
 from . import health
 from . import table as t
 from .bell import Bell, ready
@@ -27,6 +27,7 @@ from .care import Care
 from .fleet import Fleet, retry_in
 from .handle import Handle
 from .launch import Launcher
+from .logrelay import LogRelay
 from .oom import OOM_KILLS
 from .resources import resident_bytes
 from .staff import Staff
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it for silent
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
+_LOG_PATIENCE = 0.9  # seconds that log handlers have at the end; `close` waits a little longer
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
 
 
@@ -78,6 +80,7 @@ class Manager:
         # Looks are skipped until then, in monotonic ns, while `_seen` is the same.
         self._quiet_until, self._quiet_seen = 0, (0, 0)
         self._seat: object = None
+        self._relay = LogRelay(config.name or "")
         self._thread = threading.Thread(
             target=self._run, name=f"minipool-{config.name}", daemon=True
         )
@@ -154,7 +157,7 @@ class Manager:
 
     def wait_done(self, timeout: float) -> bool:
         """Wait until everything has ended. Not in a log handler, for which the end would wait."""
-        if self.fleet.scribe is not None and self.fleet.scribe.here:
+        if self._relay.here or (self.fleet.scribe is not None and self.fleet.scribe.here):
             return self.done
         return self.wait_for(lambda: self.done, timeout)
 
@@ -187,6 +190,7 @@ class Manager:
 
     def _run(self) -> None:
         _leave_signals_to_others()
+        log_through(self._relay.put)
         OOM_KILLS.begin()
         self.bell.ring()  # there are workers to start
         while not self.done:
@@ -198,6 +202,7 @@ class Manager:
                 ready([self.bell.reader], self.config.tick)  # not at full speed
         with self._changed:
             self._changed.notify_all()
+        self._relay.close(_LOG_PATIENCE)
 
     def _wait(self) -> set[Any]:
         sources: list[Any] = [self.bell.reader]
@@ -492,6 +497,7 @@ def _abandon_all() -> None:
         if not manager.done:
             manager.abandon()
     OOM_KILLS.abandon()
+    log_through(None)  # a worker that is forked comes from the manager's thread
 
 
 if hasattr(os, "register_at_fork"):

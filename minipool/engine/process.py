@@ -18,6 +18,7 @@ import threading
 from multiprocessing import connection, process
 from typing import Any, Callable
 
+from . import popen
 from .blackbox import LAST_WORDS
 from .oom import OOM_KILLS
 from .wire import close_all
@@ -60,6 +61,7 @@ class WorkerProcess:
             OSError, EOFError, RuntimeError: no process was started.
         """
         _expect_room()
+        popen.use_for(self._process)
         try:
             self._process.start()
         except OSError as error:
