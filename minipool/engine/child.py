@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _FUNCTION_ALONE, _METHOD_ALONE = wire.FUNCTION | wire.ALONE, wire.METHOD | wire.ALONE
+_OF_THE_PIPE = (FastWorkerEnd.__module__, "multiprocessing.connection")
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
 
 
@@ -87,14 +88,13 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     if hasattr(_signal, "pthread_sigmask"):
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     die_with_parent(setup.lifeline, group)
-    portable = setup.portable
-    _let_go_when_forked([conn.fileno()] if portable else [conn.reader.fd, conn.writer.fd])
     if setup.box is not None:
         blackbox.install(setup.box.fd)
     if setup.niceness and hasattr(os, "nice"):
         os.nice(setup.niceness)
     words = _row(setup)
-    end = (PortableWorkerEnd if portable else FastWorkerEnd)(conn, setup.max_message)
+    end = (PortableWorkerEnd if setup.portable else FastWorkerEnd)(conn, setup.max_message)
+    _let_go_when_forked(end, words)
     try:
         assignment = inherited or _received(end, setup)
     except (EOFError, OSError):
@@ -103,18 +103,22 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     os.environ.update(assignment.env)
     if setup.voice is not None:
         baggage = assignment.baggage
-        setup.voice.begin(words, lambda: None if _session is None else _session.id, baggage)
+        seen = words.toreadonly()  # a view of its own, for children that worker code forks, too
+        setup.voice.begin(seen, lambda: None if _session is None else _session.id, baggage)
     worker = _Worker(end, words, shared=setup.table is not None)
     try:
         worker.start(setup, assignment)
         del assignment  # its arguments are the object's business now
         worker.serve()
         orphaned = False
-    except (EOFError, OSError):
-        orphaned = True  # the pipe is at its end: the owner is gone or has done with us
-    if os.getpid() != _current.pid:
-        os._exit(1)  # a call has forked, and this is the child that returned from it
+    except BaseException as error:
+        _end_if_forked(_current.pid)
+        if not _is_hang_up(error):
+            raise
+        orphaned = True  # the owner is gone or has done with us
+    _end_if_forked(_current.pid)
     worker.close()
+    _end_if_forked(_current.pid)
     if orphaned and group:
         end_all(group)
 
@@ -173,7 +177,25 @@ class _Worker:
             self._refresh(time.monotonic_ns())
 
     def serve(self) -> None:
-        """Answer requests until told to stop."""
+        """Answer requests until told to stop.
+
+        A timer that a call has left behind may strike between two calls, and its handler raise.
+        While the worker waits for a request, that costs nothing: it is told, timers are stopped,
+        and the worker goes on. Elsewhere a reply may be half sent, so the exception ends it.
+        """
+        while True:
+            try:
+                return self._answer_requests()
+            except Exception as error:
+                if _is_hang_up(error) or not self._end.was_waiting(error.__traceback__):
+                    raise
+                _stop_timers()
+                with contextlib.suppress(Exception):
+                    print(f"minipool: a signal handler raised between two calls, and timers that "
+                          f"were left running are stopped: {error!r}", file=sys.stderr)  # fmt: skip
+                    sys.excepthook(type(error), error, error.__traceback__)
+
+    def _answer_requests(self) -> None:
         words, now = self._words, time.monotonic_ns
         receive, send, shared = self._end.receive, self._end.send, self._shared
         run = self._run if self._baggage is None else self._run_laden
@@ -359,20 +381,38 @@ def _row(setup: Setup) -> memoryview:
     return words
 
 
-def _let_go_when_forked(fds: list[int]) -> None:
-    """Take the pipe from every child of this process: a call may fork, and both return from it."""
+def _let_go_when_forked(end: FastWorkerEnd | PortableWorkerEnd, words: memoryview) -> None:
+    """Take pipe and row from every child of this process: a call may fork, and both return from it.
+
+    What the child does with either then raises, which ends it: see `_end_if_forked`.
+    """
     if not hasattr(os, "register_at_fork"):
         return
-    pid = os.getpid()
-    for fd in fds:
-        os.set_inheritable(fd, False)  # which `spawn` made it, to pass it through `exec`
+    end.close_on_exec()  # `spawn` has passed it through one
 
     def let_go() -> None:
-        if os.getppid() == pid:  # a grandchild has let go of it already
-            with contextlib.suppress(OSError):
-                null = os.open(os.devnull, os.O_RDWR)
-                for fd in fds:
-                    os.dup2(null, fd, inheritable=False)  # the number is not free for another file
-                os.close(null)
+        end.let_go()
+        words.release()
 
     os.register_at_fork(after_in_child=let_go)
+
+
+def _end_if_forked(pid: int) -> None:
+    """End this process if a call has forked, and this is the child that returned from it."""
+    if os.getpid() != pid:
+        os._exit(1)
+
+
+def _is_hang_up(error: BaseException) -> bool:
+    """Tell whether the pipe has ended. A signal handler may raise the like: TimeoutError is one."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    by = None if trace is None else trace.tb_frame.f_globals.get("__name__")
+    return by in _OF_THE_PIPE and isinstance(error, (EOFError, OSError))
+
+
+def _stop_timers() -> None:
+    for timer in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF"):
+        if hasattr(_signal, timer):
+            _signal.setitimer(getattr(_signal, timer), 0)

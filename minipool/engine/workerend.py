@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Iterator
 
 from . import wire
 from .assignment import MAX_ASSIGNMENT
@@ -28,6 +29,22 @@ class _WorkerEnd:
         Raises:
             EOFError: the parent is gone or has closed the pipe.
         """
+        raise NotImplementedError
+
+    def was_waiting(self, trace: TracebackType | None) -> bool:
+        """Tell whether an exception was raised in `receive` before anything of a request was read.
+
+        Struck in the very moment between the read and its noting, it would be True for a request
+        that is lost, and the caller would be told so by its timeout.
+        """
+        raise NotImplementedError
+
+    def let_go(self) -> None:
+        """Close the pipe in a process that was forked; what wants to use it from now on raises."""
+        raise NotImplementedError
+
+    def close_on_exec(self) -> None:
+        """Let no program inherit the pipe that this process, or a child of it, becomes."""
         raise NotImplementedError
 
     def check(self, size: int) -> None:
@@ -79,6 +96,21 @@ class FastWorkerEnd(_WorkerEnd):
                 raise EOFError
             buffer += piece
 
+    def was_waiting(self, trace: TracebackType | None) -> bool:
+        for frame in _frames(trace):
+            if frame.f_code is FastWorkerEnd.receive.__code__:
+                return "frame" not in frame.f_locals
+        return False
+
+    def let_go(self) -> None:
+        fds = [fd for fd in (self._fd, self._out) if fd >= 0]
+        self._fd = self._out = -1
+        wire.close_all(fds)
+
+    def close_on_exec(self) -> None:
+        os.set_inheritable(self._fd, False)
+        os.set_inheritable(self._out, False)
+
     def send(self, call_id: int, status: int, body: bytes) -> None:
         """Send one reply, blocking until the parent has taken it."""
         size = _REPLY_HEADER - 4 + len(body)
@@ -109,6 +141,19 @@ class PortableWorkerEnd(_WorkerEnd):
     def receive_assignment(self) -> bytes | memoryview:
         return self.receive()[3]
 
+    def was_waiting(self, trace: TracebackType | None) -> bool:
+        for frame in _frames(trace):
+            if frame.f_code.co_name == "_recv":  # of Connection, which reads the length first
+                found = frame.f_locals
+                return found.get("size") == found.get("remaining") == wire.LENGTH.size
+        return False
+
+    def let_go(self) -> None:
+        self._conn.close()
+
+    def close_on_exec(self) -> None:
+        os.set_inheritable(self._conn.fileno(), False)
+
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
         return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
 
@@ -117,6 +162,12 @@ class PortableWorkerEnd(_WorkerEnd):
         if size > self._limit:
             return self.send(call_id, *_refusal(status, body, size, self._limit))
         self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + body)
+
+
+def _frames(trace: TracebackType | None) -> Iterator[FrameType]:
+    while trace is not None:
+        yield trace.tb_frame
+        trace = trace.tb_next
 
 
 def _refusal(status: int, body: bytes, size: int, limit: int) -> tuple[int, bytes]:
