@@ -41,6 +41,7 @@ class Care:
         turnstile: Turnstile,
         fleet: Fleet,
         refused: Callable[[int, Handle], None],
+        order: Callable[[Callable[[], None]], None],
     ) -> None:
         self.closing = False  # the pool is being closed
         self.sessions_end = True  # with the pool; False where a store keeps them
@@ -49,6 +50,7 @@ class Care:
         self._turnstile = turnstile
         self._fleet = fleet
         self._refused = refused
+        self._order = order
         self._lost_at: collections.deque[float] = collections.deque()  # not yet replaced
 
     # -- its word ----------------------------------------------------------------------------
@@ -70,11 +72,34 @@ class Care:
             if status == wire.READY:
                 return self._ready(handle)
             if status == wire.START_FAILED:
-                handle.start_error = _in_time(body)
-                return self.condemn(handle, "its object could not be made")
+                return self._explain(handle, body)
         elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
             return self._probed(handle, status == wire.RETURNED)
         self.condemn(handle, "it sent what was not asked for")
+
+    def _explain(self, handle: Handle, body: bytes | memoryview) -> None:
+        """Find out why a worker did not start, without waiting for it; then it is condemned.
+
+        To unpickle the exception runs the user's code, which may never return.
+        """
+        handle.start_error = RuntimeError("why cannot be said: it takes too long to unpickle")
+        handle.explaining = True
+
+        def explain() -> None:
+            why = _in_time(lambda: wire.unpack_error(body))
+            why = why or _in_time(lambda: wire.unpack_error(body, load=False))
+            handle.start_error = why or handle.start_error
+            self._order(lambda: self._explained(handle))
+
+        try:
+            threading.Thread(target=explain, name="minipool-explain", daemon=True).start()
+        except RuntimeError:  # out of threads
+            self._explained(handle)
+
+    def _explained(self, handle: Handle) -> None:
+        handle.explaining = False
+        if handle.state is not S.VACANT:
+            self.condemn(handle, "its object could not be made")
 
     def send_rest(self, handle: Handle) -> None:
         """Send more of what a worker was not able to take at once."""
@@ -189,6 +214,8 @@ class Care:
         """Deal with a process that has ended, once its exit code is known or given up."""
         if handle.state is S.STARTING and handle.start_error is None:
             self.hear(handle)  # it may have said why
+        if handle.explaining:
+            return
         if not handle.ended_ns:
             handle.ended_ns = time.monotonic_ns()
             handle.channel.hang_up()
@@ -268,20 +295,20 @@ class Care:
         self._hooks.emit("lease.leaked", {"seconds": seconds}, worker_id=handle.slot)
 
 
-def _in_time(body: bytes | memoryview) -> BaseException:
-    """Return the exception that a start failed with, or, if it takes too long, what stands for it.
-
-    To unpickle it runs the user's code, which may never return; the manager must.
-    """
+def _in_time(unpack: Callable[[], BaseException]) -> BaseException | None:
+    """Return the exception that a start failed with; None if it takes too long to unpickle."""
     made: list[BaseException] = []
 
     def make() -> None:
         try:
-            made.append(wire.unpack_error(body))
+            made.append(unpack())
         except BaseException as problem:
             made.append(problem)
 
     thread = threading.Thread(target=make, name="minipool-unpack", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # out of threads
+        return None
     thread.join(_UNPACKING)
-    return made[0] if made else wire.unpack_error(body, load=False)
+    return made[0] if made else None

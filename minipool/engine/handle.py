@@ -54,13 +54,13 @@ class Handle:
     __slots__ = (  # more attributes than CPython keeps quick in a dict
         "__weakref__", "_assignment", "_dumps", "_exchange", "_limit", "_loads", "_noted_id",
         "_portable", "_telling", "_theirs", "abandoned", "box", "calls_before", "calls_sent",
-        "channel",
-        "condemned", "conn", "death", "ended_ns", "expires_ns", "failed", "generation",
-        "idle_since_ns", "in_call", "killed_for", "last_begun_id", "leak_warned", "lease",
-        "lost_since_ns", "origin", "permit", "pid", "probe_failures", "probed_ns", "process",
-        "ready_ns", "reserve", "revoked", "row", "serving_ns", "session", "session_ended_ns",
-        "sessions", "sessions_over", "since_ns", "slot", "spawned_ns", "start_error", "state",
-        "sweeps_lost", "tainted", "terminated", "thread", "transcript", "worn",
+        "channel", "condemned", "conn", "death", "ended_ns", "expires_ns", "explaining", "failed",
+        "generation", "idle_since_ns", "in_call", "killed_for", "last_begun_id", "leak_warned",
+        "lease", "lost_since_ns", "origin", "permit", "pid", "probe_failures", "probed_ns",
+        "process", "ready_ns", "reserve", "revoked", "row", "serving_ns", "session",
+        "session_ended_ns", "sessions", "sessions_over", "since_ns", "slot", "spawned_ns",
+        "start_error", "state", "sweeps_lost", "tainted", "terminated", "thread", "transcript",
+        "worn",
     )  # fmt: skip
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -91,6 +91,7 @@ class Handle:
         self.condemned = False  # its end is wanted, however it comes
         self.abandoned = False  # this process is a fork of the owner
         self.start_error: BaseException | None = None  # what its constructor raised
+        self.explaining = False  # that is being found out
         self.permit: Permit | None = None  # the breaker's leave to start it; None: no breaker
         self.spawned_ns = self.since_ns
         self.last_begun_id: int | None = None  # known once the process has ended

@@ -56,7 +56,7 @@ class Manager:
         self.bell = Bell()
         self.turnstile = Turnstile(config.strategy, self._queued, self.refused)
         self.fleet = Fleet(launcher, config, hooks)
-        self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused)
+        self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused, self.order)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)
         if self.fleet.breaker is not None:
             self.fleet.breaker.listeners.append(self._circuit_changed)
@@ -207,6 +207,8 @@ class Manager:
     def _wait(self) -> set[Any]:
         sources: list[Any] = [self.bell.reader]
         for handle in self.fleet.handles.values():
+            if handle.explaining:
+                continue  # an order comes when that is over
             if handle.ended_ns:  # only its exit code is missing
                 sources.append(handle.process.sentinel)
                 continue
