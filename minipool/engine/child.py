@@ -187,7 +187,7 @@ class _Worker:
             try:
                 return self._answer_requests()
             except Exception as error:
-                if _is_hang_up(error) or not self._end.was_waiting(error.__traceback__):
+                if _is_of_the_pipe(error) or not self._end.was_waiting(error.__traceback__):
                     raise
                 _stop_timers()
                 with contextlib.suppress(Exception):
@@ -405,11 +405,16 @@ def _end_if_forked(pid: int) -> None:
 
 def _is_hang_up(error: BaseException) -> bool:
     """Tell whether the pipe has ended. A signal handler may raise the like: TimeoutError is one."""
+    return _is_of_the_pipe(error) and isinstance(error, (EOFError, OSError))
+
+
+def _is_of_the_pipe(error: BaseException) -> bool:
+    """Tell whether reading or writing itself has failed, and no handler came in between."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     by = None if trace is None else trace.tb_frame.f_globals.get("__name__")
-    return by in _OF_THE_PIPE and isinstance(error, (EOFError, OSError))
+    return by in _OF_THE_PIPE
 
 
 def _stop_timers() -> None:
