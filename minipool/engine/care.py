@@ -17,7 +17,7 @@ from . import table as t
 from .channel import Garbled, PeerGone
 from .fleet import Fleet
 from .handle import PROBE_ID, Handle
-from .inquest import describe
+from .inquest import ending_of
 from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
@@ -185,21 +185,25 @@ class Care:
             self._turnstile.dismiss(handle.slot)
         code = handle.process.exitcode(0)
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
-        if code is None and patience > 0 and not handle.process.untold:
+        if code is None and patience > 0 and handle.process.unknown is None:
             return
+        handle.process.give_up()
         if handle.ready_ns and not handle.condemned:
             self._mourn(handle)
         self._fleet.bury(handle, code, handle.start_error)
 
     def _mourn(self, handle: Handle) -> None:
-        """Tell of a worker that ended though nobody wanted it to."""
-        why = handle.tainted or "by itself"
+        """Tell of a worker that ended though nobody wanted it to; the same, whoever saw it first.
+
+        Whoever had it killed was told why.
+        """
+        ending = ending_of(handle)
         remark(
-            INFO if handle.tainted else WARNING,  # who tainted it was told
-            "worker %d (pid %s) of %s died %s (%s) and is replaced",
-            handle.slot, handle.pid, self._config.name, describe(handle.process), why,
+            INFO if handle.process.killed else WARNING,
+            "worker %d (pid %s) of %s died %s and is replaced",
+            handle.slot, handle.pid, self._config.name, ending,
         )  # fmt: skip
-        self._hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot)
+        self._hooks.emit("error", {}, kind="death", error=ending, worker_id=handle.slot)
 
     def retire(self, handle: Handle) -> None:
         """Ask a worker, which the caller owns, to end by itself."""

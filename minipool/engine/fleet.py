@@ -367,22 +367,23 @@ def _breaker(config: PoolConfig) -> CircuitBreaker | None:
 
 def _struck(handle: Handle, exitcode: int | None) -> bool:
     """Tell whether somebody killed a worker who is neither the pool nor the kernel."""
-    ours = handle.killed_for is not None or handle.process.starved
+    ours = handle.process.killed or handle.process.starved
     return not ours and signal_name(exitcode) in ("SIGKILL", "SIGTERM")
 
 
 def _start_error(
     slot: int, exitcode: int | None, cause: BaseException | None, handle: Handle | None
 ) -> WorkerStartError:
+    ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
     if cause is not None:
         what = f"did not start: {type(cause).__name__}: {cause}"
     elif handle is not None and handle.ready_ns:
-        what = f"ended {describe_exit(exitcode)} as soon as it was ready"
+        what = f"ended {ended} as soon as it was ready"
     elif handle is not None and handle.tainted:
         what = f"did not start: {handle.tainted}"
     else:
         what = (
-            f"ended {describe_exit(exitcode)} before it could say anything; its standard error "
+            f"ended {ended} before it could say anything; its standard error "
             f"tells why; if your main script opens the pool without an "
             f"`if __name__ == '__main__':` guard, add one"
         )
