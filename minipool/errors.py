@@ -165,8 +165,9 @@ class WorkerError(MinipoolError):
 class WorkerDied(WorkerError):
     """The worker's process ended while it was leased.
 
-    `started` tells whether your call had begun: if not, it may safely be made again. `exitcode`
-    is the process's (negative: minus the signal; None: not known), `signal` its signal's name.
+    `started` tells whether your call had begun when it ended: if not, it may safely be made again.
+    `exitcode` is the process's (negative: minus the signal; None: not known, and the message says
+    why), `signal` its signal's name.
     `out_of_memory`: the kernel killed it for want of memory, by the kernel's own counters.
     `call_age` is how many seconds the call had been running (None: it had not begun), `rss_bytes`
     the memory as the worker said last. `stack` shows the Python stacks of a worker that crashed.
@@ -199,8 +200,9 @@ class WorkerStartError(WorkerError):
 class CallTimeout(WorkerError, TimeoutError):
     """The call did not end in time. Its worker was killed; others are untouched.
 
-    `started` tells whether the call had begun in the worker; `stack` where it was when it was
-    killed, most recent call first: one stack for each thread, empty if it could not be told.
+    `started` tells whether the call had begun when the worker ended, and is True if that did not
+    come within a second; `stack` where it was when it was killed, most recent call first: one
+    stack for each thread, empty if it could not be told.
     `output` as for `WorkerDied`.
     """
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .transcript import Transcript
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
+_END = 1.0  # seconds from the signal that kills a process to its end
 _LAST_WORDS = 0.05  # seconds; it takes one in fifty, unless the worker is stopped
 _FAULTS = {PeerGone: "died", TimedOut: "too late", Garbled: "garbled its reply"}
 _IN_SERVICE = (WorkerState.IDLE, WorkerState.PROBING)
@@ -381,28 +382,46 @@ class Handle:
                 f"from; open a pool of your own here",
                 owner_pid=os.getppid(),
             )
-        target, started = name.decode(errors="replace"), self.has_begun
-        self.failed = True
-        self.hang_up_for_good()
+        target = name.decode(errors="replace")
         self.tainted = self.tainted or f"{_FAULTS[type(problem)]} during {target!r}"
         if isinstance(problem, PeerGone):
             self.process.exitcode(_DYING)  # dying by itself: do not spoil its exit code
-            error: WorkerError = inquest.obituary(self, target, started)
+            if not self.process.has_ended():
+                self.killed_for = self.killed_for or "its pipe ended, but not its process"
         elif isinstance(problem, TimedOut):
             self._hear_last_words()
-            self.kill()
-            error = inquest.verdict(self, target, started, timeout)
-        else:
-            error = ProtocolError(
-                f"worker {self.slot} (pid {self.pid}) answered {target!r} with something that is "
-                f"no reply ({problem}); it was killed; does the call write to descriptors that "
-                f"are not its own?",
-                worker_id=self.slot,
-                pid=self.pid,
-            )
         self.kill()
+        error = self._fault(problem, target, timeout)
+        self.failed = True
+        self.hang_up_for_good()
         error.sent_ns = start
         return error
+
+    def _fault(self, problem: Exception, target: str, timeout: float | None) -> WorkerError:
+        """Return the error that tells of a broken exchange, whose worker was killed."""
+        self.process.exitcode(_END)
+        if isinstance(problem, PeerGone):
+            return inquest.obituary(self, target, self._had_begun())
+        if isinstance(problem, TimedOut):
+            return inquest.verdict(self, target, self._had_begun(), timeout)
+        return ProtocolError(
+            f"worker {self.slot} (pid {self.pid}) answered {target!r} with something that is "
+            f"no reply ({problem}); it was killed; does the call write to descriptors that "
+            f"are not its own?",
+            worker_id=self.slot,
+            pid=self.pid,
+        )
+
+    def _had_begun(self) -> bool:
+        """Tell whether the last call had begun, once its worker can begin nothing any more.
+
+        A worker that is being killed runs on until its end. If that does not come in time, nobody
+        knows, and the call counts as begun.
+        """
+        if self.has_begun or not self.process.has_ended():
+            return True
+        self.channel.hear_out()
+        return self.has_begun
 
     @property
     def has_begun(self) -> bool:
@@ -411,6 +430,11 @@ class Handle:
         if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
             begun_id = max(self.last_begun_id, self._noted_id)
         return begun_id >= self.calls_sent
+
+    @property
+    def unheard(self) -> bool:
+        """Whether its caller may yet hear more of it: where it cannot write the table itself."""
+        return bool(self._portable and self.in_call and not self.failed)
 
     def _hear_last_words(self) -> None:
         """Have the worker tell where it is, of which it dies, and give it a moment for it."""

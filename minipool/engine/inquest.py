@@ -43,7 +43,7 @@ def hold(handle: Any, started: Optional[bool] = None) -> Death:
     if started is None and handle.death is not None:
         started = handle.death.started
     elif started is None:
-        started = call is not None and handle.has_begun
+        started = call is not None and (handle.has_begun or handle.unheard)
     code, ended_ns = handle.process.exitcode(0), handle.ended_ns or time.monotonic_ns()
     age = (ended_ns - _word(words, t.CALL_STARTED_NS)) / 1e9
     return Death(
@@ -57,7 +57,7 @@ def hold(handle: Any, started: Optional[bool] = None) -> Death:
         reason=reason_of(handle),
         call=call,
         started=started,
-        call_age=age if started else None,
+        call_age=age if started and handle.has_begun else None,  # it may only count as begun
         calls=_word(words, t.CALL_ID),
         uptime=(ended_ns - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0,
         rss_bytes=_word(words, t.RSS_BYTES),
@@ -97,7 +97,7 @@ def ending_of(handle: Any) -> str:
 def _running_call(handle: Any) -> Optional[str]:
     """Return the target of the call that the worker was running, by what it said itself."""
     name = handle.in_call
-    if isinstance(name, bytes) and t.running(handle.row):
+    if isinstance(name, bytes) and (t.running(handle.row) or handle.unheard):
         return name.decode(errors="replace")
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
 import threading
 import time
@@ -69,6 +70,18 @@ class PortableEnd(End):
 
     def _piece_now(self) -> bytes | None:
         return self._receive_piece(CHUNK, time.monotonic()) if self._readable() else None
+
+    def hear_out(self) -> None:
+        """Take what a dead worker has said of the call under way: the first frame tells it."""
+        with contextlib.suppress(PeerGone, TimedOut, Garbled, struct.error):
+            while self._missing():
+                piece = self._piece_now()
+                if piece is None:
+                    return
+                self._add(piece)
+            frame = self._take()
+            if wire.REPLY.unpack_from(frame)[2] & wire.WITH_WORDS:
+                self.on_words(frame[wire.REPLY.size :])
 
     def hang_up(self) -> None:
         pass  # `_receive` watches the sentinel itself
