@@ -34,6 +34,7 @@ REMEMBERED = 100  # deaths
 LIFETIME_JITTER = 0.1  # of max_lifetime, either way: who was born together shall not end so
 STRUCK_PAUSE = 0.2  # seconds at most before the next start, after one that was struck down
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
+_Parting = tuple["weakref.ref[Handle]", memoryview]
 
 
 class Fleet:
@@ -79,9 +80,11 @@ class Fleet:
         self._failed_ns = 0
         self._pause = 0.0  # after the last failure
         self._served_ns = 0
-        # Whoever held a worker when it ended may be about to count its last reply.
-        self._parting: list[tuple[weakref.ref[Handle], memoryview]] = []
-        self._past = memoryview(bytearray(t.ROW_BYTES)).cast("q")
+        # What workers that ended have counted, and the rows of the last ones: whoever held such a
+        # worker may be about to count its last reply. Replaced as one, and never changed: else a
+        # row that moves from the one to the other would be counted twice, or not at all.
+        self._past: tuple[memoryview, tuple[_Parting, ...]]
+        self._past = memoryview(bytearray(t.ROW_BYTES)).cast("q"), ()
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -131,7 +134,8 @@ class Fleet:
 
     def counted_rows(self) -> list[memoryview]:
         """Return every row in which something has been counted since the pool was opened."""
-        return [*self.table.used_rows(), self._past, *(row for _, row in tuple(self._parting))]
+        past, parting = self._past
+        return [*self.table.used_rows(), past, *(row for _, row in parting)]
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -304,11 +308,15 @@ class Fleet:
 
     def _part(self, handle: Handle) -> None:
         """Keep the row of a worker that ended until nobody has the worker any more."""
-        for old, row in tuple(self._parting):
+        past, parting = self._past
+        kept = [(weakref.ref(handle), handle.row)]
+        past = memoryview(bytearray(past)).cast("q")
+        for old, row in parting:
             if old() is None:
-                t.add_counts(self._past, row)
-                self._parting.remove((old, row))
-        self._parting.append((weakref.ref(handle), handle.row))
+                t.add_counts(past, row)
+            else:
+                kept.append((old, row))
+        self._past = past, tuple(kept)
 
     def _start_failed(
         self,
