@@ -96,8 +96,8 @@ class Inspection(Lifecycle):
         placed = threading.Event()
 
         def probe_idle() -> None:
-            for slot in tuple(manager.turnstile.idle):
-                handle = manager.fleet.handles[slot]
+            # A token may be left over from a worker that is gone: `probe` claims it first.
+            for handle in manager.turnstile.idle.copy().values():
                 manager.care.probe(handle)
                 asked.append(handle)
             placed.set()
