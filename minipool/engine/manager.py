@@ -36,6 +36,7 @@ from .turnstile import Turnstile, Waiter
 if TYPE_CHECKING:
     from ..config import PoolConfig
 
+_AT_REST = (S.IDLE, S.SPARE)
 _TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it for silent
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
@@ -219,8 +220,7 @@ class Manager:
             return min(self._tick_at_rest(), (self._quiet_until - now_ns) / 1e9) + 0.001
         dues = [self.config.tick, self.staff.raise_at - now]
         seen = self._seen()  # before the rows: a lease that begins now will be noticed
-        rows = self._rows()
-        due = health.due_in(rows, now_ns, self._limits)
+        due = health.due_in(self._rows(at_rest=False), now_ns, self._limits)
         if due is not None:
             dues.append(due / 1e9)
         backoff = retry_in(self.fleet, now)
@@ -233,7 +233,7 @@ class Manager:
         if not busy and len(self.fleet.live()) >= self.staff.target:
             self._quiet_seen = seen
             self._quiet_until = health.quiet_until(
-                rows, now_ns, self._limits, self.staff.last_shrink_ns
+                self._rows(), now_ns, self._limits, self.staff.last_shrink_ns
             )
         positive = [due for due in dues if due > 0]
         return min(positive) + 0.001 if positive else self.config.tick
@@ -270,11 +270,12 @@ class Manager:
                 self.care.hear(handle)
             if handle.ended_ns or handle.process.death_fd in heard:
                 self.care.ended(handle)
+        whole = not heard or bool(self._orders or self._refused) or self.closing
         while self._orders:
             self._orders.popleft()()
         while self._refused:
             self.care.take_back(self._refused.popleft())
-        self._look()
+        self._look(whole or self.bell.reader in heard)
         if self._close_by is None:
             self.staff.reconcile()
             if self.turnstile.waiters and self.fleet.hopeless:
@@ -290,14 +291,20 @@ class Manager:
 
     # -- looking and acting ------------------------------------------------------------------
 
-    def _rows(self, sweep: bool = False) -> list[health.Row]:
+    def _rows(self, sweep: bool = False, at_rest: bool = True) -> list[health.Row]:
+        """Return the rows of all workers, or of those only that are on their way to a state."""
         idle = self.turnstile.idle
         handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
+        if not at_rest:
+            handles = [one for one in handles if one.state not in _AT_REST or one.expires_ns]
         weigh = self.config.kill_rss is not None
         return [_row(handle, handle.slot in idle, sweep, weigh) for handle in handles]
 
-    def _look(self) -> None:
-        """Make the plan and carry it out.
+    def _look(self, whole: bool = True) -> None:
+        """Make the plan and carry it out; but for a sweep, maybe for workers in motion only.
+
+        What is due of a worker at rest is due by the clock, and a tick more or less does not
+        matter: a word or the death of one worker is no reason to look at all others.
 
         Losses are counted, and acted on, by sweeps only: looks that are a tick apart. One look
         may well find a busy worker on its way from one lease to the next, and a later one on
@@ -306,7 +313,7 @@ class Manager:
         now, now_ns = time.monotonic(), time.monotonic_ns()
         sweep = now - self._last_look >= self.config.tick
         actions = health.plan(
-            self._rows(sweep),
+            self._rows(sweep, at_rest=whole or sweep),
             now_ns,
             self._limits,
             self.staff.target,
@@ -320,7 +327,7 @@ class Manager:
                     handle.sweeps_lost, handle.lost_since_ns = 1, handle.idle_since_ns
             else:
                 self._act(action, handle)
-        self._acted = bool(actions)
+        self._acted = bool(actions) or not (whole or sweep)
         if sweep:
             self._sweep(actions, now_ns)
 
