@@ -465,8 +465,8 @@ def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
         reserve=handle.reserve,
         worn=handle.worn is not None,
         expires_ns=handle.expires_ns,
-        # A busy worker cannot say it itself.
-        rss_bytes=resident_bytes(handle.pid or 0) if weigh else handle.row[t.RSS_BYTES],
+        # A busy worker cannot say it itself; one that /proc hides (hidepid=2) says it later.
+        rss_bytes=(weigh and resident_bytes(handle.pid or 0)) or handle.row[t.RSS_BYTES],
         cpu_ns=handle.row[t.CPU_NS],
     )
 
