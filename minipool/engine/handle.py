@@ -158,7 +158,7 @@ class Handle:
         if self._portable:
             from .portable import PortableEnd
 
-            self.channel = PortableEnd(self.conn, self.process.sentinel, self._limit)
+            self.channel = PortableEnd(self.conn, self.process.death_fd, self._limit)
             self.channel.on_words = self._note
         else:
             self.channel = FastEnd(self.conn, self.process.death_fd, self._limit)
