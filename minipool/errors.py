@@ -52,10 +52,15 @@ class PoolError(MinipoolError):
 
 
 class CheckoutTimeout(PoolError, TimeoutError):
-    """No worker came free in time. Nothing was taken, so there is nothing to give back."""
+    """No worker came free in time. Nothing was taken, so there is nothing to give back.
+
+    `needed` is not 0 if the call was not sent, or not waited for any longer, because less of its
+    time was left than such calls took lately: so many seconds.
+    """
 
     timeout: float
     waited: float
+    needed: float = 0.0
     size: int
     leased: int
     waiting: int
@@ -171,12 +176,14 @@ class WorkerDied(WorkerError):
     `call_age` is how many seconds the call had been running (None: it had not begun), `rss_bytes`
     the memory as the worker said last. `stack` shows the Python stacks of a worker that crashed.
     `output` is the last it said, with `capture_output` or `forward_logs`: up to 20 lines.
+    `tries` is on how many workers the call was tried; this is the death of the last one.
     """
 
     exitcode: int | None
     signal: str | None
     started: bool
     target: str
+    tries: int = 1
     out_of_memory: bool = False
     call_age: float | None = None
     rss_bytes: int = 0

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
 
     from .config import PoolConfig
+    from .engine.pace import Budget
 
     P = ParamSpec("P")
 
@@ -137,6 +138,19 @@ class Pool(Inspection, Generic[W]):
         lease = self._lease  # see `Desk.acquire`
         return lease(desk, desk.acquire(limit))
 
+    def _checkout_until(
+        self, budget: Budget, timeout: float | None, session: str | None, affinity: str | None
+    ) -> Lease[W]:
+        """As `checkout`, for one call, which together with it must not take longer than that."""
+        desk = self._desk
+        if desk is None:
+            desk = self._open(wait_for=min(1, self.config.initial_size))
+        if session is not None:
+            handle = self._sessions.acquire(session, affinity, timeout, budget)
+        else:
+            handle = desk.acquire(timeout, budget)
+        return self._lease(desk, handle)
+
     if TYPE_CHECKING:
 
         @overload
@@ -171,8 +185,8 @@ class Pool(Inspection, Generic[W]):
 
         Args:
             timeout: seconds for checkout and call together; None waits for ever.
-            idempotent: the call may run twice: if its worker dies it is made again on another,
-                or as the option `retry` says.
+            idempotent: the call may run more than once: if its worker dies it is made again on
+                another, twice at most, or as the option `retry` says.
             session, affinity: as for `checkout`.
             retries: how often an idempotent call is made again at most, with growing pauses.
 

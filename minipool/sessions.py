@@ -21,6 +21,7 @@ from typing import Any, Mapping
 
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.pace import Budget
 from .engine.table import LEASED_SINCE_NS, SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
 from .errors import (
@@ -181,8 +182,16 @@ class Sessions:
 
     # -- using -------------------------------------------------------------------------------
 
-    def acquire(self, key: str, affinity: str | None, timeout: float | None) -> Handle:
+    def acquire(
+        self,
+        key: str,
+        affinity: str | None,
+        timeout: float | None,
+        budget: Budget | None = None,
+    ) -> Handle:
         """Take a session and a worker for it; both are the caller's until `give_back`.
+
+        With `budget` the caller leaves either line while there is time for its call.
 
         Raises:
             SessionBusy, SessionLost, SessionNotFound, CheckoutTimeout: nothing was taken.
@@ -199,6 +208,8 @@ class Sessions:
                     handle.row[SESSION_HITS] += 1
                     return handle
                 record = None
+        if budget is not None:
+            timeout = self._desk.pace.patience(timeout, budget)
         return self._acquire_slowly(key, record, affinity, timeout)
 
     def _acquire_slowly(

@@ -21,6 +21,7 @@ from . import table as t
 from . import wire
 from .handle import Handle
 from .manager import Crowded, Manager
+from .pace import Budget, Pace
 from .states import WorkerState as S
 from .turnstile import Closed
 
@@ -45,7 +46,7 @@ class Desk:
         "__weakref__", "_counting", "_handles", "_origins", "_publish", "_try_take", "_turnstile",
         "baggage", "call_timeout", "checkout_timeout", "config", "discarded", "errors", "faults",
         "hooks", "manager", "on_checkin", "on_checkout", "on_dropped", "on_exception", "on_queue",
-        "on_start", "on_stop", "pool_name", "queued", "sessions_lost", "sessions_moved",
+        "on_start", "on_stop", "pace", "pool_name", "queued", "sessions_lost", "sessions_moved",
         "sessions_new", "targets", "timeouts", "turned_away",
     )  # fmt: skip
 
@@ -58,6 +59,7 @@ class Desk:
         self.checkout_timeout = manager.config.checkout_timeout
         self.call_timeout = manager.config.call_timeout
         self.baggage = manager.fleet.baggage
+        self.pace = Pace(manager.fleet.counted_rows)
         self._origins = manager.config.leak_warn_after is not None
         # The lists themselves: to find one empty is all an event costs that nobody listens to.
         self.on_checkout, self.on_checkin = (
@@ -87,8 +89,10 @@ class Desk:
 
     # -- taking ------------------------------------------------------------------------------
 
-    def acquire(self, timeout: float | None) -> Handle:
+    def acquire(self, timeout: float | None, budget: Budget | None = None) -> Handle:
         """Take a worker that is ready and well; the caller owns it until `give_back`.
+
+        With `budget` the caller leaves the line while there is time for its call.
 
         Raises:
             CheckoutTimeout, TooManyWaiters, PoolClosed, PoolForked: nothing was taken.
@@ -96,14 +100,14 @@ class Desk:
         take = self._try_take  # CPython 3.11 is slow to call an attribute that is no method
         token = take()
         if token is None:
-            return self._acquire_slowly(timeout)
+            return self._acquire_slowly(self._patience(timeout, budget))
         handle: Handle = token[1]
         if handle.sessions and self._turnstile.idle:
             handle = self._colder(handle)
         now = _monotonic_ns()
         if now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed():
             self._refuse(handle)
-            return self._acquire_slowly(timeout)
+            return self._acquire_slowly(self._patience(timeout, budget))
         handle.thread = _get_ident()
         row = handle.row
         row[t.LEASED_SINCE_NS] = now
@@ -111,6 +115,9 @@ class Desk:
         if self.on_checkout or self._origins:
             self._mark(handle, 0.0)
         return handle
+
+    def _patience(self, timeout: float | None, budget: Budget | None) -> float | None:
+        return timeout if budget is None else self.pace.patience(timeout, budget)
 
     def _colder(self, handle: Handle) -> Handle:
         """Exchange a worker for an idle one whose sessions are fewer or longer unused.
@@ -382,21 +389,39 @@ class Desk:
         )
 
     def _timed_out(self, timeout: float | None, waited: float) -> CheckoutTimeout:
-        self.count("timeouts")
-        live, size = self.manager.fleet.live(), self.manager.staff.target
-        leased = [handle for handle in live if handle.live_lease is not None]
-        mine = sum(handle.thread == _get_ident() for handle in leased)
+        live = self.manager.fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
-        waiting = len(self._turnstile.waiters)
+        counts = self._counts(live)
         error = CheckoutTimeout(
-            f"no worker of {self.config.name} came free within {timeout} s (size {size}, leased "
-            f"{len(leased)}, starting {starting}, waiting {waiting}{_nested(mine)}); raise `size` "
-            f"or `checkout_timeout`, or look for a lease that is never given back",
-            timeout=timeout, waited=waited, size=size, leased=len(leased),
-            waiting=waiting, held_by_this_thread=mine,
+            f"no worker of {self.config.name} came free within {timeout} s (size "
+            f"{counts['size']}, leased {counts['leased']}, starting {starting}, waiting "
+            f"{counts['waiting']}{_nested(counts['held_by_this_thread'])}); raise `size` or "
+            f"`checkout_timeout`, or look for a lease that is never given back",
+            timeout=timeout, waited=waited, **counts,
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure
         return error
+
+    def _counts(self, live: list[Handle]) -> dict[str, int]:
+        """Count a checkout that was in vain; return what its error tells of the pool."""
+        self.count("timeouts")
+        leased = [handle for handle in live if handle.live_lease is not None]
+        return {
+            "size": self.manager.staff.target,
+            "leased": len(leased),
+            "waiting": len(self._turnstile.waiters),
+            "held_by_this_thread": sum(handle.thread == _get_ident() for handle in leased),
+        }
+
+    def too_late(self, timeout: float, left: float, needed: float) -> CheckoutTimeout:
+        """Describe a call that is not sent, because its worker came too late for it."""
+        return CheckoutTimeout(
+            f"the call was not sent: {max(0.0, left):.3g} s of the {timeout} s that checkout and "
+            f"call have together were left, and calls of {self.config.name} take {needed:.3g} s "
+            f"lately; no worker was harmed; raise `size` or the timeout",
+            timeout=timeout, waited=timeout - left, needed=needed,
+            **self._counts(self.manager.fleet.live()),
+        )  # fmt: skip
 
 
 def _dropped(desk: weakref.ref[Desk], lease: weakref.ref[Any]) -> None:
