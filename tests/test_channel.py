@@ -70,6 +70,7 @@ class Connections:
     def __init__(self, reader: int, writer: int) -> None:
         self._ends = Connection(reader, writable=False), Connection(writer, readable=False)
         self.recv_bytes, self.send_bytes = self._ends[0].recv_bytes, self._ends[1].send_bytes
+        self.fileno = self._ends[0].fileno
 
     def close(self) -> None:
         for end in self._ends:

@@ -52,6 +52,14 @@ class TooLong(Exception):
     """The request is longer than `max_message`. Nothing was sent; the pipe is as good as before."""
 
 
+class Unreceived(Exception):
+    """There was no memory for a message. It is off the pipe, which is as good as before."""
+
+    def __init__(self, size: int, call_id: int) -> None:
+        super().__init__(size, call_id)
+        self.size, self.call_id = size, call_id
+
+
 class _Ends:
     """Ours of the two pipes. Closed once, whoever comes, and at the latest when it is collected:
     a lease may outlive its worker, and then has the last hold of it."""
@@ -104,14 +112,34 @@ class End:
 
         What is no reply to this call is found by its header: the length before it means nothing.
         """
-        while True:
-            missing = self._missing()
-            if not missing:
-                return _checked(call_id, self._take())
-            start = length_of(self._got, self._limit)[0] - 4
-            if len(self._got) >= start + _REPLY_HEADER:
-                _checked(call_id, bytes(self._got[start : start + _REPLY_HEADER]))
-            self._add(self._receive_piece(max(CHUNK, min(PIECE, missing)), deadline))
+        missing, piece = 1, b""
+        try:
+            while True:
+                missing, piece = self._missing(), b""
+                if not missing:
+                    return _checked(call_id, self._take())
+                start = length_of(self._got, self._limit)[0] - 4
+                if len(self._got) >= start + _REPLY_HEADER:
+                    _checked(call_id, bytes(self._got[start : start + _REPLY_HEADER]))
+                piece = self._receive_piece(max(CHUNK, min(PIECE, missing)), deadline)
+                self._add(piece)
+        except MemoryError:
+            size = length_of(self._got, self._limit)[1]
+            if size is None:
+                raise
+        self._got = bytearray()  # there is room for small things again
+        self._drop(missing - len(piece), deadline)
+        raise Unreceived(size, call_id)
+
+    def _drop(self, missing: int, deadline: float | None) -> None:
+        """Take so many bytes off the pipe: the rest of a reply that there is no room for."""
+        while missing > 0:
+            piece = self._receive_piece(min(SMALL, missing), deadline)
+            if not piece:
+                raise PeerGone
+            missing -= len(piece)
+        if missing < 0:
+            raise Garbled("more came than one reply")
 
     def _check(self, size: int) -> None:
         if size > self._limit:
@@ -174,7 +202,7 @@ class FastEnd(End):
 
         Raises:
             PeerGone, TimedOut, Garbled: the worker is of no more use.
-            TooLong: nothing was sent.
+            TooLong: nothing was sent. Unreceived: nothing of the reply was kept.
         """
         size = _REQUEST_HEADER + len(name) + len(body)
         if size > SMALL:

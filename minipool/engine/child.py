@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from . import blackbox, wire
 from . import table as t
+from .channel import Unreceived
 from .conversation import NotHere, Session, WarmSessions
 from .lifeline import die_with_parent, end_all, lead_a_group
 from .resources import limit, resident_bytes
@@ -190,10 +191,17 @@ class _Worker:
 
     def serve(self) -> None:
         """Answer requests until told to stop."""
+        while True:
+            try:
+                return self._answer_all()
+            except Unreceived as problem:
+                self._reply(problem.call_id, *self._failure(_no_room(problem.size)))
+
+    def _answer_all(self) -> None:
         words, now = self._words, time.monotonic_ns
         receive, send, shared = self._end.receive, self._end.send, self._shared
         run = self._run if self._baggage is None else self._run_laden
-        busy_ns, refresh_at = 0, now() + _REFRESH_NS
+        busy_ns, refresh_at = words[t.BUSY_NS], now() + _REFRESH_NS
         while True:
             call_id, kind, name, body = receive()
             if kind == wire.STOP:
@@ -238,6 +246,8 @@ class _Worker:
             return self._failure(error)
         try:
             return 0, dumps(result, 5)
+        except MemoryError as error:
+            return self._failure(error)
         except BaseException as problem:
             stand_in = wire.unpicklable_result(problem, type(result).__name__)
             return wire.REFUSED, wire.pack_error(stand_in)
@@ -292,6 +302,7 @@ class _Worker:
         try:
             session = self._sessions.enter(body[4:end])
         except NotHere:
+            self._words[t.CALL_ID] -= 1  # it has not begun; it comes again, under the same id
             return wire.NOT_HERE, b""
         except BaseException as error:
             return self._failure(error)
@@ -306,13 +317,12 @@ class _Worker:
             packed = pickle.dumps(changes, 5) if changes else b""
             if packed:
                 self._end.check(4 + len(packed) + len(result))  # the commit must not be refused
+                result = b"".join((len(packed).to_bytes(4, "big"), packed, result))
         except BaseException as error:
             self._sessions.undo(session)
             return self._failure(error)
         session.commit(changes)
-        if not changes:
-            return status, result
-        return wire.COMMITTED, len(packed).to_bytes(4, "big") + packed + result
+        return wire.COMMITTED if changes else status, result
 
     def _answer_probe(self, call_id: int, body: Any) -> None:
         """Run the object's own `health_check()`, if it has one; False or an exception is ill."""
@@ -333,8 +343,14 @@ class _Worker:
     def _reply(self, call_id: int, status: int, body: bytes) -> None:
         if self._shared:
             self._end.send(call_id, status, body)
-        else:
-            self._end.send(call_id, status | wire.WITH_WORDS, self._packed_words() + body)
+            return
+        words = self._packed_words()
+        try:
+            body = words + body
+        except MemoryError as error:
+            status, body = self._failure(error)
+            body = words + body
+        self._end.send(call_id, status | wire.WITH_WORDS, body)
 
     def _packed_words(self) -> bytes:
         return wire.WORDS.pack(*self._words[t.WORKER_WORDS])
@@ -357,6 +373,14 @@ class _Worker:
         self._object = None
         if self._voice is not None:
             self._voice.tell_dropped()
+
+
+def _no_room(size: int) -> MemoryError:
+    """Return the error for a request that this process has no memory for."""
+    return MemoryError(
+        f"the worker has no room for a request of {size} bytes; nothing of the call has run, and "
+        f"the worker is replaced; pass less, or raise `memory_limit`"
+    )
 
 
 def _row(setup: Setup) -> memoryview:

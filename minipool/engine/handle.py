@@ -24,7 +24,7 @@ from ..errors import (
 from . import blackbox, inquest, wire
 from . import table as t
 from .blackbox import LAST_WORDS, SHOW
-from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, pair
+from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, pair
 from .child import Setup, main
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
@@ -49,6 +49,7 @@ class Handle:
 
     __slots__ = (  # more attributes than CPython keeps quick in a dict
         "__weakref__", "_dumps", "_exchange", "_limit", "_loads", "_noted_id", "_portable",
+        "_repeating",
         "_telling", "_theirs", "abandoned", "box", "calls_before", "calls_sent", "channel",
         "condemned", "conn", "death", "ended_ns", "expires_ns", "failed", "generation",
         "idle_since_ns", "in_call", "killed_for", "last_begun_id", "leak_warned", "lease",
@@ -102,6 +103,7 @@ class Handle:
         self.calls_sent = 0
         self._dumps, self._loads = wire.functions_of(codec)
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
+        self._repeating = False  # the call under way is sent a second time, with all of the state
         self.box: blackbox.BlackBox | None = None
         self.death: inquest.Death | None = None  # once the caller whose call failed knows of it
         self.process: Any = None
@@ -281,6 +283,8 @@ class Handle:
             raise self._failed(problem, name, timeout, start) from None
         except TooLong as problem:
             raise self._too_long(problem, name) from None
+        except Unreceived as problem:
+            raise self._unreceived(problem, name) from None
         self.in_call = False
         took = _monotonic_ns() - start
         if status == wire.NOT_HERE and session is not None:
@@ -326,10 +330,16 @@ class Handle:
         took_ns: int,
     ) -> Any:
         """Make a call again, with its session's state; without it, nothing has run."""
+        if self._repeating:
+            raise self._nonsense(ValueError("it lacks the state that came along"), name)
         session.missing()
-        self.calls_before += 1  # that was no call: the next one is as much the lease's first
+        self.calls_sent -= 1  # that was no call: what is sent now is still the same
         left = None if timeout is None else max(0.0, timeout - took_ns / 1e9)
-        return self.request(kind & ~wire.FLAGS, name, args, kwargs, left)
+        self._repeating = True
+        try:
+            return self.request(kind & ~wire.FLAGS, name, args, kwargs, left)
+        finally:
+            self._repeating = False
 
     def _unpicklable(
         self, problem: Exception, kind: int, name: bytes, args: tuple[Any, ...], kwargs: Any
@@ -344,6 +354,17 @@ class Handle:
         return CallMismatch(
             f"the call to {name.decode(errors='replace')!r} takes {problem} bytes, more than "
             f"`max_message`; nothing was sent; pass less, or raise it"
+        )
+
+    def _unreceived(self, problem: Unreceived, name: bytes) -> MemoryError:
+        """Return the error for a result that this process has no memory for."""
+        self.in_call = False
+        if self.session is not None:
+            self.session.missing()  # what the worker has committed is not committed here
+        return MemoryError(
+            f"this process has no room for the {problem.size} bytes of what "
+            f"{name.decode(errors='replace')!r} returned; the call has run, and committed nothing; "
+            f"its worker is well; return less"
         )
 
     def _nonsense(self, problem: Exception, name: bytes) -> WorkerError:
