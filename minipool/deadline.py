@@ -53,10 +53,10 @@ class Deadline:
             CheckoutTimeout: such calls take longer than that; do not send it.
         """
         left = self.end - time.monotonic()
-        if left < MOST * self._limit or left <= 0:
+        if left <= MOST * self._limit:
             desk = self._pool._desk
             needed = desk.pace.needed(self._limit)
-            if left <= 0 or left < needed:
+            if left <= needed:
                 raise desk.too_late(self._timeout, left, needed)
         return min(left, self._limit)
 
