@@ -8,7 +8,12 @@ import signal
 import threading
 from typing import Any
 
-from minipool import Lease, Pool
+import pytest
+
+from chatters import keys, take_unreadable
+from ears import handle_of
+from liars import never_have_it
+from minipool import Lease, Pool, ProtocolError, RemoteError
 from workers import Counter
 
 
@@ -48,3 +53,29 @@ def test_last_replies_of_workers_that_ended_are_counted() -> None:
             assert (pool.stats().calls, pool.stats().leases) == (done, done)
     assert (pool.stats().calls, pool.stats().workers_lost) == (3, 3)
     assert pool.stats().utilization <= 1.0
+
+
+def test_call_that_is_sent_again_with_its_state_counts_once() -> None:
+    """The worker has committed what could not be read here, so it lacks what is committed."""
+    with Pool(size=1, max_calls=4) as pool:
+        with pool.checkout(session="ada") as w:
+            pid = w.pid
+            for _ in range(2):
+                with pytest.raises(RemoteError, match="cannot be unpickled here"):
+                    w.call(take_unreadable)
+            assert w.call(keys) == [], "nothing was committed"
+            assert handle_of(pool).calls_sent == 3
+            assert pool.workers()[0].calls == 3
+        with pool.checkout() as w:
+            assert w.pid == pid, "it may make one call more"
+            assert w.call(os.getpid) == pid
+        with pool.checkout(timeout=20) as w:
+            assert w.pid != pid
+
+
+def test_worker_that_never_has_the_state_is_asked_twice() -> None:
+    with Pool(size=1) as pool, pool.checkout(session="ada") as w:
+        w.call(keys)
+        with pytest.raises(ProtocolError, match="lacks the state that came along"):
+            w.options(timeout=20.0).call(never_have_it, handle_of(pool).calls_sent + 1)
+        assert pool.stats().faults == 1
