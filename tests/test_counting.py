@@ -14,6 +14,7 @@ from chatters import keys, take_unreadable
 from ears import handle_of
 from liars import never_have_it
 from minipool import Lease, Pool, ProtocolError, RemoteError
+from minipool.engine import wire
 from workers import Counter
 
 
@@ -79,3 +80,26 @@ def test_worker_that_never_has_the_state_is_asked_twice() -> None:
         with pytest.raises(ProtocolError, match="lacks the state that came along"):
             w.options(timeout=20.0).call(never_have_it, handle_of(pool).calls_sent + 1)
         assert pool.stats().faults == 1
+
+
+def test_call_whose_worker_dies_before_it_comes_again_had_not_begun() -> None:
+    """It was at the worker once, without its state; it may be made elsewhere all the same."""
+    with Pool(size=2) as pool:
+        with pool.checkout(session="ada") as w:
+            with pytest.raises(RemoteError):
+                w.call(take_unreadable)
+        with pool.checkout(session="ada") as w:
+            handle, pid = handle_of(pool, w.worker_id), w.pid
+            exchange = handle._exchange
+
+            def exchange_and_die(*args: Any) -> Any:
+                reply = exchange(*args)
+                assert reply[0] == wire.NOT_HERE
+                handle._exchange = exchange
+                handle.kill()
+                assert handle.process.exitcode(20) is not None
+                return reply
+
+            handle._exchange = exchange_and_die
+            assert w.call(keys) == []
+            assert (w.affinity, w.pid != pid) == ("lost", True)
