@@ -25,7 +25,7 @@ Budget = Tuple[float, float]
 WINDOW = 60.0  # seconds of calls that are looked at
 _STEP = 10.0  # seconds between two readings that are kept
 _FRESH = 1.0  # seconds for which a reading is believed
-_SLOW = 0.99  # of the calls take no longer than is hoped for
+_SLOW = 0.999  # of the calls take no longer than is hoped for
 MOST = 0.9  # of a call's timeout is the most that must be left of it
 _FOREVER = 1e9  # seconds; as good as no limit
 _SOON = 1e-6  # seconds; waits for nobody, and yet is not 0, which asks for other errors
@@ -49,7 +49,7 @@ class Pace:
         """Return how many seconds must be left for a call that may take `limit` at most.
 
         It is the median of the calls that took no longer than `limit` (others are of another
-        kind: this one would have failed), or the time that 99 of 100 of them take, if that is no
+        kind: this one would have failed), or the time that 999 of 1,000 of them take, if that is no
         more than half of `limit`. If all took longer, it is nearly all of `limit`. 0: there were no
         calls, so nothing is known.
         """
