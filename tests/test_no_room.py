@@ -121,6 +121,35 @@ def test_commit_without_room_here_commits_nothing_on_either_side() -> None:
         assert dict(w.state) == {"name": "Ada", "data": b"less"}
 
 
+class Fat(bytes):
+    """Cannot be put together with anything."""
+
+    def __add__(self, other: Any) -> Any:
+        raise MemoryError
+
+    def __radd__(self, other: Any) -> Any:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("path", ["laden", "portable"])
+def test_request_without_room_here_ends_no_worker(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was sent, so the worker knows nothing of it."""
+    if path == "portable":
+        monkeypatch.setenv("MINIPOOL_PORTABLE", "1")
+    variables = ["talkers:trace_id"] if path == "laden" else []
+    with Pool(Stateful, size=1, context=variables) as pool, pool.checkout() as w:
+        w.call("add", 3)
+        handle, dumps = handle_of(pool), handle_of(pool)._dumps
+        handle._dumps = lambda value, protocol: Fat(dumps(value, protocol))
+        with pytest.raises(MemoryError, match="nothing was sent"):
+            w.call("add", 1)
+        handle._dumps = dumps
+        assert w.call("add", 1) == 4
+        assert pool.stats().workers_lost == 0
+
+
 def test_burst_of_requests_without_room_leaves_the_pool_whole() -> None:
     with Pool(size=2, memory_limit=own() + ROOM) as pool:
         data = bytes(TOO_MUCH)

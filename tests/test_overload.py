@@ -209,6 +209,16 @@ def test_call_without_any_time_left_is_never_sent(clock: Clock, pool: Pool[Any])
     unharmed(pool)
 
 
+def test_time_that_opening_the_pool_took_ends_no_worker(clock: Clock) -> None:
+    """The first use opens the pool, which takes as long as it takes."""
+    pool: Pool[Any] = Pool(size=1)
+    pool.hooks["worker.init"].append(lambda *_: setattr(clock, "ahead", 101.0))
+    with pytest.raises(CheckoutTimeout, match=r"0 s of the 100\.0 s"):
+        pool.options(timeout=LONG).call(identity, 1)
+    unharmed(pool)
+    pool.close()
+
+
 # -- what is made again --------------------------------------------------------------------------
 
 

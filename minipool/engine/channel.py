@@ -52,6 +52,10 @@ class TooLong(Exception):
     """The request is longer than `max_message`. Nothing was sent; the pipe is as good as before."""
 
 
+class Unsent(Exception):
+    """There was no memory to make a frame of. Nothing was sent; the pipe is as good as before."""
+
+
 class Unreceived(Exception):
     """There was no memory for a message. It is off the pipe, which is as good as before."""
 

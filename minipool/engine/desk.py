@@ -415,10 +415,10 @@ class Desk:
 
     def too_late(self, timeout: float, left: float, needed: float) -> CheckoutTimeout:
         """Describe a call that is not sent, because its worker came too late for it."""
+        lately = f", and calls of {self.config.name} take {needed:.3g} s lately" if needed else ""
         return CheckoutTimeout(
             f"the call was not sent: {max(0.0, left):.3g} s of the {timeout} s that checkout and "
-            f"call have together were left, and calls of {self.config.name} take {needed:.3g} s "
-            f"lately; no worker was harmed; raise `size` or the timeout",
+            f"call have together were left{lately}; nothing has run; raise `size` or the timeout",
             timeout=timeout, waited=timeout - left, needed=needed,
             **self._counts(self.manager.fleet.live()),
         )  # fmt: skip

@@ -24,7 +24,7 @@ from ..errors import (
 from . import blackbox, inquest, wire
 from . import table as t
 from .blackbox import LAST_WORDS, SHOW
-from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, pair
+from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, Unsent, pair
 from .child import Setup, main
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
@@ -285,6 +285,8 @@ class Handle:
             raise self._too_long(problem, name) from None
         except Unreceived as problem:
             raise self._unreceived(problem, name) from None
+        except Unsent:
+            raise self._unsent(name) from None
         self.in_call = False
         took = _monotonic_ns() - start
         if status == wire.NOT_HERE and session is not None:
@@ -354,6 +356,14 @@ class Handle:
         return CallMismatch(
             f"the call to {name.decode(errors='replace')!r} takes {problem} bytes, more than "
             f"`max_message`; nothing was sent; pass less, or raise it"
+        )
+
+    def _unsent(self, name: bytes) -> MemoryError:
+        """Return the error for a request that this process has no memory for."""
+        self.calls_sent, self.in_call = self.calls_sent - 1, False
+        return MemoryError(
+            f"this process has no room for the call to {name.decode(errors='replace')!r}; nothing "
+            f"was sent; pass less"
         )
 
     def _unreceived(self, problem: Unreceived, name: bytes) -> MemoryError:

@@ -23,6 +23,7 @@ from .channel import (
     Garbled,
     PeerGone,
     TimedOut,
+    Unsent,
     deadline_of,
     long_length,
 )
@@ -47,7 +48,10 @@ class PortableEnd(End):
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
     ) -> tuple[int, bytes | memoryview]:
         deadline = deadline_of(timeout, start)
-        payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
+        try:
+            payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
+        except MemoryError:
+            raise Unsent from None
         if len(payload) > SMALL:
             self._check(len(payload))
             self._send_watched(payload, deadline)
