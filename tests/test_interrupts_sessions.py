@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import signal
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -12,9 +13,18 @@ import pytest
 
 from chatters import add, get
 from ears import wait_until
-from minipool import Pool, SessionExists, SessionNotFound, current_session
+from minipool import CallTimeout, Pool, SessionExists, SessionNotFound, current_session
+from minipool.engine import desk
 from strikes import strike_everywhere, unstruck
 from test_interrupts import modules_of
+
+pytestmark = [
+    pytest.mark.logs_errors,  # while a store's connection is astray
+    pytest.mark.usefixtures("impatient"),
+    pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning"),
+    # Of a generator that was left where it was, when what it is for was struck.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 STATE = {"text": "whole", "list": [1, 2, 3], "number": 4}
 
@@ -28,10 +38,17 @@ def keeping() -> set[Any]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a store find sooner that a connection was lost."""
-    from minipool import store
+    make_impatient(monkeypatch)
 
-    monkeypatch.setattr(store, "_ASTRAY_S", 0.2, raising=False)
+
+def make_impatient(patch: pytest.MonkeyPatch) -> None:
+    """Have a store find sooner that somebody was struck who was using it."""
+    from minipool.store import SQLiteStore
+
+    assert SQLiteStore  # it is imported by those who use it
+    for module in modules_of("minipool"):
+        if module.__name__.startswith("minipool.store"):
+            patch.setattr(module, "_ASTRAY_S", 0.1, raising=False)
 
 
 def opened(path: Path | None, size: int = 1) -> Pool[None]:
@@ -68,8 +85,6 @@ def begins(pool: Pool[None], key: str) -> bool:
         return state_of(pool, key) == STATE
 
 
-@pytest.mark.logs_errors  # while the store's connection is astray
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("stored", [False, True], ids=["memory", "store"])
 def test_session_is_begun_whole_or_not_at_all_after_an_interrupt_anywhere(
     stored: bool, tmp_path: Path
@@ -109,8 +124,6 @@ def test_session_is_begun_whole_or_not_at_all_after_an_interrupt_anywhere(
                     pool.create_session(key, STATE)
 
 
-@pytest.mark.logs_errors
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("used", [False, True], ids=["of the store", "in use"])
 def test_session_that_is_there_is_untouched_by_an_interrupt_in_its_second_beginning(
     used: bool, tmp_path: Path
@@ -136,8 +149,6 @@ def test_session_that_is_there_is_untouched_by_an_interrupt_in_its_second_beginn
         assert pool.options(session="old").call(add, "number") == 5
 
 
-@pytest.mark.logs_errors
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("stored", [False, True], ids=["memory", "store"])
 def test_session_is_ended_or_goes_on_after_an_interrupted_end(stored: bool, tmp_path: Path) -> None:
     """What is left of it is the whole session, or nothing: then it can be begun again."""
@@ -175,9 +186,6 @@ def by_state(pool: Pool[None]) -> None:
         w.state["alone"] = w.state.get("alone", 0) + 1
 
 
-@pytest.mark.logs_errors
-@pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("commit", [by_call, by_state])
 def test_file_and_memory_agree_after_an_interrupted_commit(
     commit: Callable[[Pool[None]], None], tmp_path: Path
@@ -213,3 +221,28 @@ def test_file_and_memory_agree_after_an_interrupted_commit(
         by_state(pool)
         more = {key: number + 1 for key, number in last.items()}
         assert pool.session_state("a") == more
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "store"])
+def test_session_goes_on_after_an_interrupt_at_the_end_of_a_lease_that_broke(
+    stored: bool, tmp_path: Path
+) -> None:
+    """Its worker is killed in mid-call, and the session is taken away from the lease: whatever
+    strikes then, the next one gets it, as it was committed."""
+    path = tmp_path / "sessions.db" if stored else None
+    count = 0
+
+    def act() -> None:
+        nonlocal count
+        with unstruck():
+            gc.collect()
+            count += 1
+            assert pool.options(session="a", timeout=20).call(add) == count
+            lease = pool.checkout(session="a", timeout=20)
+            with pytest.raises(CallTimeout):
+                lease.options(timeout=0.0).call(signal.pause)
+        lease.release()
+
+    with opened(path) as pool:
+        assert strike_everywhere(act, *(keeping() | {desk})) > 10
+        assert pool.options(session="a", timeout=20).call(add) == count + 1
