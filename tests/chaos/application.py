@@ -30,10 +30,10 @@ from journal import Journal
 
 from minipool import Pool, SessionBusy, SessionError
 
-CALLERS = 4  # threads of each pool
+CALLERS = 6  # threads of each pool
 SESSIONS = 12  # that are in use at a time, by all processes
 EPOCH = 60.0  # seconds after which others are
-COMPUTING = 24  # threads that hold the interpreter, for a while
+COMPUTING = 40  # threads that hold the interpreter, for a while
 PATIENCE = 60.0  # seconds for anything to come to its end; it never takes that long
 
 
@@ -105,7 +105,7 @@ class Application:
     def _rage(self) -> None:
         dice = self._dice
         blows: dict[Callable[[Counter], object], int] = {
-            self._kill: 8, self._resize: 4, self._hold_interpreter: 1, self._reopen: 1,
+            self._kill: 8, self._resize: 4, self._hold_interpreter: 3, self._reopen: 1,
             self._look: 4,
         }  # fmt: skip
         while not self.stop.wait(dice.expovariate(1 / 0.3)):
@@ -140,14 +140,14 @@ class Application:
 
     def _hold_interpreter(self, counter: Counter) -> None:
         self._burst.set()
-        self.stop.wait(self._dice.uniform(0.3, 1.5))
+        self.stop.wait(self._dice.uniform(0.5, 2.0))
         if not self.stop.is_set():
             self._burst.clear()
 
     def _compute(self) -> None:
         while not self.stop.is_set():
             self._burst.wait()
-            sum(range(200_000))  # some ms, in which the interpreter lets nobody else run
+            sum(range(2000))  # over and over, each as long as the interpreter lets one run
 
     def _reopen(self, counter: Counter) -> None:
         counter.reopen()
@@ -183,6 +183,7 @@ class Counter:
                 Doer, args=(str(folder / "begun"),), size=2,
                 session_store=folder / "store" / "sessions.db",
                 call_timeout=60.0, checkout_timeout=30.0, close_timeout=5.0,
+                overflow_idle=0.4,  # for what follows from it: the manager looks every 0.1 s
             )  # fmt: skip
             began = time.monotonic()
             pool.hooks["worker.terminate"].append(functools.partial(self._note_end, pool))
