@@ -28,7 +28,7 @@ from deeds import Doer, born_with
 from fates import CALL, CHECKOUT, fate_of
 from journal import Journal
 
-from minipool import Pool, SessionBusy, SessionError
+from minipool import Pool, PoolClosed, SessionBusy, SessionError
 
 CALLERS = 6  # threads of each pool
 SESSIONS = 12  # that are in use at a time, by all processes
@@ -47,7 +47,6 @@ class Application:
         self.stop = threading.Event()
         self._pipe = pipe
         self._burst = threading.Event()
-        self._dice = random.Random(seed)
         self.counters: list[Counter] = []
 
     def live(self) -> None:
@@ -57,13 +56,13 @@ class Application:
         for number in range(2):
             self.counters.append(Counter(self, number))
         computing = [threading.Thread(target=self._compute) for _ in range(COMPUTING)]
-        storm = threading.Thread(target=self._rage)
-        for thread in (*computing, storm):
+        storms = [threading.Thread(target=self._rage, args=(each,)) for each in self.counters]
+        for thread in (*computing, *storms):
             thread.start()
         sys.stdin.read()
         self.stop.set()
         self._burst.set()
-        for thread in (storm, *computing):
+        for thread in (*storms, *computing):
             self._join(thread)
         for counter in self.counters:
             for thread in counter.threads:
@@ -102,45 +101,45 @@ class Application:
 
     # -- what happens to it ------------------------------------------------------------------
 
-    def _rage(self) -> None:
-        dice = self._dice
-        blows: dict[Callable[[Counter], object], int] = {
+    def _rage(self, counter: Counter) -> None:
+        dice = random.Random(f"{self.seed}/{counter}")
+        blows: dict[Callable[[Counter, random.Random], object], int] = {
             self._kill: 8, self._resize: 4, self._hold_interpreter: 3, self._reopen: 1,
             self._look: 4,
         }  # fmt: skip
-        while not self.stop.wait(dice.expovariate(1 / 0.3)):
+        self._kill(counter, dice)  # in a short life, too
+        while not self.stop.wait(dice.expovariate(1 / 0.5)):
             blow = dice.choices(list(blows), list(blows.values()))[0]
             try:
-                blow(dice.choice(self.counters))
+                blow(counter, dice)
             except Exception as error:
                 self.accuse(f"{blow.__name__}: unexpected {type(error).__name__}: {error}")
 
-    def _kill(self, counter: Counter) -> None:
+    def _kill(self, counter: Counter, dice: random.Random) -> None:
         """Kill a worker as a stranger does: minipool's own handle is not asked."""
-        pids = [worker.pid for worker in counter.pool.workers()]
-        victim = self._dice.choice(pids) if pids else None
-        if victim is None:
+        pids = counter.pids()
+        if not pids:
             return
+        victim = dice.choice(pids)
         try:
             fd = os.pidfd_open(victim)
         except ProcessLookupError:
             return
         try:
-            if victim in [
-                worker.pid for worker in counter.pool.workers()
-            ]:  # that pid was not reaped
+            if victim in counter.pids():  # it was not reaped, so the descriptor is of that process
                 self.told.write("killed", victim)
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
         finally:
             os.close(fd)
 
-    def _resize(self, counter: Counter) -> None:
-        counter.pool.resize(self._dice.randint(1, 4))
+    def _resize(self, counter: Counter, dice: random.Random) -> None:
+        counter.pool.resize(dice.randint(1, 4))
 
-    def _hold_interpreter(self, counter: Counter) -> None:
+    def _hold_interpreter(self, counter: Counter, dice: random.Random) -> None:
         self._burst.set()
-        self.stop.wait(self._dice.uniform(0.5, 2.0))
+        self.stop.wait(dice.uniform(0.5, 2.0))
         if not self.stop.is_set():
             self._burst.clear()
 
@@ -149,10 +148,10 @@ class Application:
             self._burst.wait()
             sum(range(2000))  # over and over, each as long as the interpreter lets one run
 
-    def _reopen(self, counter: Counter) -> None:
+    def _reopen(self, counter: Counter, dice: random.Random) -> None:
         counter.reopen()
 
-    def _look(self, counter: Counter) -> None:
+    def _look(self, counter: Counter, dice: random.Random) -> None:
         pool = counter.pool
         pool.health_check(), pool.stats(), pool.sessions(), pool.workers(), repr(pool)
 
@@ -164,6 +163,7 @@ class Counter:
         self.application, self._number = application, number
         self._told = application.told
         self._known: dict[str, None] = {}  # sessions that this pool has
+        self._reopened = threading.Event()  # for those that have found the pool closed
         self.pool = self._opened()
         self.threads = [
             threading.Thread(target=self._live, args=(random.Random(f"{application.seed}/{self}/{n}"),))
@@ -195,11 +195,17 @@ class Counter:
     def _note_end(self, pool: Pool[Doer], event: str, _: Any, facts: dict[str, Any]) -> None:
         self._told.write("ended", facts["pid"], facts["exitcode"], facts["reason"], pool.closed)
 
+    def pids(self) -> list[int]:
+        """Return the processes of the workers that are there."""
+        return [worker.pid for worker in self.pool.workers() if worker.pid]
+
     def reopen(self) -> None:
         """Close the pool in order and go on with another: its sessions are anybody's then."""
+        self._reopened.clear()
         self.pool.close(timeout=2.0)
         self._known.clear()
         self.pool = self._opened()
+        self._reopened.set()
 
     # -- a thread ----------------------------------------------------------------------------
 
@@ -212,28 +218,30 @@ class Counter:
         while not stop.wait(dice.expovariate(1 / 0.05)):
             turn = dice.choices(list(turns), list(turns.values()))[0]
             try:
-                turn(dice)
+                turn(self.pool, dice)
             except BaseException as error:
                 self.application.accuse(f"{turn.__name__}: {type(error).__name__}: {error}")
 
     @contextlib.contextmanager
-    def _deed(self, kind: str, key: str = "", again: bool = False) -> Iterator[Deed]:
+    def _deed(
+        self, pool: Pool[Doer], kind: str, key: str = "", again: bool = False
+    ) -> Iterator[Deed]:
         """Note what is about to be asked for; then, if it is not answered, what is said of it."""
         deed = Deed(self, kind, key)
-        pool = self.pool
         try:
             yield deed
         except Exception as error:
             if deed.done:
                 raise
-            closing = pool.closed or self.pool is not pool or self.application.stop.is_set()
-            fate = fate_of(error, deed.where, closing, again)
+            fate = fate_of(error, deed.where, pool.closed, again)
             if fate is None:
                 raise
-            facts = [type(error).__name__, str(error), deed.began, time.monotonic(), closing]
+            facts = [type(error).__name__, str(error), deed.began, time.monotonic(), pool.closed]
             self._told.write("refused", deed.id, fate, *facts)
             if isinstance(error, SessionBusy) and deed.where == CHECKOUT:
                 self._doubt(error, key)
+            elif isinstance(error, PoolClosed):
+                self._reopened.wait(PATIENCE)
 
     def answered(self, deed: Deed, answer: Any) -> None:
         """Note an answer, before anything else is done with it."""
@@ -252,77 +260,76 @@ class Counter:
             return dice.choice(known)
         return f"{epoch}{dice.randrange(SESSIONS)}"
 
-    def _converse(self, dice: random.Random) -> None:
+    def _converse(self, pool: Pool[Doer], dice: random.Random) -> None:
         """Make a few calls with one lease."""
         key = self._some_session(dice)
-        with self._deed("commit", key) as deed:
-            with self.pool.checkout(session=key) as w:
+        with self._deed(pool, "commit", key) as deed:
+            with pool.checkout(session=key) as w:
                 self._known[key] = None
                 deed.where = CALL
                 self.answered(deed, w.call("commit", deed.id, _work(dice)))
                 for _ in range(dice.randrange(3)):
-                    with self._deed("commit", key) as deed:
+                    with self._deed(pool, "commit", key) as deed:
                         deed.where = CALL
                         self.answered(deed, w.call("commit", deed.id, _work(dice)))
                     if not deed.done:
                         return
 
-    def _again(self, dice: random.Random) -> None:
+    def _again(self, pool: Pool[Doer], dice: random.Random) -> None:
         key = self._some_session(dice)
-        caller = self.pool.options(session=key, idempotent=True, retries=2, timeout=60.0)
-        with self._deed("commit again", key, again=True) as deed:
+        caller = pool.options(session=key, idempotent=True, retries=2, timeout=60.0)
+        with self._deed(pool, "commit again", key, again=True) as deed:
             self.answered(deed, caller.call("commit", deed.id, _work(dice)))
 
-    def _hurried(self, dice: random.Random) -> None:
+    def _hurried(self, pool: Pool[Doer], dice: random.Random) -> None:
         key = self._some_session(dice)
-        with self._deed("commit", key) as deed:
-            with self.pool.checkout(session=key) as w:
+        with self._deed(pool, "commit", key) as deed:
+            with pool.checkout(session=key) as w:
                 deed.where = CALL
                 hurried = w.options(timeout=dice.uniform(0.0, 0.0006))
                 self.answered(deed, hurried.call("hurried", deed.id, 0))
 
-    def _plain(self, dice: random.Random) -> None:
-        with self._deed("plain") as deed:
-            with self.pool.checkout() as w:
+    def _plain(self, pool: Pool[Doer], dice: random.Random) -> None:
+        with self._deed(pool, "plain") as deed:
+            with pool.checkout() as w:
                 deed.where = CALL
                 self.answered(deed, w.call("plain", deed.id, _work(dice)))
 
-    def _plain_again(self, dice: random.Random) -> None:
-        caller = self.pool.options(idempotent=True, retries=2, timeout=60.0)
-        with self._deed("plain again", again=True) as deed:
+    def _plain_again(self, pool: Pool[Doer], dice: random.Random) -> None:
+        caller = pool.options(idempotent=True, retries=2, timeout=60.0)
+        with self._deed(pool, "plain again", again=True) as deed:
             self.answered(deed, caller.call("plain", deed.id, _work(dice)))
 
-    def _hang(self, dice: random.Random) -> None:
-        with self._deed("plain") as deed:
-            with self.pool.checkout() as w:
+    def _hang(self, pool: Pool[Doer], dice: random.Random) -> None:
+        with self._deed(pool, "plain") as deed:
+            with pool.checkout() as w:
                 deed.where = CALL
                 w.options(timeout=0.1).call("hang", deed.id)
                 self.application.accuse("a call that never returns was answered")
 
-    def _mark(self, dice: random.Random) -> None:
+    def _mark(self, pool: Pool[Doer], dice: random.Random) -> None:
         """Commit from the parent, without a call."""
         key = self._some_session(dice)
-        with self._deed("mark", key) as deed:
-            with self.pool.checkout(session=key) as w:
+        with self._deed(pool, "mark", key) as deed:
+            with pool.checkout(session=key) as w:
                 deed.where = CALL
                 w.state[f"mark {deed.id}"] = True
                 self.answered(deed, None)
 
-    def _brief(self, dice: random.Random) -> None:
+    def _brief(self, pool: Pool[Doer], dice: random.Random) -> None:
         """Begin a session with a state, use it, and mostly end it."""
-        pool = self.pool
-        with self._deed("create") as deed:
+        with self._deed(pool, "create") as deed:
             key = f"brief {deed.id}"
             pool.create_session(key, born_with(deed.id))
             self.answered(deed, None)
         if not deed.done:
             return
-        with self._deed("commit", key) as deed:
+        with self._deed(pool, "commit", key) as deed:
             with pool.checkout(session=key) as w:
                 deed.where = CALL
                 self.answered(deed, w.call("commit", deed.id, _work(dice)))
         if dice.random() < 0.8:
-            with self._deed("end", key) as deed:
+            with self._deed(pool, "end", key) as deed:
                 pool.end_session(key)
                 self.answered(deed, None)
 

@@ -31,7 +31,7 @@ FATES = {
     (CALL, CheckoutTimeout, False): NOT_RUN,  # its worker died before, and no other came free
     (CALL, WorkerDied, False): PERHAPS,  # but see `started`
     (CALL, CallTimeout, False): PERHAPS,  # but see `started`
-    (CALL, SessionBusy, False): PERHAPS,  # at the commit: another process took the session over
+    (CALL, SessionBusy, True): PERHAPS,  # at the commit: the session is another pool's by now
     (CALL, SessionError, False): PERHAPS,  # at the commit, mostly: the store is locked
     (CALL, SessionError, True): PERHAPS,  # the store is closed
     (CALL, LeaseRevoked, True): PERHAPS,
