@@ -98,7 +98,7 @@ def test_housekeeping_goes_on_wherever_it_was_struck(
     rooms: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Signs of life go on, callers are served, and the store is closed at the end."""
-    housekeeping = pytest.importorskip("minipool.housekeeping", exc_type=ImportError)
+    housekeeping = pytest.importorskip("minipool.housekeeping")
     monkeypatch.setattr(housekeeping, "_BEAT_S", 0.01, raising=False)
     make_impatient(monkeypatch)
     names = tuple(f"minipool.{room}" for room in rooms)
