@@ -172,9 +172,11 @@ class SharedStore:
         self._lives[name] = Life(self.folder, name, self._count[name], self.seed)
 
     def _plan(self, until: float) -> None:
-        """Draw when the store is locked, and when an application is killed."""
-        start = time.monotonic()
-        minute = min(MINUTE, self.seconds)
+        """Draw when the store is locked, and when an application is killed.
+
+        While it is locked only one of the two is killed, in turn: the other one waits for it.
+        """
+        start, minute = time.monotonic(), min(MINUTE, self.seconds)
         for begin in _steps(start + minute / 3, minute, until):
             mode = self._dice.choice(["IMMEDIATE", "EXCLUSIVE"])
             self._due.append((begin, lambda mode=mode: self._locker.lock(mode)))
@@ -182,7 +184,10 @@ class SharedStore:
         at = start
         while at < until:
             at += min(self._dice.expovariate(1 / KILL_EVERY), 2 * KILL_EVERY, self.seconds / 2)
-            name = self._dice.choice(list(self._lives))
+            name = self._dice.choice(sorted(self._lives))
+            turn, part = divmod(at - start, minute)
+            if minute / 3 <= part < 2 * minute / 3:
+                name = sorted(self._lives)[int(turn) % 2]
             self._due.append((at, lambda name=name: self._kill(name)))
         self._due.sort(key=lambda due: due[0])
 
