@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 class CircuitBreaker:
     """Opens after `failures` in a row, tries after `retry_after` s, closes after `successes`.
 
-    While it is half-open, at most `trials` tries are in flight at once. A pool has one for the
-    starts of its workers (`pool.breaker`). One of your own may guard calls: `breaker.call(f, x)`
-    counts the faults of workers (`failing_on`); what your code raises is no failure.
+    While it is half-open, at most `trials` tries are in flight at once. When they have brought no
+    verdict for `retry_after` s (a second at least) they hang: the next try is permitted, and what
+    they say afterwards counts for nothing. A pool has one breaker for the starts of its workers
+    (`pool.breaker`). One of your own may guard calls: `breaker.call(f, x)` counts the faults of
+    workers (`failing_on`); what your code raises is no failure.
 
     Any thread may use it. Each of `listeners` is called with the breaker when its state has
     changed; one that raises is logged and removed.
@@ -70,6 +72,7 @@ class CircuitBreaker:
         self._era = object()
         self._successes = self._in_flight = 0
         self._retry_at = 0.0
+        self._patient_until = 0.0  # for the last trial that was permitted
 
     # -- asking ------------------------------------------------------------------------------
 
@@ -86,11 +89,14 @@ class CircuitBreaker:
         with self._changing:
             if self.state == OPEN:
                 changed = self._become(HALF_OPEN)
-            half_open = self.state == HALF_OPEN
+            half_open, now = self.state == HALF_OPEN, self._clock()
             if half_open and self._in_flight >= self.trials:
-                return None
+                if now < self._patient_until:
+                    return None
+                self._become(HALF_OPEN)  # those in flight hang: their verdicts count no more
             permit = Permit(self, self._era)
-            # No call between the two, so that no interrupt: what flies is counted, and lands.
+            # No call between these, so that no interrupt: what flies is counted, and lands.
+            self._patient_until = now + (self.retry_after if self.retry_after > 1 else 1.0)
             permit.in_flight = True
             self._in_flight += half_open
         self._tell(changed)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_WORKERS = 2048  # twice as many rows are in the table: old ones may end while new ones start
 AFFINITIES = ("prefer", "strict", "any")
-STORE_METHODS = ("open", "has", "read", "commit", "delete", "beat", "close")  # see store.py
+STORE_METHODS = ("open", "create", "has", "read", "commit", "delete", "close")  # see store.py
 START_METHODS = ("forkserver", "spawn", "fork")
 _SWITCHES = (
     "lazy", "strict_sessions", "kill_group", "autoscale", "forward_logs", "capture_output",

@@ -52,10 +52,15 @@ class PoolError(MinipoolError):
 
 
 class CheckoutTimeout(PoolError, TimeoutError):
-    """No worker came free in time. Nothing was taken, so there is nothing to give back."""
+    """No worker came free in time. Nothing was taken, so there is nothing to give back.
+
+    `needed` is not 0 if the call was not sent, or not waited for any longer, because less of its
+    time was left than such calls took lately: so many seconds.
+    """
 
     timeout: float
     waited: float
+    needed: float = 0.0
     size: int
     leased: int
     waiting: int
@@ -70,7 +75,7 @@ class TooManyWaiters(PoolError):
 
 
 class PoolClosed(PoolError):
-    """The pool is closed, closing, or was never opened (the text says which)."""
+    """The pool is closed, or closing. If it could not start, the cause says why."""
 
 
 class PoolForked(PoolError):
@@ -80,7 +85,11 @@ class PoolForked(PoolError):
 
 
 class PoolStartError(PoolError):
-    """The pool could not start its workers and is closed again; the cause says why."""
+    """The pool could not start its workers; the cause says why.
+
+    After `open()` or `with` it is closed. A pool that could not be opened for its first use is not:
+    the next use tries again.
+    """
 
 
 class CircuitOpen(PoolError):
@@ -165,18 +174,21 @@ class WorkerError(MinipoolError):
 class WorkerDied(WorkerError):
     """The worker's process ended while it was leased.
 
-    `started` tells whether your call had begun: if not, it may safely be made again. `exitcode`
-    is the process's (negative: minus the signal; None: not known), `signal` its signal's name.
+    `started` tells whether your call had begun when it ended: if not, it may safely be made again.
+    `exitcode` is the process's (negative: minus the signal; None: not known, and the message says
+    why), `signal` its signal's name.
     `out_of_memory`: the kernel killed it for want of memory, by the kernel's own counters.
     `call_age` is how many seconds the call had been running (None: it had not begun), `rss_bytes`
     the memory as the worker said last. `stack` shows the Python stacks of a worker that crashed.
     `output` is the last it said, with `capture_output` or `forward_logs`: up to 20 lines.
+    `tries` is on how many workers the call was tried; this is the death of the last one.
     """
 
     exitcode: int | None
     signal: str | None
     started: bool
     target: str
+    tries: int = 1
     out_of_memory: bool = False
     call_age: float | None = None
     rss_bytes: int = 0
@@ -199,8 +211,9 @@ class WorkerStartError(WorkerError):
 class CallTimeout(WorkerError, TimeoutError):
     """The call did not end in time. Its worker was killed; others are untouched.
 
-    `started` tells whether the call had begun in the worker; `stack` where it was when it was
-    killed, most recent call first: one stack for each thread, empty if it could not be told.
+    `started` tells whether the call had begun when the worker ended, and is True if that did not
+    come within a second; `stack` where it was when it was killed, most recent call first: one
+    stack for each thread, empty if it could not be told.
     `output` as for `WorkerDied`.
     """
 

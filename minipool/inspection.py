@@ -89,15 +89,15 @@ class Inspection(Lifecycle):
             desk.check_process()
             if probe and not desk.manager.closing:
                 self._probe_all(desk.manager)
-        return health_report(self.config, desk, self._closed)
+        return health_report(self.config, desk, self._closed, self._failure)
 
     def _probe_all(self, manager: Manager) -> None:
         asked: list[Handle] = []
         placed = threading.Event()
 
         def probe_idle() -> None:
-            for slot in tuple(manager.turnstile.idle):
-                handle = manager.fleet.handles[slot]
+            # A token may be left over from a worker that is gone: `probe` claims it first.
+            for handle in manager.turnstile.idle.copy().values():
                 manager.care.probe(handle)
                 asked.append(handle)
             placed.set()
@@ -132,18 +132,21 @@ class Inspection(Lifecycle):
 
         None: the option `breaker` is off. Opens the pool if this is its first use.
         """
+        if self._desk is None and self._breaker is not None:
+            return self._breaker  # of an opening that failed
         desk = self._desk or self._open_now()
         desk.check_process()
         return desk.manager.fleet.breaker
 
     def __repr__(self) -> str:
         desk = self._desk
+        failed = "" if self._failure is None else f", could not start: {self._failure}"
         if desk is None:
-            status = "closed" if self._closed else "not open yet"
+            status = ("closed" if self._closed else "not open yet") + failed
         elif desk.forked:
             status = f"belongs to process {desk.manager.pid}"
         elif desk.manager.done:
-            status = "closed"
+            status = "closed" + failed
         else:
             s = self.stats()
             status = "closing, " if desk.manager.closing else ""

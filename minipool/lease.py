@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.passage import passage
 from .errors import (
     CallMismatch,
     LeaseError,
@@ -32,6 +33,7 @@ R = TypeVar("R")
 
 _ref, _monotonic = weakref.ref, time.monotonic
 CALL_TIMEOUT = "call_timeout"  # the option's name stands for its value
+REPEATS = 2  # how often a call is made again at most, unasked, because its worker died
 
 
 class Lease(Generic[W]):
@@ -45,6 +47,7 @@ class Lease(Generic[W]):
     __slots__ = ("__weakref__", "_desk", "_held", "_timeout")
     _idempotent = False  # of the lease itself; a view has its own
 
+    @passage
     def __init__(self, desk: Desk, handle: Handle) -> None:
         self._held = [handle]  # `pop` is atomic: of two who release at once, one does
         self._desk = desk
@@ -72,7 +75,8 @@ class Lease(Generic[W]):
 
         Waits `call_timeout` seconds (see `options`). On expiry the worker is killed: a late reply
         would otherwise answer the next caller's question. If the worker dies before the call has
-        begun, and this is the lease's first, another worker runs it, within the same time.
+        begun, and this is the lease's first, another worker runs it, within the same time; this
+        happens twice at most, and not when less time is left than such calls took lately.
 
         Raises:
             Exception: whatever `target` raised. The worker is well and still yours.
@@ -116,28 +120,41 @@ class Lease(Generic[W]):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run a call again on another worker while that is safe and in time; else raise why."""
+        """Run a call again on another worker while that is safe and in time; else raise why.
+
+        Twice at most: what ends every worker it is sent to must not go through all of them.
+        """
         self._desk.count_fault(error)
-        deadline = None if self._timeout is None else error.sent_ns / 1e9 + self._timeout
+        limit, tries = self._timeout, 1
+        deadline = None if limit is None else error.sent_ns / 1e9 + limit
         while True:
             if handle.revoked is not None:
                 raise self._taken_away(handle, name.decode()) from error
-            left = None if deadline is None else deadline - time.monotonic()
             # What earlier calls of this lease left in the worker is gone: the caller must know.
             first = handle.calls_sent == handle.calls_before + 1
-            safe = isinstance(error, WorkerDied) and (self._idempotent or not error.started)
             session = handle.session
             if session is not None and session.strict and session.affinity == "hit":
                 raise error  # nowhere else; who checks out next is told that it is lost
-            if not first or not safe or (left is not None and left <= 0):
-                raise error
-            handle = self._move(left)
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not first or not self._safe(error) or tries > REPEATS:
+                raise _tried(error, tries)
+            needed = 0.0 if limit is None else self._desk.pace.needed(limit)
+            left = None if deadline is None else deadline - needed - time.monotonic()
+            if left is not None and left <= 0:
+                raise _tried(error, tries)
+            handle, tries = self._move(left), tries + 1
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < needed:
+                raise _tried(error, tries - 1)  # a worker came, and too late
             try:
                 return handle.request(kind, name, args, kwargs, left)
             except WorkerError as again:
                 error = again
 
+    def _safe(self, error: WorkerError) -> bool:
+        """Tell whether the call that failed so may be made again."""
+        return isinstance(error, WorkerDied) and (self._idempotent or not error.started)
+
+    @passage
     def _move(self, timeout: float | None) -> Handle:
         """Exchange the dead worker for another one, within the same lease."""
         try:
@@ -201,8 +218,8 @@ class Lease(Generic[W]):
 
         Args:
             timeout: seconds for each call; None waits for ever.
-            idempotent: a call may run twice: when its worker dies it is made again on another,
-                within `timeout`, if it was the first of this lease.
+            idempotent: a call may run more than once: when its worker dies it is made again on
+                another, twice at most and within `timeout`, if it was the first of this lease.
         """
         limit = self._desk.call_timeout
         if timeout != CALL_TIMEOUT:
@@ -215,6 +232,7 @@ class Lease(Generic[W]):
 
     # -- the end -----------------------------------------------------------------------------
 
+    @passage
     def release(self) -> None:
         """Give the worker back. Does nothing the second time, also if another has it by then.
 
@@ -237,6 +255,7 @@ class Lease(Generic[W]):
     def __enter__(self) -> Self:
         return self
 
+    @passage
     def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
         try:  # as `release`, one step shorter
             handle = self._held.pop()
@@ -360,6 +379,17 @@ class _View(ObjectLease[W]):
 
     def _whole(self) -> Lease[W]:
         return self._lease
+
+
+def _tried(error: WorkerError, tries: int) -> WorkerError:
+    """Return the error of the last try, which says how many there were."""
+    if tries > 1 and isinstance(error, WorkerDied):
+        error.tries = tries
+        error.args = (
+            f"{error}; that was try {tries} of {REPEATS + 1}, each on another worker: look at what "
+            f"the call sends",
+        )
+    return error
 
 
 def seconds(value: Any, name: str) -> float | None:

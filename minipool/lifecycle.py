@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, Iterable
 
-from .engine.desk import Desk
+from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.launch import Launcher
-from .errors import CheckoutTimeout, ConfigError, PoolClosed
+from .errors import CheckoutTimeout, ConfigError
 from .lease import seconds
-from .opening import note_pool, open_desk, ready_count, wait_started
+from .opening import give_up, note_pool, open_desk, ready_count, wait_started
 from .telemetry import Hooks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .breaker import CircuitBreaker
+    from .errors import PoolStartError
     from .sessions import Sessions
     from .signals import SignalHandlers
     from .warmup import WarmUpReport
@@ -33,41 +36,120 @@ class Lifecycle:
         self._opening = threading.RLock()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
+        self._failure: BaseException | None = None  # of the last opening, until one succeeds
+        self._breaker: CircuitBreaker | None = None  # one for all openings, since the first
+        self._served_with = 0  # so many workers an opening has waited for with success
+        self._told = False  # listeners have heard `pool.init`
         self._sessions: Sessions  # since it was opened
         self._signals: SignalHandlers | None = None
 
-    def open(self, wait: bool = True) -> Self:
+    def open(self, wait: bool = True, workers: int | None = None) -> Self:
         """Start the workers; wait until they are ready. Does nothing if the pool is open.
 
+        Args:
+            wait: False returns at once; starts that fail are repeated in the background.
+            workers: how many to wait for; None: all that are started at first. With fewer, the
+                pool goes on with those that serve, whatever becomes of the others.
+
+        An explicit `open()`, or `with`, that fails closes the pool. The first use of a pool opens
+        it too; when that fails, the pool is as before, and the next use tries again.
+
         Raises:
-            PoolStartError: they did not start, with the reason as cause. The pool is closed.
+            PoolStartError: fewer can be started, which is known as soon as the class or a preload
+                has raised, or the breaker has opened; the reason is the cause. The pool is
+                closed, unless it was open before and has workers that serve.
+            CircuitOpen: so many openings have failed that none is tried now. Nothing has changed.
             PoolClosed: it was closed before; make a new one.
+            ValueError: more workers than the pool may have, or none.
         """
-        self._open(self.config.initial_size if wait else 0)
+        self._check_count(workers)
+        count = self.config.initial_size if workers is None else workers
+        self._open(count if wait else 0, explicit=True)
         return self
 
-    def _open(self, wait_for: int) -> Desk:
-        desk = self._desk or self._open_now()  # no lock, which a fork may have copied as held
-        desk.check_open()
-        if wait_for and not desk.manager.here:
-            failure = wait_started(desk, wait_for)
-            if failure is not None:
-                self.terminate()
-                raise failure
-        return desk
+    def _check_count(self, workers: int | None) -> None:
+        config, desk = self.config, self._desk
+        most = config.max_size or 0
+        if desk is not None:
+            most = desk.manager.staff.wish.ceiling
+        if workers is None:
+            return
+        if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= most:
+            raise ValueError(f"workers={workers!r}: give a number from 1 to {most}, the most that "
+                             f"{config.name} may have")  # fmt: skip
 
-    def _open_now(self) -> Desk:
+    def _open(self, wait_for: int, explicit: bool = False) -> Desk:
+        """Return the desk, opened if need be, when so many workers are ready."""
+        desk = self._desk  # no lock, which a fork may have copied as held
+        since = 0.0 if desk is None else time.monotonic()
+        if desk is None:
+            if wait_for:
+                self._check_circuit()
+            desk = self._open_now(explicit)
+        desk.check_open()
+        manager = desk.manager
+        if wait_for <= self._served_with or manager.here:
+            return desk
+        if wait_for > manager.staff.target:
+            manager.command(lambda: manager.staff.want_at_least(wait_for))
+        failure = wait_started(desk, wait_for, since)
+        if failure is None:
+            self._failure, self._served_with = None, max(wait_for, self._served_with)
+            return desk
+        if self._served_with or (since and explicit and manager.fleet.usable()):
+            what_then = f"the pool goes on with {ready_count(manager)} workers"
+            raise could_not_start(self.config.name, failure, what_then)
+        raise self._given_up(desk, failure, explicit)
+
+    def _check_circuit(self) -> None:
+        """Raise CircuitOpen, if opening has failed so often that it is not tried for a while."""
+        if self._breaker is not None and self._breaker.retry_in > 0 and not self._closed:
+            raise self._breaker.error(f"{self.config.name} was not opened")
+
+    def _given_up(self, desk: Desk, failure: BaseException, for_good: bool) -> PoolStartError:
+        """End an opening that failed; return the error to be raised.
+
+        Until all has ended, whoever comes gets the same error: one that opened the pool beside
+        it would share what is being given back. No lock is held meanwhile, as a listener in the
+        manager's thread may want it.
+        """
+        self._failure = failure
+        if for_good:
+            desk.manager.give_up(failure, for_good=True)
+            self.terminate()
+            return could_not_start(self.config.name, failure, ANEW)
+        this, manager = weakref.ref(self), desk.manager
+
+        def forget() -> None:
+            pool = this()
+            if pool is not None and pool._desk is not None and pool._desk.manager is manager:
+                pool._desk = None
+
+        give_up(desk, failure, forget)
+        return could_not_start(self.config.name, failure, AGAIN)
+
+    def _open_now(self, explicit: bool = False) -> Desk:
         with self._opening:
             if self._desk is not None:
                 return self._desk
             if self._closed:
-                raise PoolClosed(f"{self.config.name} is closed; make a new pool")
-            desk, self._sessions = open_desk(self._launcher, self.config, self.hooks)
+                raise closed_error(self.config.name, self._failure)
+            try:
+                desk, self._sessions = open_desk(
+                    self._launcher, self.config, self.hooks, self._breaker
+                )
+            except Exception as problem:
+                self._failure = problem
+                self._closed = self._closed or explicit
+                raise
+            self._breaker = desk.manager.fleet.breaker
             self._desk = desk
         note_pool(self)
         if self._closed:  # by a signal handler, which the lock does not keep out
             desk.manager.close(0.0, kill=True)
-        self.hooks.emit("pool.init", {"size": self.config.size})
+        if not self._told:  # an opening that failed before was told of
+            self._told = True
+            self.hooks.emit("pool.init", {"size": self.config.size})
         return desk
 
     def wait_ready(self, workers: int | None = None, timeout: float | None = None) -> None:
@@ -76,29 +158,24 @@ class Lifecycle:
         `timeout` is in seconds; None is `init_timeout`.
 
         Raises:
-            CheckoutTimeout: they were not ready in time; the pool is closed.
-            ValueError: more workers than the pool may have.
+            CheckoutTimeout: they were not ready in time; the pool goes on starting them.
+            ValueError: more workers than the pool may have, or none.
         """
+        self._check_count(workers)
         desk = self._open(0)
         manager = desk.manager
         wanted = manager.staff.target if workers is None else workers
-        most = manager.staff.ceiling + manager.staff.overflow
-        if wanted > most:
-            raise ValueError(f"workers={workers!r}: the pool has {most} at most")
         limit = self.config.init_timeout if timeout is None else seconds(timeout, "timeout")
         if wanted > manager.staff.target:
-            staff = manager.staff
-            manager.order(lambda: setattr(staff, "target", max(staff.target, wanted)))
+            manager.order(lambda: manager.staff.want_at_least(wanted))
         if not manager.wait_for(lambda: ready_count(manager) >= wanted, limit):
-            ready = ready_count(manager)
-            cause = manager.fleet.last_failure
-            self.terminate()
+            leased = sum(handle.live_lease is not None for handle in manager.fleet.live())
             raise CheckoutTimeout(
-                f"{ready} of {wanted} workers of {self.config.name} were ready within {limit} s; "
-                f"the pool is closed; raise the timeout, or look at the cause",
-                timeout=limit, waited=limit, size=wanted, leased=0, waiting=0,
-                held_by_this_thread=0,
-            ) from cause  # fmt: skip
+                f"{ready_count(manager)} of {wanted} workers of {self.config.name} were ready "
+                f"within {limit} s; raise the timeout, or look at the cause",
+                timeout=limit, waited=limit, size=manager.staff.target, leased=leased,
+                waiting=len(manager.turnstile.waiters), held_by_this_thread=0,
+            ) from manager.fleet.last_failure  # fmt: skip
         desk.check_open()
 
     def close(self, timeout: float | None = None) -> None:
@@ -134,7 +211,10 @@ class Lifecycle:
                 self._signals.restore()
 
     def __enter__(self) -> Self:
-        return self.open()
+        if self._desk is None:
+            return self.open()
+        self._open(0)  # it was opened as its user wanted it
+        return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *exc_info: object) -> None:
         if self._desk is None or not self._desk.forked:
@@ -194,26 +274,25 @@ class Lifecycle:
             ConfigError: it is not a size this pool can have; nothing has changed.
         """
         manager = self._open(0).manager
-        fixed = manager.staff.floor == manager.staff.ceiling
+        wish = manager.staff.wish
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"size={size!r}: give a whole number, 1 or more", option="size",
                               value=size)  # fmt: skip
         from .config import MAX_WORKERS
 
-        if size + manager.staff.overflow + self.config.spares > MAX_WORKERS:
+        if size + wish.overflow + self.config.spares > MAX_WORKERS:
             raise ConfigError(f"size={size!r}: with max_overflow and spares it may be "
                               f"{MAX_WORKERS} at most", option="size", value=size)  # fmt: skip
-        if not fixed and not manager.staff.floor <= size <= manager.staff.ceiling:
+        if wish.floor != wish.ceiling and not wish.floor <= size <= wish.ceiling:
             raise ConfigError(
-                f"size={size!r}: it is not between min_size={manager.staff.floor} and "
-                f"max_size={manager.staff.ceiling}; make the pool with wider bounds",
+                f"size={size!r}: it is not between min_size={wish.floor} and "
+                f"max_size={wish.ceiling}; make the pool with wider bounds",
                 option="size",
                 value=size,
             )
-        previous = manager.staff.target
+        previous = wish.target
         smaller = gentle and size < previous
-        resize = manager.staff.shrink if smaller else manager.staff.resize
-        manager.command(lambda: resize(size))
+        manager.command(lambda: manager.staff.resize(size, gentle))
         reached = manager.staff.target if smaller else size
         if reached != previous or not smaller:  # else nobody could go
             self.hooks.emit("pool.resized", {"size": reached, "previous": previous})

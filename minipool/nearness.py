@@ -13,6 +13,7 @@ from typing import Any
 from .engine.conversation import MAX_WARM
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.passage import passage
 from .engine.states import WorkerState
 from .errors import SessionLost
 from .records import Record
@@ -26,6 +27,7 @@ class Nearness:
         self._config = desk.config
         self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
 
+    @passage
     def worker_for(self, record: Record, affinity: str, timeout: float | None) -> Handle:
         """Take the worker that suits the affinity, and note how that went."""
         known = record.at_slot >= 0
@@ -55,12 +57,40 @@ class Nearness:
             return None
         return None if handle.state in (WorkerState.STOPPING, WorkerState.LOST) else handle
 
+    def workers_knowing(self, record: Record) -> list[Handle]:
+        """Return the living workers that have the session, or what it left there before a move."""
+        known = dict(record.known or {})
+        if record.at_slot >= 0:
+            known[record.at_slot] = record.at_generation
+        handles = self._desk.manager.fleet.handles
+        found = []
+        for slot, generation in known.items():
+            handle = handles.get(slot)
+            if handle is not None and handle.generation == generation and not handle.ended_ns:
+                found.append(handle)
+        return found
+
+    def tell_over(self, record: Record) -> list[Handle]:
+        """Have each worker that knows a session hear of its end; return them."""
+        handles = self.workers_knowing(record)
+        for handle in handles:
+            handle.sessions.pop(record.key, None)
+            handle.sessions_over.append((record.key, record.serial))
+            if len(handle.sessions_over) == 1:  # else it is on its way to hear of others
+                self._ask(handle)
+        return handles
+
+    def _ask(self, handle: Handle) -> None:
+        manager = self._desk.manager
+        manager.order(lambda: manager.care.probe(handle))
+
     def bind(self, record: Record, handle: Handle) -> None:
         """Note that a worker has the session from now on."""
         event = "session.bound" if record.affinity == "new" else "session.moved"
         old = self.worker_of(record)
         if old is not None:
             old.sessions.pop(record.key, None)
+            record.known = {**(record.known or {}), old.slot: old.generation}
         record.at_slot, record.at_generation = handle.slot, handle.generation
         self.tell(event, record, worker_id=handle.slot)
 
@@ -76,6 +106,7 @@ class Nearness:
             if forgotten is not None and forgotten.at_slot == handle.slot:
                 forgotten.missing()  # or it would answer that it has not got it
 
+    @passage
     def acquire(self, hint: str, timeout: float | None) -> Handle:
         """Take the worker that served this hint last, if it is idle; else any."""
         slot, generation = self._hints.get(checked_key(hint, "hint"), (-1, -1))
@@ -114,7 +145,7 @@ class Nearness:
 
 
 def checked_key(key: Any, name: str = "session") -> str:
-    """Return an id as given, if it is one.
+    """Return an id, if it is one, as a plain `str`.
 
     Raises:
         TypeError: it is no text. ValueError: it is empty, or cannot be written down.
@@ -124,4 +155,4 @@ def checked_key(key: Any, name: str = "session") -> str:
     if not key or "\0" in key or key.encode("utf-8", "replace").decode() != key:
         raise ValueError(f"{name}={key!r}: give a text that is not empty, without NUL and half "
                          f"characters")  # fmt: skip
-    return key
+    return str.__str__(key)  # of a subclass, which a worker or a store may not know

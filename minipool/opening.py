@@ -9,25 +9,30 @@ import weakref
 from multiprocessing import (
     util as _multiprocessing_util,  # its exit handler must be older than ours
 )
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 from .engine import wire
 from .engine.desk import Desk
 from .engine.launch import Launcher
 from .engine.manager import Manager, live_managers
-from .engine.states import WorkerState
-from .errors import PoolStartError
+from .errors import WorkerStartError
 from .sessions import Sessions
 
 if TYPE_CHECKING:
+    from .breaker import CircuitBreaker
     from .config import PoolConfig
     from .telemetry import Hooks
 
+_GIVE_UP_TIME = 5.0  # seconds at most for the workers of an opening that failed to end
 _EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
 
 
-def open_desk(launcher: Launcher, config: PoolConfig, hooks: Hooks) -> tuple[Desk, Sessions]:
+def open_desk(
+    launcher: Launcher, config: PoolConfig, hooks: Hooks, breaker: CircuitBreaker | None
+) -> tuple[Desk, Sessions]:
     """Bring up everything behind a pool, and let the manager begin to start workers.
+
+    `breaker` is that of an opening before, which failed; None: this is the first one.
 
     Raises:
         PoolStartError, OSError: nothing was started; everything is given back.
@@ -37,7 +42,7 @@ def open_desk(launcher: Launcher, config: PoolConfig, hooks: Hooks) -> tuple[Des
     try:
         launcher.open()
         try:
-            manager = Manager(launcher, config, hooks)
+            manager = Manager(launcher, config, hooks, breaker)
         except BaseException:  # out of descriptors, or of memory
             launcher.close()
             raise
@@ -69,14 +74,20 @@ def _store(config: PoolConfig) -> Any:
     return SQLiteStore(os.fspath(store))
 
 
-def wait_started(desk: Desk, count: int) -> PoolStartError | None:
-    """Wait for the first workers; return at once, with the reason, when none can be started."""
+def wait_started(desk: Desk, count: int, since: float) -> BaseException | None:
+    """Wait for the first workers; return why, as soon as it is known that they will not come.
+
+    It is known when the class or a preload has raised, or so many starts have failed in a row
+    that it is no chance, and those that are left are too few. `since`, a monotonic time, is when
+    the opening began: what failed before says nothing.
+    """
     manager, enough = desk.manager, False
 
     def settled() -> bool:
         nonlocal enough  # it is enough to have seen them: one may be lost a moment later
-        enough = enough or ready_count(manager) >= min(count, manager.staff.target)
-        return enough or (manager.fleet.last_failure is not None and not manager.fleet.started)
+        needed = min(count, manager.staff.target)
+        enough = enough or ready_count(manager) >= needed
+        return enough or manager.closing or _lost(manager, needed, since)
 
     # Workers that do not get ready are failures after init_timeout each; this is the backstop.
     init_timeout = desk.config.init_timeout
@@ -85,15 +96,49 @@ def wait_started(desk: Desk, count: int) -> PoolStartError | None:
     desk.check_open()
     if enough:
         return None
-    return manager.start_error() or PoolStartError(
-        f"{desk.config.name}: {ready_count(manager)} of {count} workers became ready within "
-        f"{timeout} s; raise `init_timeout`"
+    return _why_lost(manager, since) or WorkerStartError(
+        f"{ready_count(manager)} of {count} workers became ready within {timeout} s; raise "
+        f"`init_timeout`"
     )
 
 
+def _lost(manager: Manager, needed: int, since: float) -> bool:
+    """Tell whether so many workers are not to be hoped for."""
+    verdict = manager.fleet.verdict
+    if verdict is not None and verdict.at >= since:
+        return verdict.hope(manager.staff.target) < needed
+    return manager.fleet.hopeless
+
+
+def _why_lost(manager: Manager, since: float) -> BaseException | None:
+    fleet = manager.fleet
+    if fleet.verdict is not None and fleet.verdict.at >= since:
+        return fleet.verdict.failure
+    if fleet.last_failure is None and fleet.breaker is not None and fleet.hopeless:
+        return fleet.breaker.error(f"no worker of {manager.config.name} was started")
+    return fleet.last_failure
+
+
+def give_up(desk: Desk, failure: BaseException, then: Callable[[], object]) -> None:
+    """End an opening that failed, and wait for that, some seconds at most.
+
+    The pool may be opened again, from when `then` is called on. A store that the user made stays
+    open for that.
+    """
+    manager = desk.manager
+    lent = not isinstance(desk.config.session_store, (str, os.PathLike))
+    for keeper in manager.keepers:
+        keeper.lets_go = not lent
+    ended = manager.at_end
+    manager.at_end = lambda: (ended(), then())
+    manager.give_up(failure, for_good=False)
+    if manager.wait_done(_GIVE_UP_TIME):
+        manager.join(1.0)
+
+
 def ready_count(manager: Manager) -> int:
-    """Return how many workers are in service."""
-    return manager.fleet.count(WorkerState.IDLE, WorkerState.PROBING)
+    """Return how many workers are in service and fit for the next caller."""
+    return len(manager.fleet.usable())
 
 
 def note_pool(pool: Any) -> None:
@@ -104,8 +149,12 @@ def note_pool(pool: Any) -> None:
 def live_pools() -> list[Any]:
     """Return the pools that were opened in this process and have not ended, oldest first."""
     managers = set(live_managers())
-    pools = [pool for pool in tuple(_pools) if pool._desk.manager in managers]
-    return sorted(pools, key=lambda pool: pool._desk.manager.opened_ns)
+    found = []
+    for pool in tuple(_pools):
+        desk = pool._desk
+        if desk is not None and desk.manager in managers:
+            found.append((desk.manager.opened_ns, id(pool), pool))
+    return [pool for _, _, pool in sorted(found)]
 
 
 def _close_all() -> None:

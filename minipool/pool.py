@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .engine.launch import Launcher
+from .engine.passage import passage
 from .errors import ConfigError
 from .inspection import Inspection
 from .lease import CALL_TIMEOUT, Lease, ObjectLease, seconds
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
 
     from .config import PoolConfig
+    from .engine.pace import Budget
 
     P = ParamSpec("P")
 
@@ -34,9 +36,10 @@ class Pool(Inspection, Generic[W]):
     makes one object of it, with `args` and `kwargs`, and keeps it. Without a worker the pool runs
     plain functions. All `options` are those of `PoolConfig`.
 
-    The constructor starts nothing; `with`, `open()` or the first use does. A closed pool does not
-    reopen. Every method may be called from any thread, and from signal handlers; none from a
-    forked child, where each raises PoolForked.
+    The constructor starts nothing; `with`, `open()` or the first use does. A pool that could not
+    be opened for its first use may be used again; one that was closed does not reopen. Every method
+    may be called from any thread, and from signal handlers; none from a forked child, where each
+    raises PoolForked.
 
     Raises:
         ConfigError: an option is wrong, or `worker` could not be made in another process.
@@ -96,6 +99,7 @@ class Pool(Inspection, Generic[W]):
 
     # -- using -------------------------------------------------------------------------------
 
+    @passage
     def checkout(
         self,
         *,
@@ -120,7 +124,9 @@ class Pool(Inspection, Generic[W]):
             SessionNotFound: there is no such session, and `strict_sessions` is set.
             SessionLost: with "strict" affinity, its worker is gone. Check out again.
             SessionError: the store refused, or there are too many sessions, all in use.
-            PoolStartError: this was the first use, and the pool could not be opened.
+            PoolStartError: this was the first use, or came while that was under way, and the pool
+                could not be opened. It stays unopened: the next use tries again.
+            CircuitOpen: no worker is there, and starting them failed too often to be tried now.
         """
         desk = self._desk
         if desk is None:
@@ -136,6 +142,19 @@ class Pool(Inspection, Generic[W]):
             return self._lease(desk, self._sessions.nearness.acquire(str(hint), limit))
         lease = self._lease  # see `Desk.acquire`
         return lease(desk, desk.acquire(limit))
+
+    def _checkout_until(
+        self, budget: Budget, timeout: float | None, session: str | None, affinity: str | None
+    ) -> Lease[W]:
+        """As `checkout`, for one call, which together with it must not take longer than that."""
+        desk = self._desk
+        if desk is None:
+            desk = self._open(wait_for=min(1, self.config.initial_size))
+        if session is not None:
+            handle = self._sessions.acquire(session, affinity, timeout, budget)
+        else:
+            handle = desk.acquire(timeout, budget)
+        return self._lease(desk, handle)
 
     if TYPE_CHECKING:
 
@@ -171,8 +190,8 @@ class Pool(Inspection, Generic[W]):
 
         Args:
             timeout: seconds for checkout and call together; None waits for ever.
-            idempotent: the call may run twice: if its worker dies it is made again on another,
-                or as the option `retry` says.
+            idempotent: the call may run more than once: if its worker dies it is made again on
+                another, twice at most, or as the option `retry` says.
             session, affinity: as for `checkout`.
             retries: how often an idempotent call is made again at most, with growing pauses.
 
@@ -201,8 +220,9 @@ class Pool(Inspection, Generic[W]):
         """Begin a session, with a state.
 
         Raises:
-            SessionExists: there is one of that id already.
-            SessionError: there are too many, all in use; or the store refused.
+            SessionExists: there is one of that id already; it is as it was.
+            SessionError: there are too many, all in use; the store refused; or the state is too
+                large to be sent.
             CallMismatch: a value of `state` cannot be pickled. Nothing was begun.
         """
         self._opened()
@@ -226,10 +246,10 @@ class Pool(Inspection, Generic[W]):
         """Return a copy of a session's last committed state.
 
         Raises:
-            SessionNotFound: there is none of that id.
+            SessionNotFound: there is none of that id. Exception: a value cannot be unpickled here.
         """
         self._opened()
-        return self._sessions.state(session_id)
+        return dict(self._sessions.state(session_id))
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("a pool cannot be pickled: open one in each process that needs it")

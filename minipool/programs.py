@@ -27,6 +27,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
+from .deadline import Deadline
 from .errors import (
     CallMismatch,
     ProgramExists,
@@ -36,6 +37,8 @@ from .errors import (
     SessionNotFound,
     WorkerDied,
 )
+from .lease import REPEATS, seconds
+from .nearness import checked_key
 from .signatures import Field, Misfit, Signature, listed, misfit_of
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class Programs:
     """
 
     def __init__(self, pool: Pool[Any], session: str = "minipool.programs") -> None:
-        self.session = session  #: where programs live that are given no other
+        self.session = checked_key(session)  #: where programs live that are given no other
         self._pool = pool
 
     def __repr__(self) -> str:
@@ -144,8 +147,9 @@ class Programs:
             Exception: whatever the program, or its factory in a rebuild, raised.
         """
         where = self._checked(program_id, session)
-        calls = _Calls(self._pool, where, timeout)
+        calls, tries = _Calls(self._pool, where, timeout), 0
         while True:
+            tries += 1
             with calls.lease(missing=program_id) as lease:
                 card = lease.state.get(_CARD + program_id)
                 if card is None:
@@ -161,7 +165,7 @@ class Programs:
                     return result
                 except WorkerDied as death:
                     # If the last call had not begun, those before left nothing that counts.
-                    if death.started or first:
+                    if death.started or first or tries > REPEATS:
                         raise
 
     def list(self, session: str | None = None) -> List[str]:
@@ -204,9 +208,14 @@ class Programs:
         with calls.lease() as lease:
             return bool(calls.make(lease, _delete, program_id))
 
-    def _state(self, session: str | None) -> dict[str, Any]:
+    def _state(self, session: str | None) -> Mapping[str, Any]:
+        """Return a session's state, of which only what is asked for is unpickled.
+
+        The other values are the user's: of classes, maybe, that only the workers can import.
+        """
+        self._pool._opened()
         try:
-            return self._pool.session_state(self.session if session is None else session)
+            return self._pool._sessions.state(self.session if session is None else session)
         except SessionNotFound:
             return {}
 
@@ -215,7 +224,7 @@ class Programs:
             raise TypeError(
                 f"program_id={program_id!r}: a program's id is a text that is not empty"
             )
-        return self.session if session is None else session
+        return self.session if session is None else checked_key(session)
 
 
 class _Calls:
@@ -225,7 +234,7 @@ class _Calls:
         self, pool: Pool[Any], session: str, timeout: float | None | str, begin: bool = False
     ) -> None:
         self._pool, self._session, self._timeout, self._begin = pool, session, timeout, begin
-        self._deadline: float | None = None
+        self._deadline: Deadline | None = None
 
     def lease(self, missing: str | None = None) -> Lease[Any]:
         """Take the session and a worker. `missing` is the program that must be there."""
@@ -243,20 +252,21 @@ class _Calls:
     def _checkout(self) -> Lease[Any]:
         if self._timeout == _DEFAULT:
             return self._pool.checkout(session=self._session)
-        if self._deadline is not None:
-            return self._pool.checkout(session=self._session, timeout=self._left())
-        if isinstance(self._timeout, (int, float)):
-            self._deadline = time.monotonic() + self._timeout
-        return self._pool.checkout(session=self._session, timeout=self._timeout)  # checks it
+        if self._deadline is None:
+            whole = seconds(self._timeout, "timeout")
+            if whole is None:
+                return self._pool.checkout(session=self._session, timeout=None)
+            self._deadline = Deadline(self._pool, whole)
+        left = max(0.0, self._deadline.end - time.monotonic())
+        lease: Lease[Any] = self._deadline.checkout(left, self._session)
+        return lease
 
     def make(self, lease: Lease[Any], function: Any, *args: Any) -> Any:
         """Make one call, in what is left of the time."""
         if self._timeout == _DEFAULT:
             return lease.call(function, *args)
-        return lease.options(timeout=self._left()).call(function, *args)
-
-    def _left(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        left = None if self._deadline is None else self._deadline.left()
+        return lease.options(timeout=left).call(function, *args)
 
 
 def _signature_of(card: Mapping[str, Any]) -> Signature | None:

@@ -13,14 +13,15 @@ Its idle set is in the order of last use, which is the order in which sessions e
 from __future__ import annotations
 
 import contextlib
-import pickle
 import threading
 import time
 import weakref
-from typing import Any, Mapping
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 from .engine.desk import Desk
 from .engine.handle import Handle
+from .engine.pace import Budget
+from .engine.passage import passage
 from .engine.table import LEASED_SINCE_NS, SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
 from .errors import (
@@ -30,9 +31,15 @@ from .errors import (
     SessionExists,
     SessionNotFound,
 )
+from .housekeeping import Housekeeping
 from .nearness import Nearness, checked_key
-from .records import Changes, Record, Stake, pack
-from .telemetry import INFO, logger, remark
+from .records import Changes, Record, Snapshot, Stake, outgrown, pack, weight_of
+from .telemetry import INFO, remark
+
+#: Marks, in the store alone, a session that a `with pool.session()` block began and is to end.
+_SCOPE = "minipool:scope"
+Loaded = Tuple[int, Optional[Dict[str, bytes]]]  # version and state, as a store has them
+_BATCH_S = 0.005  # seconds at a time that the manager spends on what has expired
 
 
 class Sessions:
@@ -46,18 +53,22 @@ class Sessions:
         self.nearness = Nearness(desk)
         self._affinity = desk.config.affinity
         self._records: dict[str, Record] = {}
-        self._line = Turnstile("fifo")
+        self._line = Turnstile("fifo", swept=True)
         #: Owned by a thread, but without a worker: not astray while the thread's stake is there.
         self._owned: dict[str, tuple[Record, weakref.ref[Stake]]] = {}
         self._astray: dict[str, float] = {}  # owned by nobody at the last sweep, and used when
         self._renewing: dict[str, object] = {}  # who renews a record, by identity
-        self._last_expiry = 0.0
+        self._stale: dict[str, object] = {}  # of those, who did so at the last sweep
+        self.max_message = desk.config.max_message
         # Weakly, because the manager must not keep the pool from being collected.
         self._manager.sweepers.append(weakref.WeakMethod(self._sweep))
         self._manager.lines.append(weakref.ref(self._line))
         self._manager.care.sessions_end = store is None
         if store is not None:
-            self._manager.closers.append(store.close)
+            housekeeping = Housekeeping(
+                desk.pool_name, store, desk.config.session_ttl, self, desk.manager.bell.ring
+            )
+            self._manager.keepers.append(housekeeping)
 
     def check_process(self) -> None:
         """Raise PoolForked in a process that was forked from the owner."""
@@ -65,99 +76,155 @@ class Sessions:
 
     # -- beginning and end -------------------------------------------------------------------
 
-    def create(self, key: str, state: Mapping[str, Any] | None = None) -> None:
-        """Begin a session with a state.
+    def create(
+        self, key: str, state: Mapping[str, Any] | None = None, scoped: bool = False
+    ) -> None:
+        """Begin a session with a state, in one transaction where there is a store.
+
+        With `scoped` it is marked as one that a block began and is to end; one that such a block
+        of a dead process has left is ended, and this one begun in its place.
 
         Raises:
-            SessionExists: there is one of that id. SessionError: there are too many, all in use,
-                or the store refused. CallMismatch: a value cannot be pickled. Nothing was begun.
+            SessionExists: there is one of that id; it is as it was. SessionError: there are too
+                many, all in use, or the store refused, or the state is too large to be sent.
+                CallMismatch: a value cannot be pickled. Nothing was begun.
         """
         self._desk.check_open()
+        key = checked_key(key)
         packed = pack(state or {})
-        before, stake = self._owned.get(checked_key(key)), Stake()
+        problem = outgrown(key, weight_of(packed), self.max_message)
+        if problem is not None:
+            raise problem
+        before, stake = self._owned.get(key), Stake()
         try:
-            made = self._new(key, stake)
-            if made is not None and not made[1] and packed:
-                made[0].commit(packed, by_worker=False)
+            record = self._new(key, stake, lambda record: self._write(record, packed, scoped))
+            if record is None:
+                raise _exists(key)
+            record.begun = False
         except BaseException:
-            record = self._mine(key, before)
-            if record is not None:
-                self._forget(record)
-                if self._store is not None:
-                    with contextlib.suppress(SessionError):  # as it was the store that refused
-                        self._store.delete(key)
+            mine = self._mine(key, before)
+            if mine is not None:
+                self._unmake(mine)
             raise
-        if made is not None:
-            self.give_back(made[0])
-        if made is None or made[1]:
-            raise SessionExists(
-                f"there is a session {key!r} already; end it first, or use `checkout(session=...)`",
-                session_id=key,
-            )
+        self.give_back(record)
 
-    def _new(self, key: str, stake: Stake) -> tuple[Record, bool] | None:
-        """Make the record of a session, owned by the caller, and tell whether the store had it.
+    def _new(
+        self, key: str, stake: Stake, fill: Callable[[Record], object], stays: bool = True
+    ) -> Record | None:
+        """Make the record of a session, owned by the caller; `fill` asks the store for it.
 
+        Room for it is made last, when nothing else can be in its way; none, if it does not stay.
         None: another thread has it already.
         """
         record = Record(self, key)
-        if self._line.current.setdefault(key, record) is not record:
-            return None  # others can queue for it from here on
         try:
+            known: Record = self._line.current.setdefault(key, record)
+            if known is not record:
+                return None  # others can queue for it from here on
             self._own(record, stake)
-            self._records[key] = record
-            self._make_room()
-            loaded = None if self._store is None else self._store.open(key)
-            if loaded is not None:
-                record.version, record.state = loaded
+            if stays:
+                self._check_room()
+            fill(record)
             record.opened = True
+            if stays:
+                self._records[key] = record
+                self._make_room()
+            return record
         except BaseException:
-            self._forget(record)
+            if self._line.current.get(key) is record:
+                self._unmake(record)
             raise
-        return record, loaded is not None
+
+    def _unmake(self, record: Record) -> None:
+        """Forget a record that was to be made; in the store is what was there before."""
+        if record.begun and self._store is not None:
+            with contextlib.suppress(SessionError):  # as it was the store that refused
+                self._store.delete(record.key)
+        self._forget(record)
+
+    def _write(self, record: Record, packed: dict[str, bytes], scoped: bool) -> None:
+        """Begin a session with a state, in the store first."""
+        state = packed
+        if self._store is not None:
+            if scoped:
+                state = {**packed, _SCOPE: b""}
+            # A look first: if the rest is interrupted, what is there is ours to take back.
+            if self._store.has(record.key):
+                self._write_over(record, state, scoped)
+            else:
+                record.begun = True
+                try:
+                    made = self._store.create(record.key, state)
+                except SessionError:
+                    record.begun = False  # nothing has changed
+                    raise
+                if not made:  # another process was faster
+                    record.begun = False
+                    raise _exists(record.key)
+        record.load(record.version or int(bool(state)), packed)
+
+    def _write_over(self, record: Record, state: dict[str, bytes], scoped: bool) -> None:
+        """Put a new state in the place of what a block of a dead process has left in the store."""
+        found = self._store.read(record.key) if scoped else None
+        if found is None or _SCOPE not in (found[1] or {}):
+            raise _exists(record.key)
+        found = self._store.open(record.key)  # raises SessionBusy: that process lives
+        version, old = (0, None) if found is None else found
+        changes: Changes = {**dict.fromkeys(old or {}), **state}
+        self._store.commit(record.key, version + 1, changes)
+        record.version = version + 1
+
+    def _read(self, record: Record, create: bool) -> None:
+        """Take a session from the store, or begin it without a state."""
+        if self._store is None:
+            return
+        loaded = self._store.open(record.key)
+        if loaded is not None:
+            record.load(*_unmarked(loaded))
+            return
+        record.begun = True
+        if not create:  # it was there a moment ago
+            raise _not_found(record.key)
 
     def end(self, key: str, timeout: float | None) -> None:
         """End a session, after its present lease; nothing if there is none. See `Pool`."""
         self._desk.check_open()
-        if key not in self._records and (self._store is None or not self._store.has(key)):
+        key = checked_key(key)
+        if key not in self._line.current and (self._store is None or not self._store.has(key)):
             return
         before, stake = self._owned.get(key), Stake()
         try:
-            record = self._take(key, timeout, stake, create=False)
-            self._over(record)
+            record = self._take(key, timeout, stake, create=False, stays=False)
+            handles = self._over(record)
         except SessionNotFound:
             return
         except BaseException:
             self._let_go(key, before)
             raise
-        handle = self.nearness.worker_of(record)
-        if handle is not None:
-            over, row = (key, record.serial), handle.row
-            self._manager.wait_for(  # a busy worker hears of it when its lease is over
-                lambda: (
-                    over not in handle.sessions_over
-                    or bool(handle.ended_ns)
-                    or row[LEASED_SINCE_NS] != 0
-                ),
-                self._config.health_check_timeout,
-            )
+        over = (key, record.serial)
+        self._manager.wait_for(  # a busy worker hears of it when its lease is over
+            lambda: all(
+                over not in handle.sessions_over
+                or bool(handle.ended_ns)
+                or handle.row[LEASED_SINCE_NS] != 0
+                for handle in handles
+            ),
+            self._config.health_check_timeout,
+        )
 
-    def _over(self, record: Record) -> None:
-        """Forget a session that the caller owns, and have its worker told."""
+    def _over(self, record: Record) -> list[Handle]:
+        """Forget a session that the caller owns; return its workers, which are told."""
         if self._store is not None:
             stake = Stake()
             self._own(record, stake)
             try:
                 self._store.delete(record.key)  # first: who comes next must not find it there
             except BaseException:
-                self.give_back(record)
+                self._put_back(record)
                 raise
-        handle = self.nearness.worker_of(record)
+        handles = self.nearness.tell_over(record)
         self._forget(record)
-        if handle is not None:
-            handle.sessions.pop(record.key, None)
-            handle.sessions_over.append((record.key, record.serial))
-            self._manager.order(lambda: self._manager.care.probe(handle))
+        return handles
 
     def _forget(self, record: Record) -> None:
         record.fenced = True
@@ -165,6 +232,28 @@ class Sessions:
         self._records.pop(record.key, None)
         self._line.current.pop(record.key, None)  # last: then another may begin it anew
         self._line.dismiss(record.key)  # who waits for it looks again, and finds it gone
+
+    def _disown(self, record: Record) -> None:
+        """Forget a session that another process has taken over: the next use opens it anew."""
+        me = object()
+        if self._renewing.setdefault(record.key, me) is not me:
+            return
+        try:
+            if record.fenced or self._line.current.get(record.key) is not record:
+                return
+            self.nearness.tell_over(record)
+            self._forget(record)
+        finally:
+            self._renewing.pop(record.key, None)
+        self.nearness.tell("session.lost", record, reason="taken over by another process")
+
+    def _check_room(self) -> None:
+        """Refuse a session for which no room could be made."""
+        if len(self._records) >= self._config.max_sessions and self._line.oldest() is None:
+            raise SessionError(
+                f"there are {len(self._records)} sessions and all are in use "
+                f"(max_sessions={self._config.max_sessions}); raise `max_sessions`"
+            )
 
     def _make_room(self) -> None:
         """End the session that was not used for the longest time, if there are too many."""
@@ -181,8 +270,17 @@ class Sessions:
 
     # -- using -------------------------------------------------------------------------------
 
-    def acquire(self, key: str, affinity: str | None, timeout: float | None) -> Handle:
+    @passage
+    def acquire(
+        self,
+        key: str,
+        affinity: str | None,
+        timeout: float | None,
+        budget: Budget | None = None,
+    ) -> Handle:
         """Take a session and a worker for it; both are the caller's until `give_back`.
+
+        With `budget` the caller leaves either line while there is time for its call.
 
         Raises:
             SessionBusy, SessionLost, SessionNotFound, CheckoutTimeout: nothing was taken.
@@ -199,14 +297,18 @@ class Sessions:
                     handle.row[SESSION_HITS] += 1
                     return handle
                 record = None
+        if budget is not None:
+            timeout = self._desk.pace.patience(timeout, budget)
         return self._acquire_slowly(key, record, affinity, timeout)
 
+    @passage
     def _acquire_slowly(
         self, key: str, record: Record | None, affinity: str, timeout: float | None
     ) -> Handle:
         """Take a session, if the caller does not own it already, and whatever worker suits it."""
         start = time.monotonic()
-        before = None if record is not None else self._owned.get(checked_key(key))
+        key = checked_key(key)
+        before = None if record is not None else self._owned.get(key)
         stake = Stake()
         try:
             if record is not None:
@@ -233,6 +335,7 @@ class Sessions:
             self._desk.count(f"sessions_{record.affinity}")
         return handle
 
+    @passage
     def _lease(self, record: Record, handle: Handle) -> bool:
         """Give a session the worker that it goes with; False if a sweep took it for astray.
 
@@ -261,8 +364,9 @@ class Sessions:
     def _let_go(self, key: str, before: object) -> None:
         record = self._mine(key, before)
         if record is not None:
-            self.give_back(record)
+            self._put_back(record)
 
+    @passage
     def exchange(self, record: Record, dead: Handle, timeout: float | None) -> Handle:
         """Take another worker for a session that goes on: the first one died.
 
@@ -284,16 +388,27 @@ class Sessions:
             self._desk.count("sessions_lost")
         return handle
 
-    def _take(self, key: str, timeout: float | None, stake: Stake, create: bool = True) -> Record:
-        """Own a session, after those who came before; begin it if there is none."""
+    def _take(
+        self,
+        key: str,
+        timeout: float | None,
+        stake: Stake,
+        create: bool = True,
+        stays: bool = True,
+    ) -> Record:
+        """Own a session, after those who came before; begin it if there is none.
+
+        Without `create` one that is not there is not begun; if it does not stay in memory, no
+        other has to go for it.
+        """
         if self._manager.here:
             timeout = 0.0  # a hook in the manager's thread waits for nobody
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if key not in self._records:
-                made = self._begin(key, stake, create)
+            if key not in self._line.current:
+                made = self._begin(key, stake, create, stays)
                 if made is not None:
-                    return made[0]
+                    return made
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
                 token = self._line.take(left, wants=key)
@@ -304,18 +419,14 @@ class Sessions:
                 owned: Record = token[1]
                 self._own(owned, stake)
                 return owned
-            if key in self._records:
+            if key in self._line.current:
                 raise self._busy(key, timeout)
 
-    def _begin(self, key: str, stake: Stake, create: bool) -> tuple[Record, bool] | None:
+    def _begin(self, key: str, stake: Stake, create: bool, stays: bool) -> Record | None:
         create = create and not self._config.strict_sessions
         if not create and (self._store is None or not self._store.has(key)):
-            raise SessionNotFound(
-                f"there is no session {key!r}; begin it with create_session(), or set "
-                f"strict_sessions=False to have it begun by its first use",
-                session_id=key,
-            )
-        return self._new(key, stake)
+            raise _not_found(key)
+        return self._new(key, stake, lambda record: self._read(record, create), stays)
 
     def _busy(self, key: str, timeout: float | None) -> SessionError | CheckoutTimeout:
         if timeout == 0:
@@ -334,8 +445,18 @@ class Sessions:
         """Offer a session to the next in line."""
         record.used = time.monotonic()
         record.holder = None
-        self._owned.pop(record.key, None)
+        if self._owned and self._owned.get(record.key, _NOBODY)[0] is record:
+            self._owned.pop(record.key, None)
         self._line.publish(record.key, record)
+
+    def _put_back(self, record: Record) -> None:
+        """Offer a session again that was taken, and not used; one that was not to stay goes."""
+        if record.key not in self._records and not record.fenced:
+            self._forget(record)
+            return
+        used = record.used
+        self.give_back(record)
+        record.used = used
 
     def take_away(self, record: Record) -> None:
         """Free a session whose owner may still be at it, or was struck before he could.
@@ -343,65 +464,81 @@ class Sessions:
         It gets a new record, and the old one is fenced off: whatever he does with it is refused.
         If a commit is under way, a sweep will do it.
         """
-        me = object()
-        if self._renewing.setdefault(record.key, me) is not me:
-            return
+        me, key = object(), record.key
         try:
-            renewed = record.renewed() if self._records.get(record.key) is record else None
+            if self._renewing.setdefault(key, me) is not me:
+                return
+            renewed = record.renewed() if self._line.current.get(key) is record else None
             if renewed is not None and self._held(record):
                 record.fenced = False
             elif renewed is not None:
-                self._records[record.key] = renewed
-                self._owned.pop(record.key, None)
-                self._line.admit(record.key, renewed)
-                self._line.publish(record.key, renewed)
+                self._line.admit(key, renewed)
+                self._records[key] = renewed
+                self._owned.pop(key, None)
+                self._line.publish(key, renewed)
         finally:
-            self._renewing.pop(record.key, None)
+            if self._renewing.get(key) is me:
+                self._renewing.pop(key, None)
 
     def store_commit(self, record: Record, changes: Changes) -> None:
-        """Put changes into the store, if there is one."""
+        """Put changes into the store, if there is one. In doubt until memory has them as well.
+
+        Raises:
+            SessionError: the store refused, and nothing has changed. SessionBusy: another process
+                has the session by now, and it is forgotten here.
+        """
         if self._store is None:
             return
+        record.doubtful = True  # first: from here on only the store knows
         try:
             self._store.commit(record.key, record.version + 1, changes)
-        except SessionError:
-            raise
-        except BaseException:  # interrupted: whether it was done, the store knows
-            record.doubtful = True
-            with contextlib.suppress(SessionError):  # else who uses the session next asks it
-                self.settle(record)
+        except SessionError as problem:
+            record.doubtful = False
+            if isinstance(problem, SessionBusy):
+                self._disown(record)
             raise
 
     def settle(self, record: Record) -> None:
-        """Ask the store what the last commit has come to, if that was interrupted.
+        """Ask the store what the last commit has come to, if that was interrupted. By the owner.
 
         Raises:
             SessionError: it cannot tell now.
         """
         if record.doubtful and self._store is not None:
-            loaded = self._store.open(record.key)
-            if loaded is not None:
-                record.version, record.state = loaded
+            try:
+                loaded = self._store.open(record.key)
+            except SessionBusy:
+                self._disown(record)
+                raise
+            record.load(*_unmarked(loaded or (0, None)))
             record.doubtful = False
 
     # -- looking and sweeping ----------------------------------------------------------------
 
-    def state(self, key: str) -> dict[str, Any]:
-        """Return a copy of the last committed state.
+    def state(self, key: str) -> Snapshot:
+        """Return the last committed state.
 
         Raises:
             SessionNotFound: there is no such session.
         """
-        record = self._records.get(key)
+        record = self._records.get(checked_key(key))
         if record is not None:
-            self.settle(record)
-            packed = record.state or {}
-        else:
-            loaded = None if self._store is None else self._store.read(key)
-            if loaded is None:
-                raise SessionNotFound(f"there is no session {key!r}", session_id=key)
-            packed = loaded[1] or {}
-        return {name: pickle.loads(data) for name, data in packed.items()}
+            return Snapshot(self.committed(record))
+        loaded = None if self._store is None else self._store.read(key)
+        if loaded is None:
+            raise SessionNotFound(f"there is no session {key!r}", session_id=key)
+        return Snapshot(_unmarked(loaded)[1] or {})
+
+    def committed(self, record: Record) -> Mapping[str, bytes]:
+        """Return the committed state of a session, whoever owns it; it is not changed by that.
+
+        Raises:
+            SessionError: its last commit was interrupted, and the store cannot tell now.
+        """
+        if record.doubtful and not record.committing and self._store is not None:
+            loaded = self._store.read(record.key)
+            return (_unmarked(loaded)[1] if loaded is not None else None) or {}
+        return record.state or {}
 
     def records(self) -> list[Record]:
         """Return the records of this moment."""
@@ -418,31 +555,63 @@ class Sessions:
         """End what has expired; find what nobody owns. By the manager, once a tick."""
         if self._manager.closing:
             return
-        try:
-            self._expire()
-            if self._store is not None:
-                self._store.beat()
-        except SessionError as problem:  # a full disk, a lock; the next sweep tries again
-            # As text: a handler that keeps records would keep the frames, and in them a worker.
-            logger().warning("%s: %s", self._config.name, str(problem))
+        if self._store is None:
+            self._expire_in_pieces()
         self._sweep_astray()
 
-    def _expire(self) -> None:
-        ttl = self._config.session_ttl
-        expired = time.monotonic() - ttl
+    def _expire_in_pieces(self) -> None:
+        """End what has expired, and between the pieces let the manager do what else there is."""
+        if not self._manager.closing and self.expire(_BATCH_S):
+            self._manager.order(self._expire_in_pieces)
+
+    def expire(self, seconds: float) -> bool:
+        """End sessions that have expired, for so long; True: there are more.
+
+        By the manager, and where there is a store by its housekeeping.
+        """
+        until = time.monotonic() + seconds
         oldest = self._line.oldest()
-        while oldest is not None and oldest[1].used < expired:
+        while oldest is not None and self._is_expired(oldest[1]):
             if self._line.claim(*oldest):
                 self._over(oldest[1])
                 self.nearness.tell("session.lost", oldest[1], reason="expired")
+            if time.monotonic() >= until:
+                return True
             oldest = self._line.oldest()
+        return False
+
+    def has_expired(self) -> bool:
+        """Tell whether `expire` would find something."""
+        oldest = self._line.oldest()
+        return oldest is not None and self._is_expired(oldest[1])
+
+    def _is_expired(self, record: Record) -> bool:
+        return record.used < time.monotonic() - self._config.session_ttl
+
+    def used_since(self, moment: float) -> dict[str, float]:
+        """Return how many seconds ago each session was used that was used after a moment.
+
+        The moment is on the monotonic clock. What is leased is used now. One that has expired is
+        among them in any case: if the store refuses that, it would not delete it either.
+        """
         now = time.monotonic()
-        due = hasattr(self._store, "expire") and now - self._last_expiry > min(ttl / 4, 60.0)
-        if due and not self._store.expire(ttl):  # those that no living process has
-            self._last_expiry = now
+        used = {}
+        oldest = self._line.oldest()
+        if oldest is not None and self._is_expired(oldest[1]):
+            used[oldest[1].key] = now - oldest[1].used
+        for record in self.records():
+            if record.holder is not None:
+                used[record.key] = 0.0
+            elif record.used >= moment:
+                used[record.key] = max(0.0, now - record.used)
+        return used
 
     def _sweep_astray(self) -> None:
         """Free a session whose owner was struck by an exception before he could."""
+        stale, self._stale = self._stale, self._renewing.copy()
+        for key, seat in stale.items():
+            if self._renewing.get(key) is seat:
+                self._renewing.pop(key, None)
         for key, owned in self._owned.copy().items():
             if owned[1]() is None:  # he was struck on his way to a lease
                 popped = self._owned.pop(key, owned)
@@ -456,13 +625,13 @@ class Sessions:
         before, self._astray = self._astray, {}
         for key in set(self._line.current) - set(self._line.idle) - set(self._owned):
             record: Record | None = self._line.current.get(key)
-            if record is None or self._held(record):
+            if record is None or self._held(record) or self._line.receiver(key) is not None:
                 continue
             self._astray[key] = record.used
             if before.get(key) != record.used or key in self._line.idle:
                 continue
             remark(INFO, "session %r had lost its owner and is free again", key)
-            if record.opened:
+            if key in self._records:
                 self.take_away(record)
             else:
                 self._forget(record)
@@ -473,3 +642,29 @@ class Sessions:
         if holder is None or holder.session is not record or holder.revoked is not None:
             return False
         return holder.live_lease is not None or holder in self._manager.fleet.live()
+
+
+_NOBODY: tuple[Record | None, None] = (None, None)
+
+
+def _unmarked(loaded: Loaded) -> Loaded:
+    """Return version and state as from the store, without the mark of a block."""
+    version, state = loaded
+    if state is None or _SCOPE not in state:
+        return loaded
+    return version, {key: data for key, data in state.items() if key != _SCOPE}
+
+
+def _exists(key: str) -> SessionExists:
+    return SessionExists(
+        f"there is a session {key!r} already; end it first, or use `checkout(session=...)`",
+        session_id=key,
+    )
+
+
+def _not_found(key: str) -> SessionNotFound:
+    return SessionNotFound(
+        f"there is no session {key!r}; begin it with create_session(), or set "
+        f"strict_sessions=False to have it begun by its first use",
+        session_id=key,
+    )

@@ -204,26 +204,32 @@ def _utilization(desk: Desk, rows: list[memoryview], now: int) -> float:
     return min(1.0, leased / served) if served else 0.0
 
 
-def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> HealthReport:
-    """Judge a pool: unhealthy if it cannot serve, degraded if it serves but not as it should."""
+def health_report(
+    config: PoolConfig, desk: Desk | None, closed: bool, failure: BaseException | None
+) -> HealthReport:
+    """Judge a pool: unhealthy if it cannot serve, degraded if it serves but not as it should.
+
+    `failure` is why its last opening failed.
+    """
+    why = () if failure is None else (f"it could not start: {failure}",)
     if desk is None:
         state = "closed" if closed else "not open"
-        return HealthReport("unhealthy", (f"{config.name} is {state}",), ())
+        return HealthReport("unhealthy", (f"{config.name} is {state}", *why), ())
     manager, fleet = desk.manager, desk.manager.fleet
     infos = tuple(worker_info(fleet.handles[slot]) for slot in sorted(fleet.handles))
     if manager.closing:
-        return HealthReport("unhealthy", (f"{config.name} is closed",), infos)
-    serving = [info for info in infos if info.state in ("idle", "leased", "probing")]
+        return HealthReport("unhealthy", (f"{config.name} is closed", *why), infos)
+    serving, target = len(fleet.usable()), manager.staff.target
     reasons = [
         f"worker {info.worker_id} failed {info.probe_failures} health checks in a row"
         for info in infos
         if info.probe_failures
     ]
-    if len(serving) < manager.staff.target:
-        reasons.append(f"{len(serving)} of {manager.staff.target} workers are in service")
+    if serving < target:
+        reasons.append(f"{serving} of {target} workers are in service")
     if fleet.last_failure is not None:
         reasons.append(f"the last start failed: {fleet.last_failure}")
-        worn = sum(handle.worn is not None for handle in fleet.live())
+        worn = sum(handle.worn is not None for handle in fleet.staying())
         if worn:
             reasons.append(f"{worn} workers past their limits serve on, as no other can be started")
     if fleet.breaker is not None and fleet.breaker.state != CLOSED:
@@ -234,6 +240,6 @@ def health_report(config: PoolConfig, desk: Desk | None, closed: bool) -> Health
     waiting = len(manager.turnstile.waiters)
     if waiting:
         reasons.append(f"{waiting} callers are waiting for a worker")
-    unhealthy = manager.staff.target > 0 and not serving
+    unhealthy = target > 0 and not serving
     status = "unhealthy" if unhealthy else "degraded" if reasons else "healthy"
     return HealthReport(status, tuple(reasons), infos)

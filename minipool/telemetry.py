@@ -12,7 +12,9 @@ again. Every pool imports this module, so it imports next to nothing itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List
 
@@ -64,7 +66,8 @@ EVENTS: dict[str, tuple[str, str, str]] = {
     "session.bound": ("a session got its first worker", "version", "session, worker_id"),
     "session.moved": ("a session went on with another worker", "version", "session, worker_id"),
     "session.lost": (
-        "a session expired, was evicted, or lost its worker under strict affinity",
+        "a session expired, was evicted or taken over by another process, or lost its worker "
+        "under strict affinity",
         "version",
         "session, reason",
     ),
@@ -75,12 +78,19 @@ EVENTS: dict[str, tuple[str, str, str]] = {
 }
 
 
-def logger() -> logging.Logger | _Unlogged:
+def logger() -> logging.Logger | _Relayed | _Unlogged:
     """Return minipool's logger; imported when there is something to log, which is seldom.
 
     A process that has given up its root or its rights by then may be able to import nothing: what
     would be shown by default goes to standard error, and nobody fails for want of a message.
+
+    In a thread that must not wait, it hands on what it is given: see `log_through`.
     """
+    put = getattr(_relay, "put", None)
+    return _own_logger() if put is None else _Relayed(put, None)
+
+
+def _own_logger() -> logging.Logger | _Unlogged:
     try:
         import logging
     except (ImportError, OSError):
@@ -88,19 +98,99 @@ def logger() -> logging.Logger | _Unlogged:
     return logging.getLogger("minipool")
 
 
-class _Unlogged:
-    """Takes a logger's place where there is none."""
+_relay = threading.local()  # `put`: what takes the records of this thread
+
+
+def log_through(put: Callable[[Callable[[], object]], object] | None) -> None:
+    """Have what this thread logs from now on written by another: handlers may block.
+
+    `put` is given, for each record, a function that writes it. None: it logs by itself again.
+    """
+    _relay.put = put
+
+
+class _Relayed:
+    """Takes a logger's place in a thread that must not wait. Takes none of logging's locks.
+
+    Records tell of the time and the thread that they were made in.
+    """
+
+    def __init__(self, put: Callable[[Callable[[], object]], object], to: Any) -> None:
+        self._put, self._to = put, to  # to: a logger; None is minipool's
+
+    def isEnabledFor(self, level: int) -> bool:
+        """As `Logger.isEnabledFor`, which may wait for a lock; in doubt it is True."""
+        root = getattr(sys.modules.get("logging"), "root", None)
+        if root is None:
+            return level >= WARNING
+        to = self._to or root.manager.loggerDict.get("minipool", root)
+        level_of = getattr(to, "getEffectiveLevel", root.getEffectiveLevel)
+        return bool(level >= level_of() and level > root.manager.disable)
 
     def log(self, level: int, message: str, *args: object, **more: Any) -> None:
-        if level >= WARNING and sys.stderr is not None:
-            print(message % args, file=sys.stderr)
+        if self.isEnabledFor(level):
+            _own_logger()  # imports, here: a process forked meanwhile would have half a module
+            made = _circumstances()
+            self._put(functools.partial(_write, self._to, made, level, message, args, more))
 
     def warning(self, message: str, *args: object) -> None:
         self.log(WARNING, message, *args)
 
     def exception(self, message: str, *args: object) -> None:
-        self.log(ERROR, message, *args)
-        sys.excepthook(*sys.exc_info())
+        self.log(ERROR, message, *args, exc_info=sys.exc_info())
+
+
+def _circumstances() -> dict[str, Any]:
+    """Return when, where and in which thread a record is being made, as it will tell."""
+    now, thread, frame = time.time(), threading.current_thread(), sys._getframe(2)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return {
+        "created": now,
+        "msecs": now % 1 * 1000 // 1,
+        "thread": thread.ident,
+        "threadName": thread.name,
+        "pathname": frame.f_code.co_filename,
+        "lineno": frame.f_lineno,
+        "funcName": frame.f_code.co_name,
+    }
+
+
+def _write(
+    to: Any,
+    made: dict[str, Any],
+    level: int,
+    message: str,
+    args: tuple[object, ...],
+    more: dict[str, Any],
+) -> None:
+    """Write a record that another thread has made."""
+    to = to or _own_logger()
+    if not hasattr(to, "makeRecord"):  # no logger, but what somebody has in place of one
+        to.log(level, message, *args, **more)
+    elif to.isEnabledFor(level):
+        path, line, function = made["pathname"], made["lineno"], made["funcName"]
+        exc_info, extra = more.get("exc_info"), more.get("extra")
+        record = to.makeRecord(to.name, level, path, line, message, args, exc_info, function, extra)
+        record.relativeCreated -= 1000 * (record.created - made["created"])
+        record.__dict__.update(made)
+        to.handle(record)
+
+
+class _Unlogged:
+    """Takes a logger's place where there is none."""
+
+    def log(self, level: int, message: str, *args: object, exc_info: Any = None) -> None:
+        if level >= WARNING and sys.stderr is not None:
+            print(message % args, file=sys.stderr)
+        if exc_info is not None:
+            sys.excepthook(*exc_info)
+
+    def warning(self, message: str, *args: object) -> None:
+        self.log(WARNING, message, *args)
+
+    def exception(self, message: str, *args: object) -> None:
+        self.log(ERROR, message, *args, exc_info=sys.exc_info())
 
 
 def remark(level: int, message: str, *args: object, **more: Any) -> None:
@@ -206,17 +296,21 @@ def attach_logger(
     """
     import logging
 
-    to = log or logging.getLogger("minipool.events")
+    to: Any = log or logging.getLogger("minipool.events")
 
     def write(event: str, measurements: dict[str, Any], metadata: dict[str, Any]) -> None:
         level = _LEVELS.get(event, INFO)
-        if to.isEnabledFor(level):
+        put = getattr(_relay, "put", None)
+        via = to if put is None else _Relayed(put, to)
+        if via.isEnabledFor(level):
             facts = {**metadata, **measurements}
             error = facts.get("error")
             if isinstance(error, BaseException):  # as text: a record may be kept for long
                 facts["error"] = f"{type(error).__name__}: {error}"
             words = " ".join(f"{key}={_shown(facts[key])}" for key in facts if key != "pool")
-            to.log(level, "%s: %s %s", facts["pool"], event, words, extra={"event": event, **facts})
+            via.log(
+                level, "%s: %s %s", facts["pool"], event, words, extra={"event": event, **facts}
+            )
 
     wanted = [name for name in pool.hooks if calls or name not in OF_CALLS]
     return attach_reporter(pool, write, wanted)

@@ -6,7 +6,9 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
+from .deadline import Deadline
 from .lease import CALL_TIMEOUT, seconds
+from .nearness import checked_key
 from .retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -56,13 +58,21 @@ class PoolOptions(Generic[W]):
         def call(self, target: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """As `Pool.call`, all within the one timeout that was given."""
-        end = math.inf
-        if self._timeout is not None and (self._own_timeout or self._policy is not None):
-            end = time.monotonic() + self._timeout
-        if self._policy is not None:
-            return self._call_again(self._policy, end, target, args, kwargs)
-        return self._attempt(self._patience, end, self._timeout, target, args, kwargs)
+        """As `Pool.call`, all within the one timeout that was given.
+
+        A call that had to wait is not sent when less time is left than such calls took in the
+        last minute: the worker would be killed for it, and nothing won.
+
+        Raises:
+            CheckoutTimeout: no worker came in time, or came too late for the call (`needed`).
+        """
+        policy, deadline = self._policy, None
+        if self._timeout is not None and (self._own_timeout or policy is not None):
+            limit = None if policy is None else policy.attempt_timeout
+            deadline = Deadline(self._pool, self._timeout, limit)
+        if policy is not None:
+            return self._call_again(policy, deadline, target, args, kwargs)
+        return self._attempt(deadline, self._patience, self._timeout, target, args, kwargs)
 
     @property
     def _patience(self) -> float | None:
@@ -72,37 +82,42 @@ class PoolOptions(Generic[W]):
     def _call_again(
         self,
         policy: RetryPolicy,
-        end: float,
+        deadline: Deadline | None,
         target: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Make a call as often as the policy allows, all before the monotonic time `end`."""
+        """Make a call as often as the policy allows, and as there is time for another attempt."""
         pauses, patience = policy.pauses(), _least(self._timeout, self._patience)
+        limit = policy.attempt_timeout
         while True:
             try:
-                return self._attempt(patience, end, policy.attempt_timeout, target, args, kwargs)
+                return self._attempt(deadline, patience, limit, target, args, kwargs)
             except policy.retry_on:
                 pause = next(pauses, None)
-                if pause is None or time.monotonic() + pause >= end or not self._pause(pause):
+                in_time = pause is not None and (deadline is None or deadline.allows(pause))
+                if pause is None or not in_time or not self._pause(pause):
                     raise
-            patience = _least(end - time.monotonic(), self._patience)
+            if deadline is not None:
+                patience = _least(deadline.end - time.monotonic(), self._patience)
 
     def _attempt(
         self,
+        deadline: Deadline | None,
         patience: float | None,
-        end: float,
         timeout: float | None,
         target: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Check out within `patience` and call within `timeout`, and before `end`."""
-        lease = self._pool.checkout(
-            timeout=patience, session=self._session, affinity=self._affinity
-        )
+        """Check out within `patience` and call within `timeout`, or both within the deadline."""
+        session, affinity = self._session, self._affinity
+        if deadline is not None:
+            lease = deadline.checkout(patience, session, affinity)
+        else:
+            lease = self._pool.checkout(timeout=patience, session=session, affinity=affinity)
         try:
-            left = _least(end - time.monotonic(), timeout)
+            left = timeout if deadline is None else deadline.left()
             # A policy counts the attempts that may have begun; what had not is made again anyhow.
             again = self._idempotent and self._policy is None
             return lease.options(timeout=left, idempotent=again).call(target, *args, **kwargs)
@@ -111,15 +126,20 @@ class PoolOptions(Generic[W]):
 
 
 class SessionScope:
-    """A session for the length of a `with` block: begun at its start, ended at its end."""
+    """A session for the length of a `with` block: begun at its start, ended at its end.
+
+    Where there is a session store, a process that dies in the block leaves the session there. The
+    next block of that id ends what is left, and begins anew.
+    """
 
     def __init__(self, pool: Any, key: str, state: Mapping[str, Any] | None) -> None:
-        self.id = key
+        self.id = checked_key(key)
         self._pool = pool
         self._state = state
 
     def __enter__(self) -> SessionScope:
-        self._pool.create_session(self.id, self._state)
+        self._pool._opened()
+        self._pool._sessions.create(self.id, self._state, scoped=True)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

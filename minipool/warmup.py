@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequenc
 
 from .commands import Command, commands_of
 from .engine.launch import packed_command
+from .engine.pace import MOST
 from .engine.states import WorkerState
 from .errors import CallTimeout, CheckoutTimeout, WorkerError
 from .lease import Lease, seconds
@@ -65,7 +66,7 @@ def warm_up(
     for command in commands:
         packed_command(desk.targets, desk.config.codec, command)  # refuses what cannot be sent
     start = time.monotonic()
-    slots = sorted(handle.slot for handle in desk.manager.fleet.live())
+    slots = sorted(handle.slot for handle in desk.manager.fleet.staying())
     run = _WarmUp(desk, commands, each)
     for stage_slots in _stages(slots, strategy):
         stage_end = time.monotonic() + stage if strategy == "staged" else math.inf
@@ -95,6 +96,7 @@ class _WarmUp:
         self._desk = desk
         self._commands = commands
         self._limit = command_timeout
+        self._whole = command_timeout  # seconds that a call of the present stage may take at most
         self._took: List[List[float]] = [[] for _ in commands]
         self._failures: List[Dict[int, Exception]] = [{} for _ in commands]
         self._warm: List[int] = []
@@ -103,6 +105,7 @@ class _WarmUp:
 
     def stage(self, slots: Sequence[int], end: float) -> None:
         """Warm up some workers at once, until the monotonic time `end`."""
+        self._whole = min(self._limit, end - time.monotonic())
         if len(slots) == 1 or self._desk.manager.here:  # a hook cannot wait for a helper
             for slot in slots:
                 self._warm_up(slot, end)
@@ -149,7 +152,9 @@ class _WarmUp:
         """
         command, start = self._commands[index], time.monotonic()
         limit = min(self._limit, end - start)
-        if limit <= 0 or self._over:
+        # What is left of the time would be the end of a worker that is well.
+        hasty = limit < MOST * self._whole and limit < self._desk.pace.needed(self._whole)
+        if limit <= 0 or hasty or self._over:
             raise self._too_late(slot)
         options = lease.options(timeout=None if limit == math.inf else limit)
         try:
@@ -174,7 +179,7 @@ class _WarmUp:
             return handle is not None and handle.state in (WorkerState.IDLE, WorkerState.PROBING)
 
         def given_up() -> bool:
-            return slot not in handles and len(fleet.live()) >= staff.target
+            return slot not in handles and len(fleet.staying()) >= staff.target
 
         while True:
             desk.check_open()

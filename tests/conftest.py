@@ -96,6 +96,8 @@ def nothing_left(request: pytest.FixtureRequest, caplog: Any) -> Iterator[None]:
     assert not left, f"threads left: {left}"
     processes = {pid: name for pid, name in _descendants().items() if not _gone(pid, 2.0)}
     assert not processes, f"processes left: {processes}"
+    zombies = _zombies()
+    assert not zombies, f"processes left unreaped: {zombies}"
     opened = {fd: to for fd, to in _descriptors().items() if descriptors.get(fd) != to}
     assert not opened, f"descriptors left: {opened}"
     if not request.node.get_closest_marker("logs_errors"):
@@ -113,6 +115,23 @@ def _descriptors() -> dict[int, str]:
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one that lists them is closed by now
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def _zombies() -> list[int]:
+    """Return the pids of children that have ended and were not reaped; not of helpers.
+
+    Multiprocessing reaps its fork server when the next one is needed.
+    """
+    server: Any = forkserver._forkserver
+    helpers = {server._forkserver_pid, halves.other_pid()}
+    found = []
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            for pid in children.read_text().split():
+                with contextlib.suppress(OSError):
+                    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                    found += [int(pid)] if state == "Z" and int(pid) not in helpers else []
     return found
 
 

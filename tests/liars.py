@@ -30,6 +30,14 @@ def write_and(then: str, data: bytes) -> None:
         rogues.close_pipe()
 
 
+def never_have_it(call_id: int) -> None:
+    """Say that the session's state is not here, whatever comes along."""
+    for _ in range(2):
+        rogues.write_to_pipe(frame(call_id, wire.NOT_HERE))
+        rogues.take_request()
+    signal.pause()
+
+
 def raise_long(size: int) -> None:
     raise ValueError(bytes(size))
 

@@ -6,11 +6,9 @@ and for each thread the node of a graph of results, grown once by running the re
 only walked. Two nodes are one if the frames stand at the same instructions with the same
 variables. States are hashed and visited once.
 
-Time is a choice: a wait with a timeout may end at any moment at which its lock is not free. Two
-waits are patient, because they are there for accidents alone: the wait for a settlement and the
-look of a sleeper whether he was forgotten end only when no other thread can move (and the look
-only if it would find something: else the sleeper sleeps on, and nothing has changed). The manager
-looks when no other thread can move; his look, once begun, goes on among the steps of the others.
+Time is a choice: a wait with a timeout may end at any moment at which its lock is not free. The
+manager looks when no other thread can move; its look, once begun, goes on among the steps of the
+others.
 
 An asynchronous exception is a choice too, at each step, the private ones included: before it, or
 after it and before its result is stored. So is a signal handler: it runs between two steps.
@@ -22,8 +20,16 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Sequence
 
-from minipool.engine import turnstile as real
-from shared_memory import Memory, Shared, Violation, check_order, lost_tokens, value_of
+from shared_memory import (
+    Memory,
+    Shared,
+    Violation,
+    check_noted,
+    check_order,
+    lost_tokens,
+    value_of,
+    waiting,
+)
 from stepwise import (
     Instrumented,
     Interrupt,
@@ -33,9 +39,6 @@ from stepwise import (
     frames,
     placed,
 )
-
-PATIENT = (real._SETTLEMENT, real._LOOK)
-
 
 # -- what threads do -----------------------------------------------------------------------------
 
@@ -54,6 +57,7 @@ def take(timeout: float | None = None, wants: int | None = None) -> Phase:
         yield ("end", token)
         return token
 
+    phase.wants = wants  # type: ignore[attr-defined]
     return phase
 
 
@@ -84,6 +88,16 @@ def replace(slot: int, generation: int) -> Phase:
     return phase
 
 
+def fence(slot: int) -> Phase:
+    """Do as the manager when a worker dies."""
+
+    def phase(turnstile: Any, held: Any) -> Steps:
+        yield from turnstile.fence(slot)
+        return held
+
+    return phase
+
+
 def probe(slot: int, generation: int) -> Phase:
     """Do as the manager when it probes an idle worker: claim it, then offer it again."""
 
@@ -100,7 +114,7 @@ def probe(slot: int, generation: int) -> Phase:
 def sweep(turnstile: Any, seen: Any) -> Steps:
     """Do as the manager at each look: free a forgotten seat, fence what is nowhere twice."""
     seat, lost_before = seen or (None, ())
-    seat = yield from turnstile.unseat(seat)
+    seat = yield from turnstile.sweep(seat)
     closing, lost = yield ("lost",)
     if closing:
         yield from close(turnstile, None)
@@ -197,7 +211,13 @@ class Explorer:
             getattr(phase, "__qualname__", "") for program in self.programs for phase in program
         }
         constant: set[str] = set() if "close" in names else {"closed"}
-        if not self.scenario.sweeps and not any(name.startswith("replace") for name in names):
+        wanted = any(
+            getattr(phase, "wants", None) is not None for each in self.programs for phase in each
+        )
+        if not wanted and not self.scenario.sweeps:
+            constant.add("lines")
+        fenced = any(name.startswith(("replace", "fence")) for name in names)
+        if not self.scenario.sweeps and not fenced:
             constant.add("current")
         return constant
 
@@ -260,9 +280,9 @@ class Explorer:
         handled = dict(scenario.handlers)
         tokens = {token for token in held if token} | set(handled.values())
         shared = Shared(
-            idle=tuple(scenario.idle), waiters=(),
+            idle=tuple(scenario.idle), waiters=(), general=(), lines=(), queues=(), handed=(),
             current=tuple(sorted(tokens | set(scenario.idle))), seat=(), closed=False,
-            dirty=False, info=(), owned=frozenset(tokens), refused=frozenset(), fenced=frozenset(),
+            dirty=(), info=(), owned=frozenset(tokens), refused=frozenset(), fenced=frozenset(),
         )  # fmt: skip
         threads = []
         for index, program in enumerate(self.programs):
@@ -292,6 +312,12 @@ class Explorer:
         if state.strikes and index in self.scenario.strikes and not self.scenario.struck_at:
             return False  # may be struck there
         kind = step[0]
+        if kind == "wwrite" and step[2] == "taken":
+            return True
+        if kind == "wread":  # what is known stays: the place in the line, the first outcome
+            return step[2] == "wants" or state.shared.info[step[1]].outcome is not None
+        if kind == "set" and step[1] == "handed":
+            return not self.scenario.sweeps  # else it matters who notes last, and what was struck
         return kind in _PRIVATE or (kind in ("read", "get") and step[1] in self.constant)
 
     def _ended(self, state: State, index: int, result: Any) -> State:
@@ -310,14 +336,14 @@ class Explorer:
         self.steps += 1
         thread, step = state.threads[index], node.step
         if step[0] == "begin":
-            line = tuple(ticket for ticket, _ in state.shared.waiters)
+            line = tuple(ticket for ticket, _ in waiting(state.shared))
             thread = thread._replace(before=line, dead=state.shared.fenced)
         elif step[0] == "end" and step[1] is not None:
             if step[1] in thread.dead:
                 raise Violation(f"slot {step[1][0]} is taken under an old generation")
             if self.scenario.fair:
                 check_order(state.shared, thread.before, step[1][0])
-        elif step[0] in ("write", "set", "pop") and step[1] in self.constant:
+        elif step[0] in ("write", "set") and step[1] in self.constant:
             raise AssertionError(f"{step[1]} was taken for constant in this scenario")
         shared, result = self.memory.run(state.shared, step)
         after = self.child(node, _STRUCK if struck else result)
@@ -336,16 +362,14 @@ class Explorer:
         patient: list[tuple[str, State]] = []
         for index, thread in enumerate(state.threads):
             if index != self.sweeper:
-                self._moves_of(state, index, thread, found, patient)
+                self._moves_of(state, index, thread, found)
         sweeper = state.threads[self.sweeper]
         if sweeper.node is not None:  # a look that has begun goes on while others move
             found_by = found if state.sweeping else patient
-            self._moves_of(state, self.sweeper, sweeper, found_by, patient)
+            self._moves_of(state, self.sweeper, sweeper, found_by)
         return found or patient
 
-    def _moves_of(
-        self, state: State, index: int, thread: Thread, found: list[Any], patient: list[Any]
-    ) -> None:
+    def _moves_of(self, state: State, index: int, thread: Thread, found: list[Any]) -> None:
         node = thread.handler if thread.running else thread.node
         if thread.handler is not None and not thread.running:
             running = self._with(state, index, thread._replace(running=True))
@@ -361,7 +385,7 @@ class Explorer:
         may_run = True
         if node.step[0] == "acquire" and not state.shared.info[node.step[1]].awake:
             may_run = False
-            self._expiry(state, index, node, found, patient)
+            self._expiry(state, index, node, found)
         if may_run:
             found.append((name, self._moved(state, index, node)))
         if strikes:
@@ -379,21 +403,15 @@ class Explorer:
             after = after._replace(sweeping=not after.threads[index].node.ended)
         return self._settled(after, index)
 
-    def _expiry(
-        self, state: State, index: int, node: Node, found: list[Any], patient: list[Any]
-    ) -> None:
+    def _expiry(self, state: State, index: int, node: Node, found: list[Any]) -> None:
         """Let a wait end because its time is over."""
-        _, ticket, timeout = node.step
+        timeout = node.step[2]
         if timeout < 0:
             return
-        queued = value_of(state.shared.waiters, ticket) is not None
-        if timeout == real._LOOK and queued:
-            return  # he would find himself in the line, and sleep on
         thread = state.threads[index]
         which = "handler" if thread.running else "node"
         after = self._with(state, index, thread._replace(**{which: self.child(node, False)}))
-        move = (f"{index}: {timeout} s are over", self._settled(after, index))
-        (patient if timeout in PATIENT else found).append(move)
+        found.append((f"{index}: {timeout} s are over", self._settled(after, index)))
 
     # the search
 
@@ -422,11 +440,25 @@ class Explorer:
         return self
 
     def _checked(self, state: State) -> list[tuple[str, State]]:
+        self._check_notes(state)
         moves = self.moves(state)
         if not moves:
             self.ends += 1
             self._check_end(state)
         return moves
+
+    def _check_notes(self, state: State) -> None:
+        """Nobody is on its way: so what was handed over must be noted, or it is taken for lost."""
+        sleeping = []
+        for index, thread in enumerate(state.threads):
+            node = thread.handler if thread.running else thread.node
+            if node is None or (index == self.sweeper and not state.sweeping):
+                continue
+            if node.step[0] != "acquire":
+                return
+            sleeping.append(node.step[1])
+        for ticket in sleeping:
+            check_noted(state.shared, ticket)
 
     def _check_end(self, state: State) -> None:
         """Nothing moves any more: nobody sleeps in vain, and every slot is somewhere."""
@@ -439,8 +471,10 @@ class Explorer:
             wants = shared.info[ticket].wants
             if shared.closed:
                 raise Violation(f"thread {index} sleeps though the turnstile is closed")
-            if value_of(shared.waiters, ticket) is None:
+            if shared.info[ticket].outcome is not None or value_of(shared.waiters, ticket) is None:
                 raise Violation(f"thread {index} sleeps, and nobody will wake it")
+            if wants is not None and value_of(shared.current, wants) is None:
+                raise Violation(f"thread {index} sleeps though slot {wants} is no more")
             for token in shared.idle:
                 if token in shared.current and wants in (None, token[0]):
                     raise Violation(f"thread {index} sleeps though slot {token[0]} is idle")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from stepwise import Label, Raised, Ref, Stopped
+from stepwise import Label, Line, Raised, Ref, Stopped
 
 
 class Violation(AssertionError):
@@ -17,13 +17,20 @@ class Violation(AssertionError):
 
 
 class Info(NamedTuple):
-    """What a waiter holds, and who was before it in the line when it was popped."""
+    """What there is to know of a waiter."""
 
     wants: Any = None
-    token: Any = None
-    closed: bool = False
+    outcome: Any = None
+    taken: bool = False
     awake: bool = False
-    older: tuple[int, ...] = ()
+
+    @property
+    def token(self) -> Any:
+        return self.outcome if isinstance(self.outcome, tuple) else None
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.outcome == "closed")
 
 
 class Shared(NamedTuple):
@@ -31,10 +38,14 @@ class Shared(NamedTuple):
 
     idle: tuple[tuple[int, int], ...]
     waiters: tuple[tuple[int, Ref], ...]
+    general: tuple[tuple[int, Ref], ...]
+    lines: tuple[tuple[Any, Line], ...]
+    queues: tuple[tuple[Line, tuple[tuple[int, Ref], ...]], ...]  # what is in each line
+    handed: tuple[tuple[Any, Ref], ...]
     current: tuple[tuple[int, int], ...]
     seat: tuple[tuple[str, Label], ...]
     closed: bool
-    dirty: bool
+    dirty: tuple[tuple[Any, bool], ...]
     info: tuple[Info, ...]
     owned: frozenset[tuple[int, int]]
     refused: frozenset[tuple[int, int]]
@@ -43,6 +54,17 @@ class Shared(NamedTuple):
 
 def _without(pairs: Any, key: Any) -> Any:
     return tuple(pair for pair in pairs if pair[0] != key)
+
+
+def _pairs(shared: Shared, name: Any) -> Any:
+    return value_of(shared.queues, name) if isinstance(name, Line) else getattr(shared, name)
+
+
+def _having(shared: Shared, name: Any, pairs: Any) -> Shared:
+    if not isinstance(name, Line):
+        return shared._replace(**{name: pairs})
+    queues = tuple((line, pairs if line == name else queue) for line, queue in shared.queues)
+    return shared._replace(queues=queues)
 
 
 def value_of(pairs: Any, key: Any) -> Any:
@@ -64,65 +86,65 @@ class Memory:
     # dicts
 
     def do_pop(self, shared: Shared, name: str, key: Any) -> tuple[Shared, Any]:
-        pairs = getattr(shared, name)
+        pairs = _pairs(shared, name)
         found = value_of(pairs, key)
         if found is None:
             return shared, None
-        if name == "waiters":
-            older = tuple(ticket for ticket, _ in pairs[: pairs.index((key, found))])
-            shared = self._tell(shared, key, older=older)
-        elif name == "current":
+        if name == "current":
             shared = shared._replace(fenced=shared.fenced | {(key, found)})
-        return shared._replace(**{name: _without(pairs, key)}), found
+        return _having(shared, name, _without(pairs, key)), found
 
     def do_popitem(self, shared: Shared, name: str) -> tuple[Shared, Any]:
-        pairs = getattr(shared, name)
+        pairs = _pairs(shared, name)
         if not pairs:
             return shared, Raised(KeyError)
-        return shared._replace(**{name: pairs[:-1]}), pairs[-1]
+        return _having(shared, name, pairs[:-1]), pairs[-1]
 
     def do_get(self, shared: Shared, name: str, key: Any) -> tuple[Shared, Any]:
-        return shared, value_of(getattr(shared, name), key)
+        return shared, value_of(_pairs(shared, name), key)
 
     def do_setdefault(self, shared: Shared, name: str, key: Any, value: Any) -> Any:
-        pairs = getattr(shared, name)
+        pairs = _pairs(shared, name)
         found = value_of(pairs, key)
         if found is not None:
             return shared, found
+        if name == "lines":
+            value = Line(key, sum(line.slot == key for line, _ in shared.queues))
+            shared = shared._replace(queues=tuple(sorted((*shared.queues, (value, ())))))
         return self.do_set(shared, name, key, value)[0], value
 
     def do_set(self, shared: Shared, name: str, key: Any, value: Any) -> tuple[Shared, Any]:
         if name == "idle" and (key, value) in shared.owned:
             raise Violation(f"slot {key} is offered while somebody owns it")
-        pairs = getattr(shared, name)
+        pairs = _pairs(shared, name)
         if value_of(pairs, key) is None:
             pairs += ((key, value),)
         else:
             pairs = tuple((k, value if k == key else v) for k, v in pairs)
-        if name == "current":
+        if name in ("current", "lines", "handed"):
             pairs = tuple(sorted(pairs))
-        return shared._replace(**{name: pairs}), None
+        return _having(shared, name, pairs), None
 
     def do_delete(self, shared: Shared, name: str, key: Any) -> tuple[Shared, Any]:
-        pairs = getattr(shared, name)
+        pairs = _pairs(shared, name)
         if value_of(pairs, key) is None:
             return shared, Raised(KeyError)
-        return shared._replace(**{name: _without(pairs, key)}), None
+        return _having(shared, name, _without(pairs, key)), None
 
     def do_truth(self, shared: Shared, name: str) -> tuple[Shared, Any]:
-        return shared, bool(getattr(shared, name))
+        return shared, bool(_pairs(shared, name))
 
     def do_contains(self, shared: Shared, name: str, key: Any) -> tuple[Shared, Any]:
-        return shared, value_of(getattr(shared, name), key) is not None
+        return shared, value_of(_pairs(shared, name), key) is not None
 
     def do_copy(self, shared: Shared, name: str) -> tuple[Shared, Any]:
-        return shared, getattr(shared, name)
+        return shared, _pairs(shared, name)
 
-    def do_size(self, shared: Shared, name: str) -> tuple[Shared, Any]:
-        return shared, len(getattr(shared, name))
+    def do_size(self, shared: Shared, name: Any) -> tuple[Shared, Any]:
+        return shared, len(_pairs(shared, name))
 
     def do_first(self, shared: Shared, name: str, size: int) -> tuple[Shared, Any]:
-        pairs = getattr(shared, name)
+        pairs = _pairs(shared, name)
         if len(pairs) != size:
             return shared, Raised(RuntimeError)
         return shared, pairs[0][0] if pairs else Raised(Stopped)
@@ -147,19 +169,19 @@ class Memory:
         return shared, getattr(shared.info[ticket], flag)
 
     def do_wwrite(self, shared: Shared, ticket: int, flag: str, value: Any) -> tuple[Shared, Any]:
-        info = shared.info[ticket]
-        if value and (info.token is not None or info.closed):
-            raise Violation(f"waiter {ticket} is settled twice")
-        if value and flag == "token" and self._fair:
-            check_order(shared, info.older, value[0])
         return self._tell(shared, ticket, **{flag: value}), None
+
+    def do_settle(self, shared: Shared, ticket: int, outcome: Any) -> tuple[Shared, Any]:
+        if shared.info[ticket].outcome is not None:
+            return shared, False
+        return self._tell(shared, ticket, outcome=outcome), True
 
     def do_acquire(self, shared: Shared, ticket: int, timeout: float) -> tuple[Shared, Any]:
         return self._tell(shared, ticket, awake=False), True
 
     def do_release(self, shared: Shared, ticket: int) -> tuple[Shared, Any]:
         if shared.info[ticket].awake:
-            raise Violation(f"waiter {ticket} is woken twice")
+            return shared, Raised(RuntimeError)
         return self._tell(shared, ticket, awake=True), None
 
     def _tell(self, shared: Shared, ticket: int, **words: Any) -> Shared:
@@ -202,8 +224,24 @@ def lost_tokens(shared: Shared) -> Iterator[tuple[int, int]]:
             yield token
 
 
+def waiting(shared: Shared) -> tuple[tuple[int, Ref], ...]:
+    """Return those that stand in a line and have not been settled."""
+    lines = [shared.general, *(value_of(shared.queues, line) for _, line in shared.lines)]
+    both = sorted({pair for line in lines for pair in line})
+    return tuple((ticket, ref) for ticket, ref in both if shared.info[ticket].outcome is None)
+
+
 def check_order(shared: Shared, older: Sequence[int], slot: int) -> None:
     """Check that nobody of `older`, who are still in the line, could have used the slot."""
-    for ticket, ref in shared.waiters:
+    for ticket, ref in waiting(shared):
         if ticket in older and ref.wants in (None, slot):
             raise Violation(f"waiter {ticket} is overtaken: slot {slot} goes to one who came later")
+
+
+def check_noted(shared: Shared, ticket: int) -> None:
+    """Check that a slot that was handed to a waiter which has not run yet is noted as its own."""
+    token = shared.info[ticket].token
+    if token is not None and token in shared.current:
+        note = value_of(shared.handed, token[0])
+        if note is None or note.ticket != ticket:
+            raise Violation(f"slot {token[0]} is handed to waiter {ticket}, and noted nowhere")

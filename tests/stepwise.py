@@ -5,9 +5,13 @@ reads `minipool/engine/turnstile.py`, and rewrites each step on shared memory (a
 read or write of a flag, a lock) into a `yield` of that step. What is left is, for each thread, a
 generator that asks for one step at a time and is sent its result. The rewriting knows:
 
-    self.idle, waiters, current, _seat     any method, truth, `in`, [k] = v, del [k]
-    self.closed, self._dirty               read and write
-    waiter.token, waiter.closed            read and write
+    self.idle, waiters, general, current,  any method, truth, `in`, [k] = v, del [k]
+        handed, _dirty, _seat
+    self.lines, and each line in it        the same; `{}` makes a line
+    self.closed                            read and write
+    waiter.wants, waiter.taken             read and write
+    waiter.outcome, token, closed          read
+    waiter.settle                          one step: the first outcome stays
     waiter.wait, waiter.wake               the lock that a waiter sleeps on
     next(tickets), next(iter(d)), list(d)  as CPython runs them; `object()` makes a known name
 
@@ -25,8 +29,8 @@ from typing import Any, Callable, Generator, NamedTuple
 from minipool.engine import turnstile as real
 
 SOURCE = Path(real.__file__).read_text()
-DICTS = ("idle", "waiters", "current", "_seat")
-FLAGS = ("closed", "_dirty", "token", "wants")
+DICTS = ("idle", "waiters", "general", "lines", "current", "handed", "_dirty", "_seat", "_settled")
+FLAGS = ("closed", "outcome", "token", "wants", "taken")
 
 Steps = Generator[Any, Any, Any]
 
@@ -53,6 +57,10 @@ class _Rewrite(ast.NodeTransformer):
         assert not node.keywords, "the rewriting knows no keyword arguments"
         function = node.func if isinstance(node.func, ast.Name) else self.visit(node.func)
         return _steps("_call", *_one_steps(function, *node.args))
+
+    def visit_Dict(self, node: ast.Dict) -> ast.AST:
+        assert not node.keys
+        return ast.Constant("a line")
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         node.value = self.visit(node.value)
@@ -116,7 +124,12 @@ class _Rewrite(ast.NodeTransformer):
                 setattr(node, part, self._truth(inner))
         return node
 
-    visit_While = visit_IfExp = visit_If
+    visit_While = visit_If
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        node.test = self._truth(node.test)
+        node.body, node.orelse = self.visit(node.body), self.visit(node.orelse)
+        return node
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         node.values = [self._truth(value) for value in node.values]
@@ -136,6 +149,8 @@ class _Rewrite(ast.NodeTransformer):
     def _truth(self, node: ast.expr) -> Any:
         if _is_dict(node):
             return _steps("_call", ast.Attribute(node, "truth", ast.Load()))
+        if isinstance(node, (ast.Name, ast.Call)):
+            return _steps("_true", self.visit(node))  # it may be a line
         return self.visit(node)
 
     def visit_AugAssign(self, node: ast.AST) -> ast.AST:
@@ -217,6 +232,13 @@ class Ref(NamedTuple):
     wants: Any
 
 
+class Line(NamedTuple):
+    """A line, as it appears in steps and results: those of one slot, one after the other."""
+
+    slot: Any
+    number: int
+
+
 def _call(function: Callable[..., Any], *arguments: Any) -> Steps:
     result = function(*arguments)
     if isinstance(result, types.GeneratorType):
@@ -244,6 +266,10 @@ def _step(*step: Any) -> Steps:
     return result
 
 
+def _true(value: Any) -> Steps:
+    return (yield from value.truth()) if isinstance(value, _Dict) else value
+
+
 def _load(holder: Any, flag: str) -> Steps:
     if hasattr(holder, "ticket"):
         return (yield from _step("wread", holder.ticket, flag))
@@ -259,12 +285,13 @@ def _store(holder: Any, flag: str, value: Any) -> Steps:
 class _Dict:
     """Stands for one of the shared dicts; its operations are steps."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name.strip("_")
-        self.waiter: Callable[[Ref], Any] = lambda ref: ref
+    known: Callable[[Any], Any]  # the waiter or line for which a result stands
+
+    def __init__(self, name: Any) -> None:
+        self.name = name.strip("_") if isinstance(name, str) else name
 
     def _decoded(self, result: Any) -> Any:
-        return self.waiter(result) if isinstance(result, Ref) else result
+        return self.known(result) if isinstance(result, (Ref, Line)) else result
 
     def pop(self, key: Any, default: Any = None) -> Steps:
         return self._decoded((yield from _step("pop", self.name, key)))
@@ -276,7 +303,7 @@ class _Dict:
         return self._decoded((yield from _step("get", self.name, key)))
 
     def setdefault(self, key: Any, value: Any) -> Steps:
-        return (yield from _step("setdefault", self.name, key, value))
+        return self._decoded((yield from _step("setdefault", self.name, key, value)))
 
     def truth(self) -> Steps:
         return (yield from _step("truth", self.name))
@@ -300,7 +327,7 @@ def _contains(shared: _Dict, key: Any) -> Steps:
 
 
 class _DictIterator(NamedTuple):
-    name: str
+    name: Any
     size: int  # CPython raises RuntimeError when the dict has another one
 
 
@@ -330,6 +357,11 @@ class _Gate:
         return (yield from _step("release", self.ticket))
 
 
+def _settle(waiter: Any, outcome: Any) -> Steps:
+    """Stands for `Waiter.settle`, which is one step."""
+    return (yield from _step("settle", waiter.ticket, outcome))
+
+
 def _object() -> Steps:
     return (yield ("object",))
 
@@ -344,13 +376,16 @@ class Instrumented:
             source = source.replace(old, new)
         tree = ast.fix_missing_locations(_Rewrite().visit(ast.parse(source)))
         self.namespace: dict[str, Any] = {
-            "__name__": "instrumented", "_call": _call, "_load": _load, "_store": _store,
+            "__name__": "instrumented", "_call": _call, "_true": _true, "_load": _load, "_store": _store,
             "_set": _set, "_delete": _delete, "_contains": _contains, "_Dict": _Dict,
             "iter": _iter, "next": _next, "list": _list, "tuple": _list, "object": _object,
             "StopIteration": Stopped,
         }  # fmt: skip
         exec(compile(tree, "instrumented turnstile", "exec"), self.namespace)
         self.namespace["threading"] = types.SimpleNamespace(Lock=_Gate)
+        self.namespace["_looks"] = lambda look: look
+        self.namespace["weakref"] = types.SimpleNamespace(ref=lambda waiter: waiter)
+        self.namespace["Waiter"].settle = _settle
         self.namespace["time"] = types.SimpleNamespace(monotonic=lambda: 0.0)
         self.closed_error: type[Exception] = self.namespace["Closed"]
 
@@ -358,24 +393,32 @@ class Instrumented:
         """Return a turnstile whose methods are generators of steps."""
         waiter_class = self.namespace.get("_WaiterClass") or self.namespace["Waiter"]
         self.namespace["_WaiterClass"] = waiter_class
-        known: dict[int, Any] = {}
+        met: dict[Any, Any] = {}
 
-        def waiter(ref: Ref) -> Any:
-            if ref.ticket not in known:
-                made = known[ref.ticket] = waiter_class(ref.ticket, ref.wants)
-                made._gate.ticket = ref.ticket
-            return known[ref.ticket]
+        def known(name: Any) -> Any:
+            key = type(name), name
+            if key not in met and isinstance(name, Line):
+                met[key] = _Dict(name)
+                met[key].known = known
+            elif key not in met:
+                met[key] = waiter_class(name.ticket, name.wants)
+                met[key]._gate.ticket = name.ticket
+            return met[key]
 
         def make(ticket: int, wants: Any = None) -> Steps:
             yield from _step("waiter", ticket, wants)
-            return waiter(Ref(ticket, wants))
+            return known(Ref(ticket, wants))
 
         def refused(slot: int, generation: int) -> Steps:
             yield from _step("refused", slot, generation)
 
         self.namespace["Waiter"] = make
-        turnstile = self.namespace["Turnstile"](strategy, lambda waiter: None, refused)
-        turnstile.waiters.waiter = waiter
+        turnstile = self.namespace["Turnstile"](
+            strategy, lambda waiter: None, refused, True
+        )  # fmt: skip
+        for shared in vars(turnstile).values():
+            if isinstance(shared, _Dict):
+                shared.known = known
         turnstile.Closed = self.closed_error
         return turnstile
 
@@ -407,8 +450,12 @@ def _hashed(value: Any) -> Any:
         return tuple((key, _hashed(each)) for key, each in value.items())
     if hasattr(value, "wants"):
         return "waiter", value.ticket, value.wants
+    if isinstance(value, (_Dict, _DictIterator)):
+        return type(value).__name__, value.name
     kind = type(value).__name__
+    if kind == "SimpleNamespace":
+        return kind
     if kind in ("generator", "function", "method", "builtin_function_or_method", "type"):
         return value.__qualname__
-    assert kind in ("Turnstile", "_Dict", "_Gate", "count"), f"{value!r} is not known"
+    assert kind in ("Turnstile", "_Gate", "count"), f"{value!r} is not known"
     return kind

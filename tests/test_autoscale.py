@@ -112,7 +112,7 @@ def told(autoscaler: Autoscaler, pool: Pool[Any], minutes: float, **facts: Any) 
         old = autoscaler.seen  # type: ignore[attr-defined]
         now = read(pool)._replace(
             at=old.at + 1, served=old.served + 1, leased=old.leased + facts.get("used", 0.0),
-            queue_depth=facts.get("line", 0),
+            queue_depth=facts.get("line", 0), demand=facts.get("general", facts.get("line", 0)),
         )  # fmt: skip
         if "wait" in facts:
             counts = list(old.wait_times)
@@ -144,6 +144,32 @@ def test_busy_pool_grows_and_a_quiet_one_shrinks_later(scaler: Autoscaler, pool:
     told(scaler, pool, 2, used=0.1)
     wait_until(pool, lambda: pool.stats().workers == 4)
     assert pool.stats().size == 4
+
+
+def test_line_for_one_certain_worker_makes_no_pool_grow(
+    scaler: Autoscaler, pool: Pool[Any]
+) -> None:
+    told(scaler, pool, 3, used=0.95, line=6, general=0)
+    assert pool.stats().size == 3
+
+
+def test_reading_tells_how_many_of_the_line_any_worker_could_serve(pool: Pool[Any]) -> None:
+    ear = Ear(pool, "queue.depth")
+    pool.options(session="ada").call("add", 1)
+    leases = [pool.checkout(timeout=LAST) for _ in range(6)]
+    one_of = pool.options(session="ada", affinity="strict", timeout=LAST)
+    waiters = [threading.Thread(target=one_of.call, args=("add", 1))]
+    waiters += [threading.Thread(target=pool.options(timeout=LAST).call, args=("add", 1))]
+    heard = len(ear.heard)
+    for waiter in waiters:
+        waiter.start()
+    ear.wait("queue.depth", heard + 2)
+    wait_until(pool, lambda: read(pool).queue_depth == 2)
+    assert read(pool).demand == 1
+    for lease in leases:
+        lease.release()
+    for waiter in waiters:
+        waiter.join(LAST)
 
 
 def test_overflow_is_given_where_callers_wait_too_long(scaler: Autoscaler, pool: Pool[Any]) -> None:

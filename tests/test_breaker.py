@@ -11,6 +11,7 @@ from typing import Any, Iterator
 import pytest
 
 from ears import Ear, handle_of, wait_until
+from gates import Gate
 from minipool import (
     CheckoutTimeout,
     CircuitBreaker,
@@ -27,7 +28,7 @@ from minipool.engine.fleet import Fleet
 from minipool.engine.states import WorkerState
 from minipool.telemetry import Hooks
 from strikes import strike_everywhere
-from troublemakers import CannotStart, FailsWhileFileExists
+from troublemakers import CannotStart, FailsThenStops, FailsWhileFileExists
 from workers import DiesOnCall
 
 LAST = 20.0
@@ -111,6 +112,57 @@ def test_as_many_trials_in_flight_as_allowed() -> None:
     assert breaker.permit() is None
     both.pop()  # dropped: it can bring no verdict any more
     assert breaker.permit() is not None
+
+
+@pytest.mark.parametrize("trials", [1, 2])
+def test_trial_that_hangs_holds_up_the_next_one_for_a_while_only(trials: int) -> None:
+    """Then another is permitted, and what the first one says, however late, counts for nothing."""
+    breaker, clock, _ = breaker_of(trials=trials, successes=1)
+    fail(breaker, 5)
+    clock.now = 30.0
+    hanging = [permit(breaker) for _ in range(trials)]
+    clock.now = 59.9
+    assert breaker.permit() is None
+    clock.now = 60.0
+    trial = permit(breaker)
+    for late in hanging:
+        late.failed()
+        late.give_up()
+    assert (breaker.state, breaker.failures) == ("half-open", 5)
+    assert (breaker.permit() is None) == (trials == 1), "the new one is in flight"
+    trial.succeeded()
+    assert breaker.state == "closed"
+
+
+def test_trial_has_a_second_even_where_trying_again_waits_for_nothing() -> None:
+    breaker, clock, _ = breaker_of(retry_after=0)
+    fail(breaker, 5)
+    hanging = permit(breaker)
+    clock.now = 0.9
+    assert breaker.permit() is None
+    clock.now = 1.0
+    assert breaker.permit() is not None and hanging.in_flight
+
+
+def test_trial_worker_that_hangs_lets_another_be_tried(tmp_path: Path, gate: Gate) -> None:
+    """Its constructor never ends, and init_timeout is None: others are tried all the same."""
+    clock = Clock()
+    breaker = CircuitBreaker(failures=1, successes=1, clock=clock)
+    pool = Pool(
+        FailsThenStops, args=(str(tmp_path / "seen"), gate.path), size=2, breaker=breaker,
+        init_timeout=None, health_check_interval=0.2,
+    )  # fmt: skip
+    ear = Ear(pool, "breaker.changed")
+    with pool.open(wait=False):
+        ear.wait("breaker.changed")
+        clock.now = 30.0
+        gate.wait_arrived()
+        assert (breaker.state, pool.stats().starting) == ("half-open", 1)
+        clock.now = 60.0
+        gate.wait_arrived()  # the second trial
+        gate.open(2)
+        ear.wait("breaker.changed", fits=lambda event: event.metadata["state"] == "closed")
+        pool.wait_ready(timeout=LAST)
 
 
 def test_failed_trial_opens_it_again_for_as_long() -> None:

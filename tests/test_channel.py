@@ -70,6 +70,7 @@ class Connections:
     def __init__(self, reader: int, writer: int) -> None:
         self._ends = Connection(reader, writable=False), Connection(writer, readable=False)
         self.recv_bytes, self.send_bytes = self._ends[0].recv_bytes, self._ends[1].send_bytes
+        self.fileno = self._ends[0].fileno
 
     def close(self) -> None:
         for end in self._ends:
@@ -605,7 +606,7 @@ def test_probe_is_sent_without_waiting(pipe: Pipe, worker: str) -> None:
     got = threading.Event()
     pipe.serve(worker, lambda kind, name, body: got.set() or b"%d %s" % (kind, name))
 
-    pipe.end.send(-1, wire.PROBE)
+    pipe.end.post(-1, wire.PROBE)
 
     assert got.wait(LAST)
     assert select.select([pipe.end.fd], [], [], LAST)[0]
@@ -618,7 +619,7 @@ def test_probe_of_a_dead_worker_is_death(pipe: Pipe) -> None:
     pipe.die()
 
     with pytest.raises(PeerGone):
-        pipe.end.send(-1, wire.PROBE)
+        pipe.end.post(-1, wire.PROBE)
 
 
 def test_quiet_pipe_is_undisturbed(pipe: Pipe) -> None:
@@ -651,7 +652,7 @@ def test_closed_end_is_of_no_more_use(pipe: Pipe) -> None:
         with pytest.raises(PeerGone):
             pipe.exchange(bytes(SMALL * 4))
         with pytest.raises(PeerGone):
-            pipe.end.send(-1, wire.PROBE)
+            pipe.end.post(-1, wire.PROBE)
         with pytest.raises(PeerGone):
             pipe.end.receive_now()
         pipe.end.hang_up()

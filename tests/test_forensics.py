@@ -244,10 +244,13 @@ def test_last_hundred_deaths_are_remembered(pool: Pool[Stateful]) -> None:
         pool.deaths()[0].pid = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("worker", [wrecks.HangsInInit, wrecks.CrashesInInit])
-def test_worker_that_does_not_start_shows_where(worker: Any) -> None:
+@pytest.mark.parametrize(
+    "worker, init_timeout", [(wrecks.HangsInInit, 0.5), (wrecks.CrashesInInit, 20.0)]
+)
+def test_worker_that_does_not_start_shows_where(worker: Any, init_timeout: float) -> None:
+    """One that crashes is tried again, so it needs the time to get that far each time."""
     with pytest.raises(PoolStartError) as caught:
-        Pool(worker, size=1, init_timeout=0.5).open()
+        Pool(worker, size=1, init_timeout=init_timeout).open()
     cause = caught.value.__cause__
     assert isinstance(cause, WorkerStartError)
     assert "in __init__" in cause.stack

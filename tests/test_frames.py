@@ -182,6 +182,23 @@ def test_start_error_that_unpickles_for_ever_does_not_stop_the_manager(
     gate.open()
 
 
+def test_manager_does_not_wait_while_a_start_error_is_unpickled(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(care, "_UNPACKING", LAST)
+    pool = Pool(RaisesGated, args=(gate.path,), size=1)
+    pool.open(wait=False)
+    try:
+        gate.wait_arrived()  # here, in a thread
+        assert pool._desk is not None
+        done = threading.Event()
+        pool._desk.manager.order(done.set)
+        assert done.wait(LAST / 2)
+    finally:
+        gate.open(100)  # for those that are tried again, too
+        pool.close()
+
+
 def test_start_error_that_is_garbled_is_a_failed_start(path: str) -> None:
     with pytest.raises(PoolStartError):
         Pool(SendsGarbledError, size=1).open()

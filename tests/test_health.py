@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from minipool.engine import sizing
 from minipool.engine.health import (
     DYING_NS,
     KILL_AFTER,
@@ -18,7 +19,6 @@ from minipool.engine.health import (
     Probe,
     Recycle,
     Replace,
-    Retire,
     Revoke,
     Row,
     Terminate,
@@ -27,6 +27,7 @@ from minipool.engine.health import (
     plan,
     quiet_until,
 )
+from minipool.engine.sizing import Member, Situation, Wish
 from minipool.engine.states import WorkerState as S
 
 NOW = 1_000 * SECOND_NS
@@ -59,12 +60,24 @@ def starting(slot: int = 0, **words: Any) -> Row:
 
 
 def spare(slot: int = 0, since: float = 0.0, **words: Any) -> Row:
-    return row(S.SPARE, since, slot, **{"probed_ns": NOW, "reserve": True, **words})
+    return row(S.SPARE, since, slot, **{"probed_ns": NOW, **words})
 
 
-def planned(rows: list[Row], limits: Limits, target: int | None = None, **words: Any) -> list[Any]:
-    floor = words.pop("floor", 0)
-    return plan(rows, NOW, limits, len(rows) if target is None else target, floor, **words)
+def planned(rows: list[Row], limits: Limits) -> list[Any]:
+    return plan(rows, NOW, limits)
+
+
+def to_shrink(rows: list[Row], now: int, limits: Limits, wish: Wish, changed: int) -> list[Any]:
+    """Return what the other plan of the manager, that of the sizes, lets go with time."""
+    members = [
+        Member(row.slot, row.state, row.idle, now - row.since_ns, reserve=row.state is S.SPARE)
+        for row in rows
+    ]
+    situation = Situation(
+        members, wish, overflow_idle_ns=limits.overflow_idle_ns, spares=len(rows),
+        max_idle_ns=limits.max_idle_ns, since_change_ns=now - changed, may_start=False,
+    )  # fmt: skip
+    return list(sizing.plan(situation).let_go)
 
 
 ALL = Limits(
@@ -81,7 +94,7 @@ def test_nothing_is_done_when_all_is_well() -> None:
         row(S.VACANT, 500, slot=7),
     ]  # fmt: skip
 
-    assert planned(rows, ALL, target=8) == []
+    assert planned(rows, ALL) == []
 
 
 def test_without_limits_nothing_is_ever_overdue() -> None:
@@ -107,7 +120,6 @@ def test_without_limits_nothing_is_ever_overdue() -> None:
          Limits(probe_every_ns=30 * SECOND_NS), Probe),
         (lambda s: idle(probed_ns=ago(s), probe_failures=1), 2,
          Limits(probe_every_ns=2 * SECOND_NS), Probe),
-        (lambda s: idle(since=s), 60, Limits(max_idle_ns=60 * SECOND_NS), Retire),
     ],
 )  # fmt: skip
 def test_action_begins_just_past_its_border(
@@ -156,7 +168,7 @@ def test_slot_neither_idle_nor_leased_is_lost_only_at_the_second_look() -> None:
     between = Row(0, 1, S.IDLE, ago(0))
 
     (first,) = planned([between], Limits())
-    (second,) = planned([between._replace(sweeps_lost=1)], Limits())
+    (second,) = planned([between._replace(lost=True)], Limits())
 
     assert type(first) is Lost
     assert type(second) is Revoke
@@ -165,7 +177,7 @@ def test_slot_neither_idle_nor_leased_is_lost_only_at_the_second_look() -> None:
 
 def test_what_was_seen_again_is_not_lost() -> None:
     """A slot that is idle or leased at this look is well, however it looked before."""
-    assert planned([idle(0, sweeps_lost=1), leased(1, sweeps_lost=1)], Limits()) == []
+    assert planned([idle(0, lost=True), leased(1, lost=True)], Limits()) == []
 
 
 @pytest.mark.parametrize(("workers", "at_once"), [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4)])
@@ -193,69 +205,6 @@ def test_probes_under_way_count() -> None:
 def test_busy_worker_is_never_probed() -> None:
     """A leased worker is its lessee's, however long ago it was probed."""
     assert planned([leased(0, since=500)], Limits(probe_every_ns=SECOND_NS)) == []
-
-
-def test_overflow_is_retired_when_idle_for_long_enough() -> None:
-    """Only what is above the target goes, the longest idle first, and not for good."""
-    rows = [idle(0, since=40), idle(1, since=50), idle(2, since=60), leased(3, since=1)]
-
-    actions = planned(rows, Limits(overflow_idle_ns=30 * SECOND_NS), target=2)
-
-    assert [(type(action), action.slot) for action in actions] == [(Retire, 2), (Retire, 1)]
-    assert not any(action.shrink for action in actions)
-
-
-def test_overflow_stays_for_its_idle_time() -> None:
-    """Just used, it may be needed again at once."""
-    rows = [idle(0, since=30), idle(1, since=29)]
-
-    assert planned(rows, Limits(overflow_idle_ns=30 * SECOND_NS), target=1) == []
-
-
-def test_busy_overflow_is_not_retired() -> None:
-    """A surplus that is at work goes when it has nothing to do."""
-    rows = [leased(0, since=90), leased(1, since=90)]
-
-    assert planned(rows, Limits(overflow_idle_ns=SECOND_NS), target=1) == []
-
-
-def test_shrinking_takes_one_worker_per_max_idle() -> None:
-    """The longest idle one goes; the next only a whole max_idle later."""
-    limits = Limits(max_idle_ns=10 * SECOND_NS)
-    rows = [idle(0, since=50), idle(1, since=99), idle(2, since=20)]
-
-    (action,) = planned(rows, limits, floor=1, last_shrink_ns=ago(10.5))
-
-    assert (type(action), action.slot, action.shrink) == (Retire, 1, True)
-    assert planned(rows, limits, floor=1, last_shrink_ns=ago(10)) == []
-
-
-def test_shrinking_stops_at_the_floor() -> None:
-    """min_size workers stay, however long they were idle."""
-    rows = [idle(slot, since=500) for slot in range(2)]
-
-    assert planned(rows, Limits(max_idle_ns=SECOND_NS), target=2, floor=2) == []
-
-
-def test_shrinking_never_takes_a_busy_worker() -> None:
-    """Nothing idle, nothing to shrink."""
-    rows = [leased(0, since=500), leased(1, since=500), row(S.PROBING, 1, slot=2)]
-
-    assert planned(rows, Limits(max_idle_ns=SECOND_NS), floor=1) == []
-
-
-def test_shrinking_waits_for_who_is_starting() -> None:
-    """A worker that was wanted a moment ago is no reason to let another one go."""
-    rows = [idle(0, since=500), row(S.STARTING, 1, slot=1)]
-
-    assert planned(rows, Limits(max_idle_ns=SECOND_NS), floor=1) == []
-
-
-def test_dying_workers_are_no_surplus() -> None:
-    """What is on its way out already does not push another one out."""
-    rows = [idle(0, since=90), row(S.STOPPING, 1, slot=1), row(S.LOST, 0, slot=2)]
-
-    assert planned(rows, Limits(overflow_idle_ns=SECOND_NS), target=1) == []
 
 
 def test_due_in_names_the_first_moment_that_matters() -> None:
@@ -327,15 +276,6 @@ def test_spares_are_probed_like_idle_workers() -> None:
     assert planned([spare(probed_ns=ago(29))], limits) == []
 
 
-def test_reserve_is_no_surplus_and_hides_none() -> None:
-    """Who is out of service, ready or booting, does not count for overflow or shrinking."""
-    limits = Limits(overflow_idle_ns=SECOND_NS, max_idle_ns=SECOND_NS)
-    reserve = [spare(1, 99), starting(2, reserve=True)]
-    assert planned([idle(0, since=9), *reserve], limits, target=1, floor=1) == []
-    shrunk = planned([idle(0, 9), idle(3, 8), *reserve], limits, target=2, floor=1)
-    assert shrunk == [Retire(0, "idle for max_idle", shrink=True)]
-
-
 # -- looks that can be skipped -------------------------------------------------------------------
 
 
@@ -362,14 +302,26 @@ def test_nothing_is_to_be_done_in_quiet_time() -> None:
             )
             for slot in range(random_.randint(1, 4))
         ]  # fmt: skip
-        wanted = (random_.randint(0, len(rows)), 0, NOW - some(12))
-        if plan(rows, NOW, limits, *wanted):
+        service = sum(row.state is S.IDLE for row in rows)
+        target, changed = random_.randint(0, service), NOW - some(12)
+        wish = Wish(target, full=target, floor=0, ceiling=service)
+
+        def planned_at(
+            now: int,
+            rows: Any = rows,
+            limits: Any = limits,
+            wish: Any = wish,
+            changed: Any = changed,
+        ) -> list[Any]:
+            return [*plan(rows, now, limits), *to_shrink(rows, now, limits, wish, changed)]
+
+        if planned_at(NOW):
             continue
-        until = quiet_until(rows, NOW, limits, wanted[2])
+        until = quiet_until(rows, NOW, limits, changed)
         assert NOW <= until <= NOW + QUIET_NS
         for moment in (random_.randint(NOW, until), until):
-            assert plan(rows, moment, limits, *wanted) == []
-        ended_by_plan += bool(plan(rows, until + 1, limits, *wanted))
+            assert planned_at(moment) == []
+        ended_by_plan += bool(planned_at(until + 1))
     assert ended_by_plan > 500, "the time is never long enough"
 
 

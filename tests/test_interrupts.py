@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -85,6 +86,41 @@ def test_pool_is_whole_after_an_interrupt_anywhere(
         assert strike_everywhere(act, *modules_of(*ALL)) > 20
         assert manager.wait_for(lambda: pool.stats().idle == 2, 20), repr(pool)
         assert pool.stats().start_failures == 0, repr(manager.fleet.last_failure)
+
+
+@pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
+@pytest.mark.parametrize("session", [None, "a"])
+def test_hand_over_that_is_interrupted_anywhere_reaches_whoever_waits(session: str | None) -> None:
+    """A thread is struck as it gives back what another waits for: that gets it, or the next one."""
+    options: Any = {"size": 1, "start_method": "fork", "health_check_timeout": 0.1}
+    with Pool(**options) as pool:
+        assert pool._desk is not None
+        manager = pool._desk.manager
+        line = manager.turnstile if session is None else pool._sessions._line
+        waiting: list[threading.Thread] = []
+        answers: list[int] = []
+
+        def use() -> None:
+            with pool.checkout(session=session, timeout=20) as w:
+                answers.append(w.call(identity, len(answers)))
+
+        def act() -> None:
+            with unstruck():
+                while waiting:
+                    gc.collect()  # the traceback of the strike may keep the lease
+                    waiting.pop().join(20)
+                acted.append(len(answers))
+                lease = pool.checkout(session=session, timeout=20)
+                waiting.append(threading.Thread(target=use))
+                waiting[0].start()
+                assert manager.wait_for(lambda: bool(line.waiters), 20), repr(pool)
+            lease.release()
+
+        acted: list[int] = []
+        assert strike_everywhere(act, *modules_of("minipool")) > 20
+        waiting.pop().join(20)
+        assert answers == list(range(len(acted))), "somebody waited in vain"
+        assert acted == answers
 
 
 @pytest.mark.logs_errors  # while the store's turn is astray

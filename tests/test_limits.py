@@ -13,7 +13,7 @@ from ears import Ear, handle_of
 from minipool import Pool, PoolStartError, WorkerDied
 from minipool.engine.table import CPU_NS
 from troublemakers import Hoards, HoardsInInit, burn, open_many
-from workers import Counter
+from workers import Counter, memory_at_start
 
 MB = 1_000_000
 
@@ -28,7 +28,8 @@ def _limits() -> dict[str, tuple[int, int]]:
 def test_memory_beyond_the_limit_is_a_memory_error_and_the_worker_is_replaced(
     start_method: str,
 ) -> None:
-    with Pool(Hoards, size=1, memory_limit=_own() + 200 * MB, start_method=start_method) as pool:
+    limit = memory_at_start(start_method) + 200 * MB
+    with Pool(Hoards, size=1, memory_limit=limit, start_method=start_method) as pool:
         ear, old = Ear(pool, "worker.terminate"), pool.call("pid")
         assert pool.call("hoard", 50 * MB) == 1
         with pytest.raises(MemoryError):
@@ -37,12 +38,6 @@ def test_memory_beyond_the_limit_is_a_memory_error_and_the_worker_is_replaced(
         assert (gone.metadata["pid"], gone.metadata["exitcode"]) == (old, 0)
         assert gone.metadata["reason"] == "the call ended in MemoryError"
         assert pool.options(timeout=20).call("hoard", MB) == 1
-
-
-def _own() -> int:
-    """Return how much memory of its own this process has, which a fork begins with."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[5]) * resource.getpagesize()
 
 
 def test_limits_hold_before_user_code_runs() -> None:

@@ -32,11 +32,15 @@ def seen(seconds: int, size: int = 4, **facts: Any) -> list[Snapshot]:
 )
 def test_busy_pool_grows_by_what_waits(line: int, to: int) -> None:
     """One and a fifth of the line, four at once at most."""
-    assert decide(seen(60, utilization=0.95, queue_depth=line), CONFIG)[:2] == (to, None)
+    assert decide(seen(60, utilization=0.95, demand=line), CONFIG)[:2] == (to, None)
+
+
+def test_who_waits_for_one_certain_worker_asks_for_no_other() -> None:
+    assert decide(seen(60, utilization=0.95, queue_depth=9), CONFIG)[:2] == (None, None)
 
 
 def test_growth_ends_at_max_size() -> None:
-    history = seen(60, size=7, utilization=1.0, queue_depth=50)
+    history = seen(60, size=7, utilization=1.0, demand=50)
 
     assert decide(history, CONFIG).resize_to == 8
     full = [snapshot._replace(pool_size=8) for snapshot in history]
@@ -51,10 +55,10 @@ def test_growth_ends_at_max_size() -> None:
     "facts",
     [
         {"utilization": 0.95},
-        {"utilization": 0.9, "queue_depth": 5},
+        {"utilization": 0.9, "demand": 5},
         {"utilization": 0.3},
-        {"utilization": 0.6, "queue_depth": 1, "wait_mean": 0.1},
-        {"utilization": 0.2, "queue_depth": 2, "wait_mean": 0.01},
+        {"utilization": 0.6, "demand": 1, "wait_mean": 0.1},
+        {"utilization": 0.2, "demand": 2, "wait_mean": 0.01},
     ],
     ids=str,
 )
@@ -76,7 +80,7 @@ def test_short_silence_in_a_busy_time_does_not_shrink() -> None:
 
 def test_slow_checkouts_get_overflow() -> None:
     """Up to twice the size; and what was given is taken back, one at a time, when it is quiet."""
-    history = seen(60, utilization=0.8, queue_depth=2, wait_mean=0.2)
+    history = seen(60, utilization=0.8, demand=2, wait_mean=0.2)
 
     assert decide(history, CONFIG)[:2] == (None, 1)
     assert decide([s._replace(overflow=4) for s in history], CONFIG)[:2] == (None, None)
@@ -87,7 +91,7 @@ def test_slow_checkouts_get_overflow() -> None:
 
 def test_ten_samples_are_needed() -> None:
     config = PoolConfig(size=4, max_size=8, min_size=2, autoscale=True, optimization_interval=5.0)
-    history = seen(10, utilization=1.0, queue_depth=9)
+    history = seen(10, utilization=1.0, demand=9)
 
     assert decide(history, config).resize_to == 7
     assert decide(history[1:], config) == (None, None, "9 samples are too few to judge by")
@@ -96,15 +100,15 @@ def test_ten_samples_are_needed() -> None:
 
 def test_after_a_change_it_waits() -> None:
     """A minute before it grows again, five before it shrinks."""
-    assert decide(seen(57, utilization=1.0, queue_depth=9), CONFIG).resize_to is None
-    assert decide(seen(60, utilization=1.0, queue_depth=9), CONFIG).resize_to == 7
+    assert decide(seen(57, utilization=1.0, demand=9), CONFIG).resize_to is None
+    assert decide(seen(60, utilization=1.0, demand=9), CONFIG).resize_to == 7
     assert decide(seen(290, utilization=0.1), CONFIG).resize_to is None
     assert decide(seen(300, utilization=0.1), CONFIG).resize_to == 3
 
 
 def test_failing_calls_freeze_it() -> None:
     """What is wrong then is not the size: dead workers look idle, repeated calls look busy."""
-    for facts in ({"utilization": 1.0, "queue_depth": 9}, {"utilization": 0.0}):
+    for facts in ({"utilization": 1.0, "demand": 9}, {"utilization": 0.0}):
         history = seen(400, **facts)
         history[-1] = history[-1]._replace(error_rate=0.06)
         assert decide(history, CONFIG) == (
@@ -118,7 +122,7 @@ def test_failing_calls_freeze_it() -> None:
 
 def test_what_was_seen_before_the_change_does_not_count() -> None:
     history = seen(60, utilization=0.5)
-    history[0] = history[0]._replace(utilization=50.0, queue_depth=1000)
+    history[0] = history[0]._replace(utilization=50.0, demand=1000)
 
     assert decide(history, CONFIG)[:2] == (None, None)
 
@@ -164,7 +168,7 @@ def simulate(
         if not adapt:
             continue
         now = EMPTY._replace(
-            at=float(second), pool_size=size, utilization=done / size, queue_depth=int(line),
+            at=float(second), pool_size=size, utilization=done / size, demand=int(line),
             wait_mean=line / size,
         )  # fmt: skip
         history.append(now)
@@ -254,6 +258,6 @@ def test_unknown_work_is_refused() -> None:
 
 
 def test_decision_says_why() -> None:
-    assert decide(seen(60, utilization=0.95, queue_depth=3), CONFIG) == Decision(
+    assert decide(seen(60, utilization=0.95, demand=3), CONFIG) == Decision(
         6, None, "95% in use and 3 waiting"
     )

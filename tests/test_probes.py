@@ -49,6 +49,21 @@ def _prove(pool: Pool[Any]) -> None:
 # -- probes ------------------------------------------------------------------------------------
 
 
+def test_check_passes_over_a_token_of_a_worker_that_is_gone() -> None:
+    """A releaser that slept may leave one behind; the manager goes on, and the others are asked."""
+    with Pool(Counter, size=2, health_check_interval=None) as pool:
+        ear = Ear(pool, CHECKED)
+        _prove(pool)
+        gone = handle_of(pool, 1)
+        os.kill(gone.pid, signal.SIGKILL)
+        wait_until(pool, lambda: pool.stats().workers_lost == 1 and pool.stats().idle == 2)
+        turnstile, handles = _manager(pool).turnstile, _manager(pool).fleet.handles
+        turnstile.idle[7] = gone
+        assert 7 not in handles
+        assert pool.health_check(probe=True).status == "healthy"
+        assert {event.metadata["worker_id"] for event in ear.heard} == {0, 1}
+
+
 def test_idle_workers_are_probed_every_interval(start_method: str, tmp_path: Path) -> None:
     """Each of them, not more often than asked for, with the object's own health_check()."""
     start = time.monotonic()

@@ -14,6 +14,7 @@ import pytest
 from ears import Ear, handle_of, wait_until
 from gates import Gate
 from minipool import Pool, WorkerDied
+from minipool.engine import manager as manager_module
 from troublemakers import (
     FailsWhileFileExists,
     Hoards,
@@ -166,6 +167,18 @@ def test_busy_worker_that_grows_over_kill_rss_is_killed(start_method: str, gate:
     pool = Pool(size=1, kill_rss=200 * MB, start_method=start_method)
     with pool, pytest.raises(WorkerDied, match=r"killed it: it uses .* over kill_rss=200000000"):
         pool.call(hoard_at_gate, gate.path, 250 * MB)
+
+
+def test_worker_that_proc_hides_is_weighed_by_its_own_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with `hidepid=2` one that has made itself unreadable, or is another user by now."""
+    monkeypatch.setattr(manager_module, "resident_bytes", lambda pid: 0)
+    with Pool(Hoards, size=1, kill_rss=120 * MB) as pool:
+        ear = Ear(pool, "worker.terminate")
+        pool.call("hoard", 150 * MB)
+        pool.health_check(probe=True)  # which makes it say how large it is
+        assert "over kill_rss=120000000" in ear.wait("worker.terminate").metadata["reason"]
 
 
 # -- under load, and when starting fails ---------------------------------------------------------

@@ -287,7 +287,8 @@ class Stage:
         def body() -> None:
             for info in self.sessions._records.now().values():
                 info.used = float("-inf")
-            self.sessions._expire()
+            while self.sessions.expire(1.0):
+                pass
 
         return body
 
@@ -394,12 +395,13 @@ MUTANTS: dict[str, tuple[str, Any]] = {
 }
 
 
-def blind_join(self: Turnstile, waiter: Waiter) -> None:
+def blind_join(self: Turnstile, waiter: Waiter, widens: bool) -> None:
     self.waiters[waiter.ticket] = waiter
+    self._join_line(waiter)
     if self.closed:
-        self._settle_closed(waiter.ticket)
+        self._settle_closed(waiter)
     elif self.idle:
-        self.pump()
+        self.pump(waiter.key)
 
 
 def careless_publish(self: Turnstile, slot: Any, generation: Any) -> bool:

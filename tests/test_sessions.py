@@ -1043,7 +1043,7 @@ def test_first_call_that_raises_starts_the_session_anew(tmp_path: Path) -> None:
         with pytest.raises(ValueError):
             call(pool, "a", "raise_first")
         call(pool, "a", "compiled")
-        assert diary.read_text().splitlines() == ["started a", "started a"]
+        assert diary.read_text().splitlines() == ["started a", "ended a None", "started a"]
 
 
 def test_end_of_a_session_is_not_taken_for_that_of_its_successor(tmp_path: Path) -> None:

@@ -158,12 +158,13 @@ def test_session_belongs_to_one_process_at_a_time(tmp_path: Path, store: Path) -
         with Pool(size=1, session_store=store) as pool:
             for use in (
                 lambda: pool.checkout(session="a"),
-                lambda: pool.create_session("a"),
                 lambda: pool.end_session("a"),
             ):
                 with pytest.raises(SessionBusy, match=f"process {pid}") as caught:
                     use()
                 assert caught.value.owner_pid == pid
+            with pytest.raises(SessionExists):
+                pool.create_session("a")
             assert pool.session_state("a") == {"n": 1}  # looking is free
             assert call(pool, "b", add) == 1
             process.stdin.close()  # it closes its pool and ends
@@ -475,6 +476,12 @@ class DictStore:
         self.kept.setdefault(key, (0, {}))
         return found
 
+    def create(self, key: str, state: Mapping[str, bytes]) -> bool:
+        if key in self.kept:
+            return False
+        self.kept[key] = (int(bool(state)), dict(state))
+        return True
+
     def has(self, key: str) -> bool:
         return key in self.kept
 
@@ -495,7 +502,7 @@ class DictStore:
     def delete(self, key: str) -> None:
         self.kept.pop(key, None)
 
-    def beat(self) -> None:
+    def beat(self, used: Mapping[str, float]) -> None:
         self.asked.append("beat")
 
     def close(self) -> None:
@@ -567,6 +574,7 @@ def test_interrupted_commit_is_looked_up_later_if_it_cannot_be_now(
 
         monkeypatch.setattr(kept, "commit", struck)
         monkeypatch.setattr(kept, "open", busy)
+        monkeypatch.setattr(kept, "read", busy)
         with pool.checkout(session="a") as w:
             with pytest.raises(KeyboardInterrupt):
                 w.state["n"] = 10

@@ -223,6 +223,62 @@ def test_wanting_thread_waits_for_its_slot() -> None:
     assert watched.turnstile.idle == {1: 1}
 
 
+def test_waiter_for_one_slot_does_not_stand_in_the_way_of_others() -> None:
+    """A newcomer passes it without queueing, unless it wants, or would get, that very slot."""
+    watched = Watched(3)
+    turnstile = watched.turnstile
+    assert turnstile.take(0, wants=1) == (1, 1)
+    waiter = turnstile.enqueue(wants=1)
+    turnstile.idle[1] = 1  # the releaser has not yet looked at the line
+
+    assert turnstile.try_take_this(1) is None
+    assert turnstile.try_take_this(0) == (0, 1)
+    assert turnstile.try_take() == (2, 1)
+    assert turnstile.try_take() is None
+    assert turnstile.sweep(None) is None
+    assert waiter.token == (1, 1)
+
+
+def test_waiter_that_takes_any_slot_after_a_while_keeps_its_place() -> None:
+    """It waited for one slot first, before another joined the line; then any will do for both."""
+    watched = Watched(2)
+    turnstile = watched.turnstile
+    tokens = [turnstile.try_take(), turnstile.try_take()]
+    outcome: list[Any] = []
+    widened = threading.Event()
+
+    def pump(*slot: Any) -> None:
+        Turnstile.pump(turnstile, *slot)
+        widened.set()
+
+    turnstile.pump = pump  # type: ignore[method-assign]
+    first = threading.Thread(target=lambda: outcome.append(turnstile.take(20, 0, 0.05)))
+    first.start()
+    assert watched.queued.acquire(timeout=20)
+    second = turnstile.enqueue()
+    assert widened.wait(20)
+    assert turnstile.general_waiters() == 2
+    turnstile.publish(1, 1)
+    first.join(20)
+
+    assert sorted(tokens) == [(0, 1), (1, 1)]
+    assert (outcome, second.token) == ([(1, 1)], None)
+
+
+def test_only_those_that_any_slot_would_serve_are_counted() -> None:
+    """One slot more is of no use to a waiter that wants a certain one."""
+    turnstile = Watched(1).turnstile
+    turnstile.try_take()
+    line = [turnstile.enqueue(), turnstile.enqueue(wants=0), turnstile.enqueue()]
+
+    assert (turnstile.general_waiters(), len(turnstile.waiters)) == (2, 3)
+    turnstile.leave(line[0])
+    assert (turnstile.general_waiters(), len(turnstile.waiters)) == (1, 2)
+    turnstile.leave(line[1])
+    turnstile.leave(line[2])
+    assert (turnstile.general_waiters(), len(turnstile.waiters)) == (0, 0)
+
+
 def test_timed_out_waiter_leaves_no_ghost() -> None:
     """After a timeout nobody is in the line, and the next slot goes to the next one."""
     watched = Watched(1)
@@ -235,33 +291,49 @@ def test_timed_out_waiter_leaves_no_ghost() -> None:
 
 
 def test_hand_over_that_beats_the_timeout_is_a_late_success() -> None:
-    """A waiter whose time is up, but whose ticket is gone, waits for the slot that is coming."""
+    """A waiter whose time is up, but to which a slot was handed meanwhile, takes it."""
     turnstile = Watched(0).turnstile
     waiter = turnstile.enqueue()
-    assert turnstile.waiters.pop(waiter.ticket) is waiter  # a matcher is about to settle it
-    outcome: list[Any] = []
-    late = threading.Thread(target=lambda: outcome.append(turnstile._outcome(waiter)))
-    late.start()
-    waiter.token = (0, 1)
-    waiter.wake()
-    late.join(20)
+    assert waiter.settle((0, 1))  # by a matcher, which is about to wake it
 
-    assert outcome == [(0, 1)]
+    assert turnstile._outcome(waiter) == (0, 1)
 
 
-def test_forgotten_waiter_joins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who was popped by a thread that an exception struck finds out, and waits once more."""
-    monkeypatch.setattr(module, "_LOOK", 0.01)
-    monkeypatch.setattr(module, "_SETTLEMENT", 0.01)
+def test_waiter_is_settled_once_and_for_all() -> None:
+    """The first outcome stays, whoever comes next; equal outcomes are told apart."""
+    waiter = Waiter(0)
+
+    assert waiter.settle((0, 1)) is True
+    assert waiter.settle((0, 1)) is False
+    assert waiter.settle("closed") is False
+    assert (waiter.token, waiter.closed) == ((0, 1), False)
+
+
+def test_forgotten_waiter_is_woken_by_the_sweep() -> None:
+    """A thread that an exception struck had settled it, and not woken it."""
     watched = Watched(1)
-    watched.turnstile.try_take()
+    token = watched.turnstile.try_take()
     taker = Taker(watched, timeout=None)
-    ((ticket, _),) = watched.turnstile.waiters.items()
-    watched.turnstile.waiters.pop(ticket)  # by a matcher, who was struck then
-    assert watched.queued.acquire(timeout=20), "it did not join again"
-    watched.turnstile.publish(0, 1)
+    (waiter,) = watched.turnstile.waiters.values()
+    assert waiter.settle(token)
+    watched.turnstile.sweep(None)
 
     assert taker.outcome() == (0, 1)
+    assert not watched.turnstile.waiters
+
+
+def test_waiters_sweep_where_nobody_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turnstile without a manager repairs itself while anybody waits."""
+    monkeypatch.setattr(module, "_LOOK", 0.01)
+    watched = Watched(1)
+    watched.turnstile._seat["taken"] = "a thread that was struck"
+    watched.turnstile.try_take()
+    takers = [Taker(watched, timeout=None), Taker(watched, timeout=20)]
+    watched.turnstile.publish(0, 1)
+    assert takers[0].outcome() == (0, 1)
+    watched.turnstile.publish(0, 1)
+
+    assert takers[1].outcome() == (0, 1)
 
 
 def test_second_settlement_is_impossible() -> None:
@@ -413,7 +485,10 @@ def test_exception_in_mid_match_leaves_the_seat(strategy: str) -> None:
         turnstile.admit(slot, 1)
     first, second = turnstile.enqueue(), turnstile.enqueue()
 
+    wake = first.wake
+
     def struck() -> None:
+        first.wake = wake
         raise KeyboardInterrupt
 
     first.wake = struck
@@ -424,7 +499,7 @@ def test_exception_in_mid_match_leaves_the_seat(strategy: str) -> None:
     assert (first.token, second.token) == ((0, 1), (1, 1))
 
 
-def test_unseat_frees_a_forgotten_seat_at_the_second_look() -> None:
+def test_sweep_frees_a_forgotten_seat_at_the_second_look() -> None:
     """A seat left taken holds up the line until the manager has seen it twice."""
     turnstile = Watched(0).turnstile
     turnstile._seat["taken"] = "a thread that is struck"
@@ -433,20 +508,20 @@ def test_unseat_frees_a_forgotten_seat_at_the_second_look() -> None:
     turnstile.publish(0, 1)
     assert waiter.token is None
 
-    seen = turnstile.unseat(None)
+    seen = turnstile.sweep(None)
     assert (seen, waiter.token) == ("a thread that is struck", None)
-    assert turnstile.unseat(seen) is None
+    assert turnstile.sweep(seen) is None
     assert waiter.token == (0, 1)
 
 
-def test_unseat_finishes_a_match_that_was_cut_short() -> None:
+def test_sweep_finishes_a_match_that_was_cut_short() -> None:
     """If a slot is idle and somebody waits, the manager's next look brings them together."""
     turnstile = Watched(0).turnstile
     waiter = turnstile.enqueue()
     turnstile.admit(0, 1)
     turnstile.idle[0] = 1  # by a releaser who was struck before he looked at the line
 
-    assert turnstile.unseat(None) is None
+    assert turnstile.sweep(None) is None
     assert waiter.token == (0, 1)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from model_checker import Explorer, Scenario, close, probe, release, replace, take
+from model_checker import Explorer, Scenario, close, fence, probe, release, replace, take
 from shared_memory import Violation
 from stepwise import Instrumented
+
+pytestmark = pytest.mark.timeout(240)  # the largest has 270,000 states
 
 TWO_IDLE = ((0, 1), (1, 1))
 A, B = (0, 1), (1, 1)
@@ -31,6 +33,16 @@ SCENARIOS: dict[str, Scenario] = {
     "close while one times out": Scenario([[take(0.5), release], [release], [close]], [None, A], ()),
     "one wants a slot, one takes any": Scenario(
         [[take(None, 0), release], [take(), release], [release]], [None, None, A], [B]
+    ),
+    "one wants the only slot, one takes any": Scenario(
+        [[take(None, 0), release], [take(), release], [release]], [None, None, A], ()
+    ),
+    "two want one slot": Scenario(
+        [[take(None, 0), release], [take(None, 0)], [release]], [None, None, A], ()
+    ),
+    "one wants a slot that is fenced": Scenario([[take(None, 0)], [fence(0)]], [None, A], ()),
+    "one wants a slot that is replaced": Scenario(
+        [[take(None, 0), release], [replace(0, 2)]], [None, A], ()
     ),
     "replaced while leased": Scenario(
         [[release], [take(), release], [replace(0, 2)]], held=[A], idle=()
@@ -105,36 +117,40 @@ def test_promises_hold_in_every_order_of_many_steps(name: str, code: Instrumente
     assert explorer.ends > 0
 
 
-ENQUEUE_CHECKS_CLOSE = """        if self.closed or (waiter.wants is not None and waiter.wants not in self.current):
-            self._settle_closed(waiter.ticket)  # else who fences that slot dismisses this waiter
+ENQUEUE_CHECKS_CLOSE = """        if self.closed or (waiter.key is not None and waiter.key not in self.current):
+            self._settle_closed(waiter)  # else whoever fences that slot dismisses this waiter
         elif self.idle:
 """
-TIMEOUT = "        if self.waiters.pop(waiter.ticket, None) is not None:\n            return None"
+TIMEOUT = (
+    "        if waiter.settle(_LEFT):\n            self._remove(waiter)\n            return None"
+)
 TRY_TAKE_CHECK = """            if self.current.get(token[0]) is token[1]:
                 return token
-        return None
 """
 OFFER = """        if offer(slot, generation) is not generation:
             return self._publish_again(slot, generation)
 """
-WANTED = "            if token[0] in wanted:"
-SWEEP = "        if self.waiters and self.idle:\n            self.pump()\n        return self._seat"
-LEAVE = (
-    "                token, waiter.token = waiter.token, None\n                self.publish(*token)"
-)
-LOOK = "            if waiter.ticket not in self.waiters:\n                return True"
+AFTER_OFFER = "        if self.waiters and (self.general or self.lines.get(slot)):\n"
+PUT_BACK = "            waiter = self._next_for(token[0])\n        self.publish(*token)\n"
+WANTED = "            if slot is None:\n                waiter = self._next_for(token[0])"
+SWEEP = "        if self.waiters and self.idle:\n            for slot"
+LEAVE = "            waiter.taken = True\n            self.publish(*token)"
+FINISH = "            if waiter.outcome is not None:\n                self._finish(waiter)\n"
+NOTE = "            self.handed[token[0]] = weakref.ref(waiter)\n"
+SETTLE = "            won = waiter.settle(token)\n            self._finish(waiter)\n"
+SAME_LINE = "            if self.lines.get(waiter.key) is line:\n"
 
 # What is left out: the scenario that finds it, the promise it breaks, the text and its replacement.
 MUTANTS: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "no re-check of idle after enqueue": (
         "two take and give back, twice",
         "sleeps though slot 0 is idle",
-        [("        elif self.idle:\n            self.pump()\n", "")],
+        [("        elif self.idle:\n            self.pump(waiter.key)\n", "")],
     ),
     "no look at the line after offering": (
         "two take and give back, twice",
         "sleeps though slot 0 is idle",
-        [("        if self.waiters:\n            self.pump()\n", "")],
+        [(AFTER_OFFER, "        if False:\n")],
     ),
     "no dirty re-check after leaving the seat": (
         "three take and give back, fifo",
@@ -144,14 +160,13 @@ MUTANTS: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "timeout not arbitrated": (
         "one may time out",
         "is lost",
-        [(TIMEOUT, "        if not waiter.token and not waiter.closed:\n"
-                   "            self.waiters.pop(waiter.ticket, None)\n            return None")],
+        [(TIMEOUT, "        if waiter.outcome is None:\n"
+                   "            self._remove(waiter)\n            return None")],
     ),
     "put-back does not re-check close": (
         "close while one times out",
         "stays idle in a closed turnstile",
-        [("                self.publish(*token)  # he timed out",
-          "                self.idle[token[0]] = token[1]  # he timed out")],
+        [(PUT_BACK, PUT_BACK.replace("self.publish(*token)", "self.idle[token[0]] = token[1]"))],
     ),
     "release does not re-check close": (
         "close while one takes and one gives back",
@@ -166,7 +181,7 @@ MUTANTS: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "no generation check in try_take": (
         "replaced while leased",
         "under an old generation",
-        [(TRY_TAKE_CHECK, "            return token\n        return None\n")],
+        [(TRY_TAKE_CHECK, "            return token\n")],
     ),
     "no generation check in the match": (
         "replaced while leased",
@@ -180,9 +195,9 @@ MUTANTS: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
         [(OFFER, "        self.idle[slot] = generation\n")],
     ),
     "who wants one slot is passed by": (
-        "one wants a slot, one takes any",
+        "one wants the only slot, one takes any",
         "is overtaken",
-        [(WANTED, "            if False:")],
+        [(WANTED, WANTED.replace("slot is None", "False"))],
     ),
     "a newcomer does not look at the line": (
         "three take and give back, fifo",
@@ -197,23 +212,47 @@ MUTANTS: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
     "the sweep does not finish a broken match": (
         "struck while giving back",
         "sleeps though slot 0 is idle",
-        [(SWEEP, "        return self._seat")],
+        [(SWEEP, "        if False:\n            for slot")],
     ),
     "the sweep leaves a forgotten seat taken": (
         "struck while giving back, as another does",
         "sleeps though slot 1 is idle",
         [("        if holder is not None and holder is seen:", "        if False:")],
     ),
-    "a sleeper does not look whether he was forgotten": (
+    "the sweep does not wake whoever was settled": (
         "struck while giving back",
-        "spin|nobody will wake it",
-        [(LOOK, "            if False:\n                return True")],
+        "nobody will wake it",
+        [(FINISH, "            pass\n")],
     ),
-    "a waiter is settled without being popped": (
+    "a waiter is settled that was settled before": (
         "one may time out",
-        "settled twice|is lost|woken twice",
-        [("            if self.waiters.pop(ticket, None) is None:\n                self.publish",
-          "            if ticket not in self.waiters:\n                self.publish")],
+        "is lost",
+        [(SETTLE, SETTLE.replace("won = waiter.settle(token)", "won = True; waiter.settle(token)"))],
+    ),
+    "a hand-over is not noted": (
+        "two take and give back, twice",
+        "noted nowhere",
+        [(NOTE, "")],
+    ),
+    "a hand-over is noted after it": (
+        "struck while giving back",
+        "noted nowhere",
+        [(NOTE + SETTLE, SETTLE + NOTE)],
+    ),
+    "the line of a slot is not looked at after offering": (
+        "two want one slot",
+        "sleeps though slot 0 is idle",
+        [(AFTER_OFFER, "        if self.waiters and self.general:\n")],
+    ),
+    "the line of a slot that is fenced is not dismissed": (
+        "one wants a slot that is fenced",
+        "sleeps though slot 0 is no more",
+        [("        self.dismiss(slot)\n", "")],
+    ),
+    "a line that was dismissed is joined": (
+        "one wants a slot that is replaced",
+        "sleeps though slot 0 is idle",
+        [(SAME_LINE, "            if True:\n")],
     ),
     "a matcher waits for the seat": (
         "a signal handler gives back",
@@ -235,14 +274,14 @@ def test_protocol_without_one_of_its_steps_breaks_a_promise(name: str) -> None:
 
 def test_unknown_shared_state_is_refused() -> None:
     """A new word of shared memory cannot slip by the rewriting."""
-    dirty = "        self._dirty = True\n"
+    dirty = "        self._dirty[slot] = True\n        while"
 
     with pytest.raises(AssertionError, match="_hints is shared and not known"):
-        Instrumented((dirty, dirty + "        self._hints = 1\n"))
+        Instrumented((dirty, "        self._hints = 1\n" + dirty))
     with pytest.raises(NotImplementedError, match="does not know"):
-        Instrumented((dirty, dirty + "        self._dirty |= True\n"))
+        Instrumented((dirty, "        self.closed |= True\n" + dirty))
     with pytest.raises(AssertionError, match="two steps in one expression"):
-        Instrumented((dirty, dirty + "        same = self.idle.pop(1) == self.idle.pop(2)\n"))
+        Instrumented((dirty, "        same = self.idle.pop(1) == self.idle.pop(2)\n" + dirty))
 
 
 def test_checker_finds_two_owners() -> None:

@@ -133,7 +133,7 @@ class Overseer:
     def sweep(self) -> None:
         """Free a forgotten seat, and replace every slot found nowhere at two looks running."""
         turnstile = self.turnstile
-        self._seat = turnstile.unseat(self._seat)
+        self._seat = turnstile.sweep(self._seat)
         nowhere = {
             token
             for token in turnstile.current.copy().items()

@@ -308,3 +308,52 @@ def open_many(count: int) -> None:
     finally:
         for fd in opened:
             os.close(fd)
+
+
+class OneOfThem:
+    """Starts well for the first that comes; raises for all others."""
+
+    def __init__(self, path: str) -> None:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class AllButOne:
+    """Raises for the first that comes; the others stop at a gate, and start well."""
+
+    def __init__(self, path: str, gate: str) -> None:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            pass_gate(gate)
+        else:
+            raise LookupError("the first one")
+
+
+class RaisesAfterTheGate:
+    def __init__(self, gate: str) -> None:
+        pass_gate(gate)
+        raise LookupError("no weights here")
+
+
+class FailsSoOften:
+    """Cannot be made so many times: it raises, or its process dies."""
+
+    def __init__(self, path: str, times: int, how: str) -> None:
+        self.attempt = fails_so_often(path, times, how)
+
+    def attempts(self) -> int:
+        return self.attempt
+
+
+class FailsThenStops:
+    """Raises for the first two that come; the others stop at a gate, and start well."""
+
+    def __init__(self, path: str, gate: str) -> None:
+        with open(path, "a") as file:
+            file.write("!")
+        if os.path.getsize(path) <= 2:
+            raise LookupError("one of the first two")
+        pass_gate(gate)

@@ -6,6 +6,8 @@ import os
 import signal
 from typing import Any
 
+from minipool import Pool
+
 
 class Counter:
     """Keeps a number; well in every way."""
@@ -56,3 +58,16 @@ def fail(kind: type[BaseException], *args: Any) -> None:
 
 def kill_self(signum: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), signum)
+
+
+def own_memory() -> int:
+    """Return how much memory of its own this process has, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[5]) * os.sysconf("SC_PAGESIZE")
+
+
+def memory_at_start(start_method: str | None = None) -> int:
+    """Return how much memory of its own a worker begins with, in bytes."""
+    options = {} if start_method is None else {"start_method": start_method}
+    with Pool(size=1, **options) as pool:
+        return pool.call(own_memory)

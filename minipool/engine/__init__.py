@@ -2,5 +2,5 @@
 
 From the bottom up: `states`, `table` (shared memory), `wire` (frames), `channel` (pipe ends),
 `child` (inside a worker), `health` (pure policy), `handle` (one worker seen from the parent),
-`turnstile` (who gets which worker), `fleet` (all workers), `manager` (the one thread).
+`turnstile` (which caller gets which worker), `fleet` (all workers), `manager` (the one thread).
 """

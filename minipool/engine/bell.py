@@ -12,7 +12,7 @@ import os
 import select
 import sys
 from multiprocessing import connection
-from typing import Any
+from typing import Any, Iterable
 
 _FULL = 1 << 16  # bytes; what a pipe holds
 
@@ -52,8 +52,11 @@ class Bell:
         self._conn.close()
 
 
-def ready(sources: list[Any], timeout: float) -> set[Any]:
-    """Return those that have something to say: `connection.wait` without its cost, if it can be."""
+def ready(sources: list[Any], timeout: float, full: Iterable[int] = ()) -> set[Any]:
+    """Return those that have something to say: `connection.wait` without its cost, if it can be.
+
+    So are those of the `full` pipes returned that can be written to again.
+    """
     if not hasattr(select, "poll"):
         return set(connection.wait(sources, timeout))
     poll, known = select.poll(), {}
@@ -61,4 +64,7 @@ def ready(sources: list[Any], timeout: float) -> set[Any]:
         fd = source if isinstance(source, int) else source.fileno()
         known[fd] = source
         poll.register(fd, select.POLLIN)
+    for fd in full:
+        known[fd] = fd
+        poll.register(fd, select.POLLOUT)
     return {known[fd] for fd, _ in poll.poll(timeout * 1000)}

@@ -17,7 +17,7 @@ from . import table as t
 from .channel import Garbled, PeerGone
 from .fleet import Fleet
 from .handle import PROBE_ID, Handle
-from .inquest import describe
+from .inquest import ending_of
 from .states import WorkerEvent as E
 from .states import WorkerState as S
 from .turnstile import Turnstile
@@ -41,6 +41,7 @@ class Care:
         turnstile: Turnstile,
         fleet: Fleet,
         refused: Callable[[int, Handle], None],
+        order: Callable[[Callable[[], None]], None],
     ) -> None:
         self.closing = False  # the pool is being closed
         self.sessions_end = True  # with the pool; False where a store keeps them
@@ -49,6 +50,7 @@ class Care:
         self._turnstile = turnstile
         self._fleet = fleet
         self._refused = refused
+        self._order = order
         self._lost_at: collections.deque[float] = collections.deque()  # not yet replaced
 
     # -- its word ----------------------------------------------------------------------------
@@ -64,15 +66,47 @@ class Care:
         if frame is None:
             return None
         call_id, status, body = frame
+        if handle.channel.unsent and status != wire.START_FAILED:
+            return self.condemn(handle, "it answered before it had read what it was sent")
         if handle.state is S.STARTING:
             if status == wire.READY:
                 return self._ready(handle)
             if status == wire.START_FAILED:
-                handle.start_error = _in_time(body)
-                return self.condemn(handle, "its object could not be made")
+                return self._explain(handle, body)
         elif call_id == PROBE_ID and status in (wire.RETURNED, wire.RAISED):
             return self._probed(handle, status == wire.RETURNED)
         self.condemn(handle, "it sent what was not asked for")
+
+    def _explain(self, handle: Handle, body: bytes | memoryview) -> None:
+        """Find out why a worker did not start, without waiting for it; then it is condemned.
+
+        To unpickle the exception runs the user's code, which may never return.
+        """
+        handle.start_error = RuntimeError("why cannot be said: it takes too long to unpickle")
+        handle.explaining = True
+
+        def explain() -> None:
+            why = _in_time(lambda: wire.unpack_error(body))
+            why = why or _in_time(lambda: wire.unpack_error(body, load=False))
+            handle.start_error = why or handle.start_error
+            self._order(lambda: self._explained(handle))
+
+        try:
+            threading.Thread(target=explain, name="minipool-explain", daemon=True).start()
+        except RuntimeError:  # out of threads
+            self._explained(handle)
+
+    def _explained(self, handle: Handle) -> None:
+        handle.explaining = False
+        if handle.state is not S.VACANT:
+            self.condemn(handle, "its object could not be made")
+
+    def send_rest(self, handle: Handle) -> None:
+        """Send more of what a worker was not able to take at once."""
+        try:
+            handle.channel.flush()
+        except PeerGone:
+            self._hung_up(handle)
 
     def _hung_up(self, handle: Handle) -> None:
         """Give a worker whose pipe has ended a moment to end by itself: its exit code tells why."""
@@ -141,6 +175,8 @@ class Care:
         if handle.reserve:
             return self.set_aside(handle)
         self._turnstile.publish(handle.slot, handle)
+        if handle.sessions_over and healthy:  # the rest, unless somebody has waited for it
+            self.probe(handle)
 
     def count_failure(self, handle: Handle) -> None:
         """Count a probe that got no answer in time; its worker is given the same time again."""
@@ -178,6 +214,8 @@ class Care:
         """Deal with a process that has ended, once its exit code is known or given up."""
         if handle.state is S.STARTING and handle.start_error is None:
             self.hear(handle)  # it may have said why
+        if handle.explaining:
+            return
         if not handle.ended_ns:
             handle.ended_ns = time.monotonic_ns()
             handle.channel.hang_up()
@@ -185,21 +223,25 @@ class Care:
             self._turnstile.dismiss(handle.slot)
         code = handle.process.exitcode(0)
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
-        if code is None and patience > 0 and not handle.process.untold:
+        if code is None and patience > 0 and handle.process.unknown is None:
             return
+        handle.process.give_up()
         if handle.ready_ns and not handle.condemned:
             self._mourn(handle)
         self._fleet.bury(handle, code, handle.start_error)
 
     def _mourn(self, handle: Handle) -> None:
-        """Tell of a worker that ended though nobody wanted it to."""
-        why = handle.tainted or "by itself"
+        """Tell of a worker that ended though nobody wanted it to; the same, whoever saw it first.
+
+        Whoever had it killed was told why.
+        """
+        ending = ending_of(handle)
         remark(
-            INFO if handle.tainted else WARNING,  # who tainted it was told
-            "worker %d (pid %s) of %s died %s (%s) and is replaced",
-            handle.slot, handle.pid, self._config.name, describe(handle.process), why,
+            INFO if handle.process.killed else WARNING,
+            "worker %d (pid %s) of %s died %s and is replaced",
+            handle.slot, handle.pid, self._config.name, ending,
         )  # fmt: skip
-        self._hooks.emit("error", {}, kind="death", error=why, worker_id=handle.slot)
+        self._hooks.emit("error", {}, kind="death", error=ending, worker_id=handle.slot)
 
     def retire(self, handle: Handle) -> None:
         """Ask a worker, which the caller owns, to end by itself."""
@@ -243,34 +285,66 @@ class Care:
         except PeerGone:
             self.condemn(handle, "dead when it was probed")
 
-    def revoke(self, handle: Handle, reason: str) -> None:
+    def revoke(self, handle: Handle, reason: str, tenure: health.Tenure | None = None) -> None:
+        """Take a worker away from its lease; with `tenure`, only if that is not over.
+
+        Tainting it comes before the last look at the lease, and giving it back looks the other way
+        round: the lease is over before it looks for the taint. So whoever gives it back from here
+        on does not offer it again, and no later lease is hit. One that is over by now leaves a
+        worker that is replaced once it is idle, as it was about to be.
+        """
+        if tenure is not None:
+            if not self._still(handle, tenure):
+                return
+            handle.tainted = handle.tainted or reason
+            if not self._still(handle, tenure):
+                return
         handle.revoked = reason
         self.condemn(handle, reason, last_words=not self.closing)
 
-    def warn_leak(self, handle: Handle) -> None:
-        seconds = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9
-        handle.leak_warned = True
+    def _still(self, handle: Handle, tenure: health.Tenure) -> bool:
+        return handle.slot not in self._turnstile.idle and tenure_of(handle) == tenure
+
+    def warn_leak(self, handle: Handle, tenure: health.Tenure) -> None:
+        """Log a lease that is held for long; nothing if it is over."""
+        origin = handle.origin  # of that lease, if it is not over after this
+        if tenure_of(handle) != tenure:
+            return
+        seconds = (time.monotonic_ns() - tenure.since_ns) / 1e9
+        handle.leak_warned = tenure.lease
         logger().warning(
             "worker %d of %s has been leased for %.1f s; it was taken here:\n%s",
-            handle.slot, self._config.name, seconds, handle.origin,
+            handle.slot, self._config.name, seconds, origin,
         )  # fmt: skip
         self._hooks.emit("lease.leaked", {"seconds": seconds}, worker_id=handle.slot)
 
 
-def _in_time(body: bytes | memoryview) -> BaseException:
-    """Return the exception that a start failed with, or, if it takes too long, what stands for it.
+def tenure_of(handle: Handle) -> health.Tenure:
+    """Return who has a worker now: which lease, or none since when.
 
-    To unpickle it runs the user's code, which may never return; the manager must.
+    The number is read before the lease is, and is written before the lease is there: what was
+    found of an older lease is never said of a newer one.
     """
+    lease, since_ns = handle.row[t.LEASES], handle.row[t.LEASED_SINCE_NS]
+    if handle.live_lease is None:
+        since_ns = handle.idle_since_ns
+    return health.Tenure(lease, since_ns)
+
+
+def _in_time(unpack: Callable[[], BaseException]) -> BaseException | None:
+    """Return the exception that a start failed with; None if it takes too long to unpickle."""
     made: list[BaseException] = []
 
     def make() -> None:
         try:
-            made.append(wire.unpack_error(body))
+            made.append(unpack())
         except BaseException as problem:
             made.append(problem)
 
     thread = threading.Thread(target=make, name="minipool-unpack", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # out of threads
+        return None
     thread.join(_UNPACKING)
-    return made[0] if made else wire.unpack_error(body, load=False)
+    return made[0] if made else None

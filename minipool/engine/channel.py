@@ -11,6 +11,7 @@ and its worker is replaced.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
@@ -50,6 +51,18 @@ class Garbled(Exception):
 
 class TooLong(Exception):
     """The request is longer than `max_message`. Nothing was sent; the pipe is as good as before."""
+
+
+class Unsent(Exception):
+    """There was no memory to make a frame of. Nothing was sent; the pipe is as good as before."""
+
+
+class Unreceived(Exception):
+    """There was no memory for a message. It is off the pipe, which is as good as before."""
+
+    def __init__(self, size: int, call_id: int) -> None:
+        super().__init__(size, call_id)
+        self.size, self.call_id = size, call_id
 
 
 class _Ends:
@@ -99,19 +112,42 @@ class End:
         self._expect_no_more()
         return frame
 
+    def hear_out(self) -> None:
+        """Take what a dead worker has said of the call under way; that is in the table already."""
+
     def _receive(self, call_id: int, deadline: float | None) -> tuple[int, bytes | memoryview]:
         """Wait until a whole frame is here, and take it; return its status and body.
 
         What is no reply to this call is found by its header: the length before it means nothing.
         """
-        while True:
-            missing = self._missing()
-            if not missing:
-                return _checked(call_id, self._take())
-            start = length_of(self._got, self._limit)[0] - 4
-            if len(self._got) >= start + _REPLY_HEADER:
-                _checked(call_id, bytes(self._got[start : start + _REPLY_HEADER]))
-            self._add(self._receive_piece(max(CHUNK, min(PIECE, missing)), deadline))
+        missing, piece = 1, b""
+        try:
+            while True:
+                missing, piece = self._missing(), b""
+                if not missing:
+                    return _checked(call_id, self._take())
+                start = length_of(self._got, self._limit)[0] - 4
+                if len(self._got) >= start + _REPLY_HEADER:
+                    _checked(call_id, bytes(self._got[start : start + _REPLY_HEADER]))
+                piece = self._receive_piece(max(CHUNK, min(PIECE, missing)), deadline)
+                self._add(piece)
+        except MemoryError:
+            size = length_of(self._got, self._limit)[1]
+            if size is None:
+                raise
+        self._got = bytearray()  # there is room for small things again
+        self._drop(missing - len(piece), deadline)
+        raise Unreceived(size, call_id)
+
+    def _drop(self, missing: int, deadline: float | None) -> None:
+        """Take so many bytes off the pipe: the rest of a reply that there is no room for."""
+        while missing > 0:
+            piece = self._receive_piece(min(SMALL, missing), deadline)
+            if not piece:
+                raise PeerGone
+            missing -= len(piece)
+        if missing < 0:
+            raise Garbled("more came than one reply")
 
     def _check(self, size: int) -> None:
         if size > self._limit:
@@ -160,6 +196,8 @@ class FastEnd(End):
         self._set_timeout(None)
         self._most = SHORT  # bytes to read at once
         self._narrow = True
+        #: What the manager has posted and the pipe has not taken yet.
+        self.unsent: collections.deque[memoryview] = collections.deque()
 
     def _set_timeout(self, timeout: float | None) -> None:
         self._timeout = timeout
@@ -174,7 +212,7 @@ class FastEnd(End):
 
         Raises:
             PeerGone, TimedOut, Garbled: the worker is of no more use.
-            TooLong: nothing was sent.
+            TooLong: nothing was sent. Unreceived: nothing of the reply was kept.
         """
         size = _REQUEST_HEADER + len(name) + len(body)
         if size > SMALL:
@@ -211,17 +249,47 @@ class FastEnd(End):
         self._expect_no_more()
         return reply
 
-    def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
-        """Send a small request without a name, without waiting for anything.
+    @property
+    def out(self) -> int:
+        """The descriptor that `flush` writes to."""
+        return self._out
+
+    def post(self, call_id: int, kind: int, *parts: bytes) -> None:
+        """Send a request without a name as far as the pipe takes it now; `flush` sends the rest.
+
+        By the manager, to a worker that it owns: nobody may call it before all is sent.
 
         Raises:
-            PeerGone: the worker is dead, or has not read what was sent before.
+            PeerGone: the worker is dead.
         """
-        try:
-            size = _REQUEST_HEADER + len(body)
-            os.write(self._out, _pack_request(size, call_id, kind, 0) + body)
-        except OSError:
-            raise PeerGone from None
+        size = _REQUEST_HEADER + sum(map(len, parts))
+        length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
+        frame = (length + _pack_request(0, call_id, kind, 0)[4:], *parts)
+        if size <= SMALL:
+            frame = (b"".join(frame),)
+        self.unsent.extend(memoryview(part) for part in frame if part)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is left of what was posted, as far as the pipe takes it. Never waits.
+
+        Raises:
+            PeerGone: the worker is dead; nothing is left.
+        """
+        while self.unsent:
+            part = self.unsent[0]
+            try:
+                rest = part[os.write(self._out, part) :]
+            except BlockingIOError:
+                return
+            except OSError:
+                self.unsent.clear()
+                raise PeerGone from None
+            if rest:
+                self.unsent[0] = rest
+                self._widen_once()
+            else:
+                self.unsent.popleft()
 
     def _piece_now(self) -> bytes | None:
         try:
@@ -261,9 +329,7 @@ class FastEnd(End):
             poll.register(self._out, select.POLLOUT)
         except ValueError:
             raise PeerGone from None  # closed
-        if self._narrow:
-            self._narrow = False
-            widen(self._out)
+        self._widen_once()
         poll.register(self._death_fd, select.POLLIN)
         for part in parts:
             rest = memoryview(part)
@@ -280,6 +346,11 @@ class FastEnd(End):
                 except OSError:
                     raise PeerGone from None
 
+    def _widen_once(self) -> None:
+        if self._narrow:
+            self._narrow = False
+            widen(self._out)
+
     def hang_up(self) -> None:
         """Hear that the worker is dead: from now on its `death_fd` may be that of another."""
         self._dead = True
@@ -287,6 +358,7 @@ class FastEnd(End):
     def close(self) -> None:
         """Close the pipes. A thread that still wants to use them gets PeerGone."""
         self.fd, self._out, self._dead = -1, -1, True
+        self.unsent.clear()
         self._ends.close()
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from . import blackbox, wire
 from . import table as t
+from .assignment import Assignment, Setup, unpacked
+from .channel import Unreceived
 from .conversation import NotHere, Session, WarmSessions
 from .lifeline import die_with_parent, end_all, lead_a_group
 from .resources import limit, resident_bytes
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _FUNCTION_ALONE, _METHOD_ALONE = wire.FUNCTION | wire.ALONE, wire.METHOD | wire.ALONE
+_OF_THE_PIPE = (FastWorkerEnd.__module__, "multiprocessing.connection")
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
 
 
@@ -73,33 +76,11 @@ def current_session() -> Session:
     return _session
 
 
-class Setup:
-    """Everything a worker is told at its start; travels with the process object."""
+def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
+    """Be one worker, from the first instruction to the last.
 
-    def __init__(self, **words: Any) -> None:
-        self.__dict__.update(words)
-
-    pool: str
-    slot: int
-    generation: int
-    spec: Any  # (worker, args, kwargs), pickled unless the process is forked
-    codec: bytes | None  # packed; None: pickle
-    warm_up: list[tuple[int, bytes, bytes]]  # kind, name and body of calls to begin with
-    env: dict[str, str]
-    niceness: int
-    kill_group: bool
-    max_message: int
-    limits: dict[str, float]
-    table: wire.Descriptor | None
-    lifeline: wire.Descriptor | None
-    box: wire.Descriptor | None
-    portable: bool
-    baggage: Baggage | None  # what travels with each call
-    voice: Voice | None  # how logs and output get out
-
-
-def main(conn: Any, setup: Setup) -> None:
-    """Be one worker, from the first instruction to the last."""
+    Without an `inherited` assignment, the first frame is one.
+    """
     global _current
     group = lead_a_group() and setup.kill_group
     _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
@@ -108,29 +89,37 @@ def main(conn: Any, setup: Setup) -> None:
     if hasattr(_signal, "pthread_sigmask"):
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     die_with_parent(setup.lifeline, group)
-    portable = setup.portable
-    _let_go_when_forked([conn.fileno()] if portable else [conn.reader.fd, conn.writer.fd])
     if setup.box is not None:
         blackbox.install(setup.box.fd)
-    if setup.env:
-        os.environ.update(setup.env)
     if setup.niceness and hasattr(os, "nice"):
         os.nice(setup.niceness)
-    _current = CurrentWorker(setup.pool, setup.slot, setup.generation)
     words = _row(setup)
-    end = (PortableWorkerEnd if portable else FastWorkerEnd)(conn, setup.max_message)
+    end = (PortableWorkerEnd if setup.portable else FastWorkerEnd)(conn, setup.max_message)
+    _let_go_when_forked(end, words)
+    try:
+        assignment = inherited or _received(end, setup)
+    except (EOFError, OSError):
+        end_all(group)  # the owner is gone, or has done with us
+    _current = CurrentWorker(assignment.pool, setup.slot, setup.generation)
+    os.environ.update(assignment.env)
     if setup.voice is not None:
-        setup.voice.begin(words, lambda: None if _session is None else _session.id, setup.baggage)
+        baggage = assignment.baggage
+        seen = words.toreadonly()  # a view of its own, for children that worker code forks, too
+        setup.voice.begin(seen, lambda: None if _session is None else _session.id, baggage)
     worker = _Worker(end, words, shared=setup.table is not None)
     try:
-        worker.start(setup)
+        worker.start(setup, assignment)
+        del assignment  # its arguments are the object's business now
         worker.serve()
         orphaned = False
-    except (EOFError, OSError):
-        orphaned = True  # the pipe is at its end: the owner is gone or has done with us
-    if os.getpid() != _current.pid:
-        os._exit(1)  # a call has forked, and this is the child that returned from it
+    except BaseException as error:
+        _end_if_forked(_current.pid)
+        if not _is_hang_up(error):
+            raise
+        orphaned = True  # the owner is gone or has done with us
+    _end_if_forked(_current.pid)
     worker.close()
+    _end_if_forked(_current.pid)
     if orphaned and group:
         end_all(group)
 
@@ -147,7 +136,7 @@ class _Worker:
         self._baggage: Baggage | None = None
         self._voice: Voice | None = None
 
-    def start(self, setup: Setup) -> None:
+    def start(self, setup: Setup, assignment: Assignment) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
 
         Raises:
@@ -158,15 +147,15 @@ class _Worker:
         self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
         try:
-            if setup.limits:
-                limit(setup.limits)
-            spec = pickle.loads(setup.spec) if isinstance(setup.spec, bytes) else setup.spec
-            codec = None if setup.codec is None else wire.unpack_codec(setup.codec)
+            if assignment.limits:
+                limit(assignment.limits)
+            codec = None if assignment.codec is None else wire.unpack_codec(assignment.codec)
             self._dumps, self._loads = wire.functions_of(codec)
-            if setup.baggage is not None:
-                setup.baggage.open()
-            self._baggage = setup.baggage
-            make, args, kwargs = spec
+            if assignment.baggage is not None:
+                assignment.baggage.open()
+            self._baggage = assignment.baggage
+            spec = assignment.spec
+            make, args, kwargs = spec if isinstance(spec, tuple) else pickle.loads(spec)
             if isinstance(make, str):
                 make = wire.find(make)
             if make is not None:
@@ -175,7 +164,7 @@ class _Worker:
         except BaseException as error:
             self._end.send(0, wire.START_FAILED, wire.pack_error(error))
             raise SystemExit(1) from None
-        for kind, name, body in setup.warm_up:
+        for kind, name, body in assignment.warm_up:
             status, reply = self._run(kind, name, body)
             if status in (wire.RAISED, wire.RAISED_AND_TAINTED):
                 self._end.send(0, wire.START_FAILED, reply)
@@ -189,11 +178,31 @@ class _Worker:
             self._refresh(time.monotonic_ns())
 
     def serve(self) -> None:
-        """Answer requests until told to stop."""
+        """Answer requests until told to stop.
+
+        A timer that a call has left behind may strike between two calls, and its handler raise.
+        While the worker waits for a request, that costs nothing: it is told, timers are stopped,
+        and the worker goes on. Elsewhere a reply may be half sent, so the exception ends it.
+        """
+        while True:
+            try:
+                return self._answer_requests()
+            except Unreceived as problem:
+                self._reply(problem.call_id, *self._failure(_no_room(problem.size)))
+            except Exception as error:
+                if _is_of_the_pipe(error) or not self._end.was_waiting(error.__traceback__):
+                    raise
+                _stop_timers()
+                with contextlib.suppress(Exception):
+                    print(f"minipool: a signal handler raised between two calls, and timers that "
+                          f"were left running are stopped: {error!r}", file=sys.stderr)  # fmt: skip
+                    sys.excepthook(type(error), error, error.__traceback__)
+
+    def _answer_requests(self) -> None:
         words, now = self._words, time.monotonic_ns
         receive, send, shared = self._end.receive, self._end.send, self._shared
         run = self._run if self._baggage is None else self._run_laden
-        busy_ns, refresh_at = 0, now() + _REFRESH_NS
+        busy_ns, refresh_at = words[t.BUSY_NS], now() + _REFRESH_NS
         while True:
             call_id, kind, name, body = receive()
             if kind == wire.STOP:
@@ -238,6 +247,8 @@ class _Worker:
             return self._failure(error)
         try:
             return 0, dumps(result, 5)
+        except MemoryError as error:
+            return self._failure(error)
         except BaseException as problem:
             stand_in = wire.unpicklable_result(problem, type(result).__name__)
             return wire.REFUSED, wire.pack_error(stand_in)
@@ -292,6 +303,7 @@ class _Worker:
         try:
             session = self._sessions.enter(body[4:end])
         except NotHere:
+            self._words[t.CALL_ID] -= 1  # it has not begun; it comes again, under the same id
             return wire.NOT_HERE, b""
         except BaseException as error:
             return self._failure(error)
@@ -306,13 +318,12 @@ class _Worker:
             packed = pickle.dumps(changes, 5) if changes else b""
             if packed:
                 self._end.check(4 + len(packed) + len(result))  # the commit must not be refused
+                result = b"".join((len(packed).to_bytes(4, "big"), packed, result))
         except BaseException as error:
             self._sessions.undo(session)
             return self._failure(error)
         session.commit(changes)
-        if not changes:
-            return status, result
-        return wire.COMMITTED, len(packed).to_bytes(4, "big") + packed + result
+        return wire.COMMITTED if changes else status, result
 
     def _answer_probe(self, call_id: int, body: Any) -> None:
         """Run the object's own `health_check()`, if it has one; False or an exception is ill."""
@@ -333,8 +344,14 @@ class _Worker:
     def _reply(self, call_id: int, status: int, body: bytes) -> None:
         if self._shared:
             self._end.send(call_id, status, body)
-        else:
-            self._end.send(call_id, status | wire.WITH_WORDS, self._packed_words() + body)
+            return
+        words = self._packed_words()
+        try:
+            body = words + body
+        except MemoryError as error:
+            status, body = self._failure(error)
+            body = words + body
+        self._end.send(call_id, status | wire.WITH_WORDS, body)
 
     def _packed_words(self) -> bytes:
         return wire.WORDS.pack(*self._words[t.WORKER_WORDS])
@@ -359,6 +376,22 @@ class _Worker:
             self._voice.tell_dropped()
 
 
+def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup) -> Assignment:
+    """Wait for the assignment."""
+    assignment, levels = unpacked(end.receive_assignment())
+    if setup.voice is not None:
+        setup.voice.levels = levels
+    return assignment
+
+
+def _no_room(size: int) -> MemoryError:
+    """Return the error for a request that this process has no memory for."""
+    return MemoryError(
+        f"the worker has no room for a request of {size} bytes; nothing of the call has run, and "
+        f"the worker is replaced; pass less, or raise `memory_limit`"
+    )
+
+
 def _row(setup: Setup) -> memoryview:
     if setup.table is None:
         return memoryview(bytearray(t.ROW_BYTES)).cast("q")
@@ -367,20 +400,43 @@ def _row(setup: Setup) -> memoryview:
     return words
 
 
-def _let_go_when_forked(fds: list[int]) -> None:
-    """Take the pipe from every child of this process: a call may fork, and both return from it."""
+def _let_go_when_forked(end: FastWorkerEnd | PortableWorkerEnd, words: memoryview) -> None:
+    """Take pipe and row from every child of this process: a call may fork, and both return from it.
+
+    What the child does with either then raises, which ends it: see `_end_if_forked`.
+    """
     if not hasattr(os, "register_at_fork"):
         return
-    pid = os.getpid()
-    for fd in fds:
-        os.set_inheritable(fd, False)  # which `spawn` made it, to pass it through `exec`
+    end.close_on_exec()  # `spawn` has passed it through one
 
     def let_go() -> None:
-        if os.getppid() == pid:  # a grandchild has let go of it already
-            with contextlib.suppress(OSError):
-                null = os.open(os.devnull, os.O_RDWR)
-                for fd in fds:
-                    os.dup2(null, fd, inheritable=False)  # the number is not free for another file
-                os.close(null)
+        end.let_go()
+        words.release()
 
     os.register_at_fork(after_in_child=let_go)
+
+
+def _end_if_forked(pid: int) -> None:
+    """End this process if a call has forked, and this is the child that returned from it."""
+    if os.getpid() != pid:
+        os._exit(1)
+
+
+def _is_hang_up(error: BaseException) -> bool:
+    """Tell whether the pipe has ended. A signal handler may raise the like: TimeoutError is one."""
+    return _is_of_the_pipe(error) and isinstance(error, (EOFError, OSError))
+
+
+def _is_of_the_pipe(error: BaseException) -> bool:
+    """Tell whether reading or writing itself has failed, and no handler came in between."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    by = None if trace is None else trace.tb_frame.f_globals.get("__name__")
+    return by in _OF_THE_PIPE
+
+
+def _stop_timers() -> None:
+    for timer in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF"):
+        if hasattr(_signal, timer):
+            _signal.setitimer(getattr(_signal, timer), 0)

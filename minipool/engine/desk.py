@@ -13,19 +13,24 @@ import threading
 import time
 import warnings
 import weakref
+from itertools import islice
 from typing import Any
 
-from ..errors import CheckoutTimeout, PoolClosed, PoolForked, TooManyWaiters
+from ..errors import CheckoutTimeout, PoolClosed, PoolForked, PoolStartError, TooManyWaiters
 from ..telemetry import logger
 from . import table as t
 from . import wire
 from .handle import Handle
 from .manager import Crowded, Manager
+from .pace import Budget, Pace
+from .passage import passage, passages, waits
 from .states import WorkerState as S
-from .turnstile import Closed
+from .turnstile import Closed, Turnstile, Waiter
 
 _monotonic_ns, _get_ident = time.monotonic_ns, threading.get_ident
 _TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
+
+_COMPARED = 4  # idle workers at either end
 
 
 class _StandIn:
@@ -45,7 +50,7 @@ class Desk:
         "__weakref__", "_counting", "_handles", "_origins", "_publish", "_try_take", "_turnstile",
         "baggage", "call_timeout", "checkout_timeout", "config", "discarded", "errors", "faults",
         "hooks", "manager", "on_checkin", "on_checkout", "on_dropped", "on_exception", "on_queue",
-        "on_start", "on_stop", "pool_name", "queued", "sessions_lost", "sessions_moved",
+        "on_start", "on_stop", "pace", "pool_name", "queued", "sessions_lost", "sessions_moved",
         "sessions_new", "targets", "timeouts", "turned_away",
     )  # fmt: skip
 
@@ -58,6 +63,7 @@ class Desk:
         self.checkout_timeout = manager.config.checkout_timeout
         self.call_timeout = manager.config.call_timeout
         self.baggage = manager.fleet.baggage
+        self.pace = Pace(manager.fleet.counted_rows)
         self._origins = manager.config.leak_warn_after is not None
         # The lists themselves: to find one empty is all an event costs that nobody listens to.
         self.on_checkout, self.on_checkin = (
@@ -87,8 +93,10 @@ class Desk:
 
     # -- taking ------------------------------------------------------------------------------
 
-    def acquire(self, timeout: float | None) -> Handle:
+    def acquire(self, timeout: float | None, budget: Budget | None = None) -> Handle:
         """Take a worker that is ready and well; the caller owns it until `give_back`.
+
+        With `budget` the caller leaves the line while there is time for its call.
 
         Raises:
             CheckoutTimeout, TooManyWaiters, PoolClosed, PoolForked: nothing was taken.
@@ -96,14 +104,14 @@ class Desk:
         take = self._try_take  # CPython 3.11 is slow to call an attribute that is no method
         token = take()
         if token is None:
-            return self._acquire_slowly(timeout)
+            return self._acquire_slowly(self._patience(timeout, budget))
         handle: Handle = token[1]
         if handle.sessions and self._turnstile.idle:
             handle = self._colder(handle)
         now = _monotonic_ns()
         if now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed():
             self._refuse(handle)
-            return self._acquire_slowly(timeout)
+            return self._acquire_slowly(self._patience(timeout, budget))
         handle.thread = _get_ident()
         row = handle.row
         row[t.LEASED_SINCE_NS] = now
@@ -112,13 +120,22 @@ class Desk:
             self._mark(handle, 0.0)
         return handle
 
+    def _patience(self, timeout: float | None, budget: Budget | None) -> float | None:
+        return timeout if budget is None else self.pace.patience(timeout, budget)
+
     def _colder(self, handle: Handle) -> Handle:
         """Exchange a worker for an idle one whose sessions are fewer or longer unused.
 
-        For callers without a session: what is warm shall stay free for the sessions.
+        For callers without a session: what is warm shall stay free for the sessions. Only some of
+        the idle workers are compared: those that have been idle longest, whose sessions are likely
+        to be unused longest, and those that came last, among which the ones without any are.
         """
-        idle = self._turnstile.idle.copy().values()
-        other = min(idle, key=_warmth, default=handle)
+        idle = self._turnstile.idle
+        try:
+            some = [*islice(idle.values(), _COMPARED), *islice(reversed(idle.values()), _COMPARED)]
+        except RuntimeError:
+            return handle  # another thread changed it meanwhile; the worker at hand will do
+        other = min(some, key=_warmth, default=handle)
         if _warmth(other) < _warmth(handle) and self._turnstile.claim(other.slot, other):
             self._turnstile.publish(handle.slot, handle)
             return other
@@ -201,7 +218,8 @@ class Desk:
                     continue  # there is hope again
                 raise  # that one worker is no more
             if token is None:
-                self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
+                if wants is None:
+                    self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
                 self.check_open()
                 raise self._timed_out(timeout, time.monotonic() - start)
             handle: Handle = token[1]
@@ -314,8 +332,8 @@ class Desk:
 
     def _unmark(self, handle: Handle, held: float) -> None:
         """Tell of the end of a lease, the more so if it was reported as leaked."""
-        if handle.leak_warned:
-            handle.leak_warned = False
+        leak_warned, handle.leak_warned = handle.leak_warned, 0
+        if leak_warned and leak_warned == handle.row[t.LEASES]:
             logger().warning(
                 "worker %d of %s, reported as leaked, was given back after %.1f s",
                 handle.slot, self.config.name, held,
@@ -364,10 +382,11 @@ class Desk:
     def check_open(self) -> None:
         """Raise the error that tells why nothing can be had, if the pool is not open."""
         self.check_process()
-        if self.manager.closing:
-            raise PoolClosed(
-                f"{self.config.name} is closed; a pool does not reopen: make a new one"
-            )
+        manager = self.manager
+        if manager.closing:
+            if manager.failure is not None and not manager.for_good:
+                raise could_not_start(self.config.name, manager.failure, AGAIN)
+            raise closed_error(self.config.name, manager.failure)
 
     def _check_circuit(self) -> None:
         fleet = self.manager.fleet
@@ -384,23 +403,67 @@ class Desk:
         )
 
     def _timed_out(self, timeout: float | None, waited: float) -> CheckoutTimeout:
-        self.count("timeouts")
-        live, size = self.manager.fleet.live(), self.manager.staff.target
-        leased = [handle for handle in live if handle.live_lease is not None]
-        mine = sum(handle.thread == _get_ident() for handle in leased)
+        live = self.manager.fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
-        waiting = len(self._turnstile.waiters)
+        leaving = sum(handle.condemned for handle in live)
+        counts = self._counts(live)
         error = CheckoutTimeout(
-            f"no worker of {self.config.name} came free within {timeout} s (size {size}, leased "
-            f"{len(leased)}, starting {starting}, waiting {waiting}{_nested(mine)}); raise `size` "
+            f"no worker of {self.config.name} came free within {timeout} s (size "
+            f"{counts['size']}, leased {counts['leased']}{_leaving(leaving)}, starting {starting}, "
+            f"waiting {counts['waiting']}{_nested(counts['held_by_this_thread'])}); raise `size` "
             f"or `checkout_timeout`, or look for a lease that is never given back",
-            timeout=timeout, waited=waited, size=size, leased=len(leased),
-            waiting=waiting, held_by_this_thread=mine,
+            timeout=timeout, waited=waited, **counts,
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure
         return error
 
+    def _counts(self, live: list[Handle]) -> dict[str, int]:
+        """Count a checkout that was in vain; return what its error tells of the pool."""
+        self.count("timeouts")
+        leased = [handle for handle in live if handle.live_lease is not None]
+        return {
+            "size": self.manager.staff.target,
+            "leased": len(leased),
+            "waiting": len(self._turnstile.waiters),
+            "held_by_this_thread": sum(handle.thread == _get_ident() for handle in leased),
+        }
 
+    def too_late(self, timeout: float, left: float, needed: float) -> CheckoutTimeout:
+        """Describe a call that is not sent, because its worker came too late for it."""
+        lately = f", and calls of {self.config.name} take {needed:.3g} s lately" if needed else ""
+        return CheckoutTimeout(
+            f"the call was not sent: {max(0.0, left):.3g} s of the {timeout} s that checkout and "
+            f"call have together were left{lately}; nothing has run; raise `size` or the timeout",
+            timeout=timeout, waited=timeout - left, needed=needed,
+            **self._counts(self.manager.fleet.live()),
+        )  # fmt: skip
+
+
+AGAIN, ANEW = "the next use tries again", "open a new pool"
+
+
+def could_not_start(name: str | None, failure: BaseException, what_then: str) -> PoolStartError:
+    """Return the error that tells why a pool is not open; a new one for each caller."""
+    error = PoolStartError(f"{name} could not start: {failure}; correct that; {what_then}")
+    error.__cause__ = failure.__cause__ or failure
+    return error
+
+
+def closed_error(name: str | None, failure: BaseException | None) -> PoolClosed:
+    """Return the error that tells that a pool is closed, and why, if it could not start."""
+    why = "" if failure is None else f", because it could not start: {failure}"
+    error = PoolClosed(f"{name} is closed{why}; a pool does not reopen: make a new one")
+    if failure is not None:
+        error.__cause__ = failure.__cause__ or failure
+    return error
+
+
+waits(Waiter.wait, Manager.wait_for)
+for _room in (Turnstile, Desk):
+    passages(_room)
+
+
+@passage
 def _dropped(desk: weakref.ref[Desk], lease: weakref.ref[Any]) -> None:
     its_desk = desk()
     if its_desk is not None:  # the lease has kept it until now
@@ -409,6 +472,10 @@ def _dropped(desk: weakref.ref[Desk], lease: weakref.ref[Any]) -> None:
 
 def _warmth(handle: Handle) -> tuple[bool, int]:
     return bool(handle.sessions), handle.session_ended_ns
+
+
+def _leaving(count: int) -> str:
+    return f" ({count} of them on their way out)" if count else ""
 
 
 def _nested(mine: int) -> str:

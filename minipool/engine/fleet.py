@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import random
 import time
 import weakref
@@ -24,6 +25,7 @@ from .inquest import Death, hold, reason_of
 from .launch import Launcher
 from .process import describe_exit, signal_name
 from .states import WorkerState as S
+from .verdict import MANY, Verdict, by_chance
 
 if TYPE_CHECKING:
     from ..config import PoolConfig
@@ -34,6 +36,7 @@ REMEMBERED = 100  # deaths
 LIFETIME_JITTER = 0.1  # of max_lifetime, either way: who was born together shall not end so
 STRUCK_PAUSE = 0.2  # seconds at most before the next start, after one that was struck down
 _LIVE = (S.STARTING, S.IDLE, S.PROBING)
+_Parting = tuple["weakref.ref[Handle]", memoryview]
 
 
 class Fleet:
@@ -45,6 +48,7 @@ class Fleet:
         config: PoolConfig,
         hooks: Hooks,
         jitter: Callable[[], float] = random.random,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self.handles: dict[int, Handle] = {}
         self.table = t.Table(config.name or "", portable=launcher.portable)
@@ -57,8 +61,9 @@ class Fleet:
         self.retired = 0  # workers that ended because they were told to
         self.start_failures = 0  # in all
         self.backoff = Backoff(random=jitter)
-        self.breaker: CircuitBreaker | None = _breaker(config)
+        self.breaker = breaker or _breaker(config)
         self.last_failure: BaseException | None = None
+        self.verdict: Verdict | None = None
         self.not_before = 0.0  # monotonic: no start sooner than this
         self._launcher = launcher
         self._config = config
@@ -79,22 +84,46 @@ class Fleet:
         self._failed_ns = 0
         self._pause = 0.0  # after the last failure
         self._served_ns = 0
-        # Whoever held a worker when it ended may be about to count its last reply.
-        self._parting: list[tuple[weakref.ref[Handle], memoryview]] = []
-        self._past = memoryview(bytearray(t.ROW_BYTES)).cast("q")
+        # What workers that ended have counted, and the rows of the last ones: whoever held such a
+        # worker may be about to count its last reply. Replaced as one, and never changed: else a
+        # row that moves from the one to the other would be counted twice, or not at all.
+        self._past: tuple[memoryview, tuple[_Parting, ...]]
+        self._past = memoryview(bytearray(t.ROW_BYTES)).cast("q"), ()
 
     # -- looking -----------------------------------------------------------------------------
 
     def live(self) -> list[Handle]:
-        """Return the workers that are in service, or booting for it."""
+        """Return the workers that are in service, or booting for it; also those on their way out.
+
+        One that is on its way out may still be leased.
+        """
         handles = tuple(self.handles.values())
         return [handle for handle in handles if handle.state in _LIVE and not handle.reserve]
 
+    def staying(self) -> list[Handle]:
+        """Return the workers that are in service, or booting for it, and not on their way out.
+
+        These are the ones that count: what a pool lacks is the difference to its target.
+        """
+        return [handle for handle in self.live() if not handle.condemned]
+
+    def usable(self) -> list[Handle]:
+        """Return the workers that are in service, fit for the next caller and not on their way out.
+
+        Leased ones are among them.
+        """
+        booting = S.STARTING
+        return [
+            handle
+            for handle in self.staying()
+            if handle.state is not booting and (handle.tainted is None or handle.worn_out)
+        ]
+
     def reserve(self) -> list[Handle]:
-        """Return the workers that are out of service, ready or booting, and well."""
+        """Return the workers that are out of service, ready or booting, and to stay."""
         ends = (S.STOPPING, S.LOST)
-        handles = tuple(self.handles.values())
-        return [handle for handle in handles if handle.reserve and handle.state not in ends]
+        handles = [handle for handle in tuple(self.handles.values()) if handle.reserve]
+        return [h for h in handles if h.state not in ends and not h.condemned]
 
     def count(self, *states: S) -> int:
         """Return how many workers are in one of these states (IDLE includes leased ones)."""
@@ -120,7 +149,7 @@ class Fleet:
     def hopeless(self) -> bool:
         """Whether no worker is there, and none will be until the breaker allows a trial."""
         breaker = self.breaker
-        nobody = not self.live() and not self.reserve()
+        nobody = not self.staying() and not self.reserve()
         return nobody and breaker is not None and breaker.retry_in > 0
 
     def served_ns(self, now: int) -> int:
@@ -131,7 +160,8 @@ class Fleet:
 
     def counted_rows(self) -> list[memoryview]:
         """Return every row in which something has been counted since the pool was opened."""
-        return [*self.table.used_rows(), self._past, *(row for _, row in tuple(self._parting))]
+        past, parting = self._past
+        return [*self.table.used_rows(), past, *(row for _, row in parting)]
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -191,7 +221,7 @@ class Fleet:
             if self.scribe is not None:
                 handle.transcript = self.scribe.listen(slot, self._generation)
                 setup.voice = handle.transcript.voice
-            handle.prepare(self._launcher.context, setup)
+            handle.prepare(self._launcher.context, setup, self._launcher.assignment)
         except BaseException:
             self._forget(handle)
             raise
@@ -304,11 +334,15 @@ class Fleet:
 
     def _part(self, handle: Handle) -> None:
         """Keep the row of a worker that ended until nobody has the worker any more."""
-        for old, row in tuple(self._parting):
+        past, parting = self._past
+        kept = [(weakref.ref(handle), handle.row)]
+        past = memoryview(bytearray(past)).cast("q")
+        for old, row in parting:
             if old() is None:
-                t.add_counts(self._past, row)
-                self._parting.remove((old, row))
-        self._parting.append((weakref.ref(handle), handle.row))
+                t.add_counts(past, row)
+            else:
+                kept.append((old, row))
+        self._past = past, tuple(kept)
 
     def _start_failed(
         self,
@@ -334,16 +368,35 @@ class Fleet:
         self.start_failures += 1
         self._failed_ns = now
         self.not_before = time.monotonic() + self._pause
-        self.last_failure = _start_error(slot, exitcode, cause, handle)
-        self._hooks.emit("error", {}, kind="start", error=self.last_failure, worker_id=slot)
+        failure = self.last_failure = _start_error(slot, exitcode, cause, handle)
+        self._hooks.emit("error", {}, kind="start", error=failure, worker_id=slot)
         if permit is not None and alone and not struck:
-            permit.failed(self.last_failure)
+            permit.failed(failure)
+        self._judge(handle, exitcode, cause, failure)
+
+    def _judge(
+        self,
+        handle: Handle | None,
+        exitcode: int | None,
+        cause: BaseException | None,
+        failure: WorkerStartError,
+    ) -> None:
+        """Note whether a failed start says what will come of the next one."""
+        given_up = self.backoff.failures >= MANY
+        if self.breaker is not None and self.breaker.retry_in > 0:
+            given_up = True
+        if given_up or not by_chance(handle, exitcode, cause):
+            left = 0 if given_up else len(self.staying())
+            tried = math.inf if given_up else self._generation
+            self.verdict = Verdict(time.monotonic(), failure, left, tried)
 
     # -- end ---------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give back the shared memory. What was counted stays readable."""
-        for failure in (self.last_failure, None if self.breaker is None else self.breaker.cause):
+        cause = None if self.breaker is None else self.breaker.cause
+        verdict = None if self.verdict is None else self.verdict.failure
+        for failure in (self.last_failure, cause, verdict):
             while failure is not None:
                 failure.__traceback__ = None  # its frames hold a row, and that the memory
                 failure = failure.__cause__
@@ -367,22 +420,23 @@ def _breaker(config: PoolConfig) -> CircuitBreaker | None:
 
 def _struck(handle: Handle, exitcode: int | None) -> bool:
     """Tell whether somebody killed a worker who is neither the pool nor the kernel."""
-    ours = handle.killed_for is not None or handle.process.starved
+    ours = handle.process.killed or handle.process.starved
     return not ours and signal_name(exitcode) in ("SIGKILL", "SIGTERM")
 
 
 def _start_error(
     slot: int, exitcode: int | None, cause: BaseException | None, handle: Handle | None
 ) -> WorkerStartError:
+    ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
     if cause is not None:
         what = f"did not start: {type(cause).__name__}: {cause}"
     elif handle is not None and handle.ready_ns:
-        what = f"ended {describe_exit(exitcode)} as soon as it was ready"
+        what = f"ended {ended} as soon as it was ready"
     elif handle is not None and handle.tainted:
         what = f"did not start: {handle.tainted}"
     else:
         what = (
-            f"ended {describe_exit(exitcode)} before it could say anything; its standard error "
+            f"ended {ended} before it could say anything; its standard error "
             f"tells why; if your main script opens the pool without an "
             f"`if __name__ == '__main__':` guard, add one"
         )

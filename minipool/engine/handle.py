@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import os
 import pickle
 import signal
@@ -23,9 +24,10 @@ from ..errors import (
 )
 from . import blackbox, inquest, wire
 from . import table as t
+from .assignment import Assignment, Setup
 from .blackbox import LAST_WORDS, SHOW
-from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, pair
-from .child import Setup, main
+from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, Unsent, pair
+from .child import main
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 
@@ -36,8 +38,11 @@ if TYPE_CHECKING:
     from .transcript import Transcript
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
+_END = 1.0  # seconds from the signal that kills a process to its end
 _LAST_WORDS = 0.05  # seconds; it takes one in fifty, unless the worker is stopped
 _FAULTS = {PeerGone: "died", TimedOut: "too late", Garbled: "garbled its reply"}
+_LONGEST_NAME = 100  # characters of a pool's name in that of a process
+_MOST_TOLD, _MOST_TOLD_BYTES = 200, 16 * 1024  # of ended sessions, in one probe
 _IN_SERVICE = (WorkerState.IDLE, WorkerState.PROBING)
 
 PROBE_ID = -1  # what a probe carries in place of a call's id
@@ -48,14 +53,14 @@ class Handle:
     """One worker process, as the parent sees it."""
 
     __slots__ = (  # more attributes than CPython keeps quick in a dict
-        "__weakref__", "_dumps", "_exchange", "_limit", "_loads", "_noted_id", "_portable",
-        "_telling", "_theirs", "abandoned", "box", "calls_before", "calls_sent", "channel",
-        "condemned", "conn", "death", "ended_ns", "expires_ns", "failed", "generation",
-        "idle_since_ns", "in_call", "killed_for", "last_begun_id", "leak_warned", "lease",
-        "lost_since_ns", "origin", "permit", "pid", "probe_failures", "probed_ns", "process",
-        "ready_ns", "reserve", "revoked", "row", "serving_ns", "session", "session_ended_ns",
-        "sessions", "sessions_over", "since_ns", "slot", "spawned_ns", "start_error", "state",
-        "sweeps_lost", "tainted", "terminated", "thread", "transcript", "worn",
+        "__weakref__", "_assignment", "_dumps", "_exchange", "_limit", "_loads", "_noted_id",
+        "_portable", "_repeating", "_telling", "_theirs", "abandoned", "box", "calls_before",
+        "calls_sent", "channel", "condemned", "conn", "death", "ended_ns", "expires_ns",
+        "explaining", "failed", "generation", "idle_since_ns", "in_call", "killed_for",
+        "last_begun_id", "leak_warned", "lease", "origin", "permit", "pid", "probe_failures",
+        "probed_ns", "process", "ready_ns", "reserve", "revoked", "row", "serving_ns", "session",
+        "session_ended_ns", "sessions", "sessions_over", "since_ns", "slot", "spawned_ns",
+        "start_error", "state", "tainted", "terminated", "thread", "transcript", "worn",
     )  # fmt: skip
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -79,13 +84,12 @@ class Handle:
         self.lease: weakref.ref[Any] | None = None
         self.probe_failures = 0
         self.probed_ns = 0
-        self.sweeps_lost = 0
-        self.lost_since_ns = 0  # `idle_since_ns` when it was found lost
-        self.leak_warned = False
+        self.leak_warned = 0  # the number of the lease that was reported as leaked
         self.terminated = False  # has been sent SIGTERM
         self.condemned = False  # its end is wanted, however it comes
         self.abandoned = False  # this process is a fork of the owner
         self.start_error: BaseException | None = None  # what its constructor raised
+        self.explaining = False  # that is being found out
         self.permit: Permit | None = None  # the breaker's leave to start it; None: no breaker
         self.spawned_ns = self.since_ns
         self.last_begun_id: int | None = None  # known once the process has ended
@@ -102,6 +106,8 @@ class Handle:
         self.calls_sent = 0
         self._dumps, self._loads = wire.functions_of(codec)
         self._telling: list[tuple[str, int]] = []  # what the probe under way tells
+        self._assignment: tuple[bytes, ...] = ()  # what is sent once it is started
+        self._repeating = False  # the call under way is sent a second time, with all of the state
         self.box: blackbox.BlackBox | None = None
         self.death: inquest.Death | None = None  # once the caller whose call failed knows of it
         self.process: Any = None
@@ -112,19 +118,25 @@ class Handle:
 
     # -- start and end (manager) -------------------------------------------------------------
 
-    def prepare(self, context: Any, setup: Setup) -> None:
+    def prepare(self, context: Any, setup: Setup, assignment: Assignment) -> None:
         """Make everything that the process will need.
+
+        A forked worker inherits its assignment, which need not even be picklable then.
 
         Raises:
             OSError: there is no room for one more pipe; nothing is left.
         """
+        forks = context.get_start_method() == "fork"
+        if not forks:
+            self._assignment = assignment.parts(setup.voice.levels if setup.voice else {})
         self._theirs = [] if setup.voice is None else [setup.voice]
         self.conn, theirs = pair(context, setup.portable)
         self._theirs.append(theirs)
         # Nobody writes these words now: the last worker is dead, and this one is not there yet.
         self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
-        name = f"minipool-{setup.pool}-{self.slot}"
-        self.process = WorkerProcess(context, name, main, (theirs, setup), setup.kill_group)
+        name = f"minipool-{assignment.pool[:_LONGEST_NAME]}-{self.slot}"
+        args = (theirs, setup, assignment if forks else None)
+        self.process = WorkerProcess(context, name, main, args, setup.kill_group)
         self._portable, self._limit = setup.portable, setup.max_message
         self.box = blackbox.make()
         setup.box = None if self.box is None else self.box.theirs
@@ -149,7 +161,10 @@ class Handle:
                 lent.close()
 
     def started(self) -> None:
-        """Note that it was started. It is booting now; its ready frame comes by itself."""
+        """Note that it was started, and send its assignment as far as the pipe takes it.
+
+        It is booting now; its ready frame comes by itself.
+        """
         self.pid = self.process.pid
         row = self.row
         row[t.GENERATION], row[t.PID], row[t.LEASED_SINCE_NS] = self.generation, self.pid or 0, 0
@@ -157,11 +172,20 @@ class Handle:
         if self._portable:
             from .portable import PortableEnd
 
-            self.channel = PortableEnd(self.conn, self.process.sentinel, self._limit)
+            self.channel = PortableEnd(self.conn, self.process.death_fd, self._limit)
             self.channel.on_words = self._note
         else:
             self.channel = FastEnd(self.conn, self.process.death_fd, self._limit)
         self._exchange = self.channel.exchange
+        parts, self._assignment = self._assignment, ()
+        if not parts:
+            return
+        try:
+            self.channel.post(0, wire.ASSIGN, *parts)
+        except PeerGone:
+            pass  # its end is about to be seen
+        except RuntimeError:  # out of threads
+            self.kill()
 
     def kill(self, signum: int = signal.SIGKILL) -> bool:
         """Send a signal, if the process is still there. Never hits another: no stored pid."""
@@ -281,6 +305,10 @@ class Handle:
             raise self._failed(problem, name, timeout, start) from None
         except TooLong as problem:
             raise self._too_long(problem, name) from None
+        except Unreceived as problem:
+            raise self._unreceived(problem, name) from None
+        except Unsent:
+            raise self._unsent(name) from None
         self.in_call = False
         took = _monotonic_ns() - start
         if status == wire.NOT_HERE and session is not None:
@@ -326,10 +354,16 @@ class Handle:
         took_ns: int,
     ) -> Any:
         """Make a call again, with its session's state; without it, nothing has run."""
+        if self._repeating:
+            raise self._nonsense(ValueError("it lacks the state that came along"), name)
         session.missing()
-        self.calls_before += 1  # that was no call: the next one is as much the lease's first
+        self.calls_sent -= 1  # that was no call: what is sent now is still the same
         left = None if timeout is None else max(0.0, timeout - took_ns / 1e9)
-        return self.request(kind & ~wire.FLAGS, name, args, kwargs, left)
+        self._repeating = True
+        try:
+            return self.request(kind & ~wire.FLAGS, name, args, kwargs, left)
+        finally:
+            self._repeating = False
 
     def _unpicklable(
         self, problem: Exception, kind: int, name: bytes, args: tuple[Any, ...], kwargs: Any
@@ -341,9 +375,29 @@ class Handle:
 
     def _too_long(self, problem: TooLong, name: bytes) -> CallMismatch:
         self.calls_sent, self.in_call = self.calls_sent - 1, False
+        state = "" if self.session is None else self.session.not_sent(self)
         return CallMismatch(
-            f"the call to {name.decode(errors='replace')!r} takes {problem} bytes, more than "
-            f"`max_message`; nothing was sent; pass less, or raise it"
+            f"the call to {name.decode(errors='replace')!r} takes {problem} bytes{state}, more "
+            f"than `max_message`; nothing was sent; pass less, or raise it"
+        )
+
+    def _unsent(self, name: bytes) -> MemoryError:
+        """Return the error for a request that this process has no memory for."""
+        self.calls_sent, self.in_call = self.calls_sent - 1, False
+        return MemoryError(
+            f"this process has no room for the call to {name.decode(errors='replace')!r}; nothing "
+            f"was sent; pass less"
+        )
+
+    def _unreceived(self, problem: Unreceived, name: bytes) -> MemoryError:
+        """Return the error for a result that this process has no memory for."""
+        self.in_call = False
+        if self.session is not None:
+            self.session.missing()  # what the worker has committed is not committed here
+        return MemoryError(
+            f"this process has no room for the {problem.size} bytes of what "
+            f"{name.decode(errors='replace')!r} returned; the call has run, and committed nothing; "
+            f"its worker is well; return less"
         )
 
     def _nonsense(self, problem: Exception, name: bytes) -> WorkerError:
@@ -381,28 +435,46 @@ class Handle:
                 f"from; open a pool of your own here",
                 owner_pid=os.getppid(),
             )
-        target, started = name.decode(errors="replace"), self.has_begun
-        self.failed = True
-        self.hang_up_for_good()
+        target = name.decode(errors="replace")
         self.tainted = self.tainted or f"{_FAULTS[type(problem)]} during {target!r}"
         if isinstance(problem, PeerGone):
             self.process.exitcode(_DYING)  # dying by itself: do not spoil its exit code
-            error: WorkerError = inquest.obituary(self, target, started)
+            if not self.process.has_ended():
+                self.killed_for = self.killed_for or "its pipe ended, but not its process"
         elif isinstance(problem, TimedOut):
             self._hear_last_words()
-            self.kill()
-            error = inquest.verdict(self, target, started, timeout)
-        else:
-            error = ProtocolError(
-                f"worker {self.slot} (pid {self.pid}) answered {target!r} with something that is "
-                f"no reply ({problem}); it was killed; does the call write to descriptors that "
-                f"are not its own?",
-                worker_id=self.slot,
-                pid=self.pid,
-            )
         self.kill()
+        error = self._fault(problem, target, timeout)
+        self.failed = True
+        self.hang_up_for_good()
         error.sent_ns = start
         return error
+
+    def _fault(self, problem: Exception, target: str, timeout: float | None) -> WorkerError:
+        """Return the error that tells of a broken exchange, whose worker was killed."""
+        self.process.exitcode(_END)
+        if isinstance(problem, PeerGone):
+            return inquest.obituary(self, target, self._had_begun())
+        if isinstance(problem, TimedOut):
+            return inquest.verdict(self, target, self._had_begun(), timeout)
+        return ProtocolError(
+            f"worker {self.slot} (pid {self.pid}) answered {target!r} with something that is "
+            f"no reply ({problem}); it was killed; does the call write to descriptors that "
+            f"are not its own?",
+            worker_id=self.slot,
+            pid=self.pid,
+        )
+
+    def _had_begun(self) -> bool:
+        """Tell whether the last call had begun, once its worker can begin nothing any more.
+
+        A worker that is being killed runs on until its end. If that does not come in time, nobody
+        knows, and the call counts as begun.
+        """
+        if self.has_begun or not self.process.has_ended():
+            return True
+        self.channel.hear_out()
+        return self.has_begun
 
     @property
     def has_begun(self) -> bool:
@@ -411,6 +483,11 @@ class Handle:
         if self.last_begun_id is not None:  # asked second: the row may be another worker's by now
             begun_id = max(self.last_begun_id, self._noted_id)
         return begun_id >= self.calls_sent
+
+    @property
+    def unheard(self) -> bool:
+        """Whether its caller may yet hear more of it: where it cannot write the table itself."""
+        return bool(self._portable and self.in_call and not self.failed)
 
     def _hear_last_words(self) -> None:
         """Have the worker tell where it is, of which it dies, and give it a moment for it."""
@@ -439,9 +516,20 @@ class Handle:
             PeerGone: it is dead.
         """
         self.in_call = self.failed = True  # no caller waits
-        self._telling = [self.sessions_over[i] for i in range(min(1000, len(self.sessions_over)))]
+        self._telling = self._next_to_tell()
         body = pickle.dumps(self._telling) if self._telling else b""
-        self.channel.send(PROBE_ID, wire.PROBE, body)
+        self.channel.post(PROBE_ID, wire.PROBE, body)
+
+    def _next_to_tell(self) -> list[tuple[str, int]]:
+        """Return which ended sessions one probe tells of: at least one, of about 16 KiB."""
+        telling: list[tuple[str, int]] = []
+        room = _MOST_TOLD_BYTES
+        for over in itertools.islice(tuple(self.sessions_over), _MOST_TOLD):
+            room -= len(over[0])
+            if telling and room < 0:
+                break
+            telling.append(over)
+        return telling
 
     def probed(self) -> None:
         """Hear that the probe was answered, and with it what it told."""
@@ -453,7 +541,7 @@ class Handle:
     def send_stop(self, sessions_end: bool) -> None:
         """Ask the worker to close its object and end. A dead one is stopped enough."""
         with contextlib.suppress(PeerGone):
-            self.channel.send(0, wire.STOP, b"\1" if sessions_end else b"")
+            self.channel.post(0, wire.STOP, b"\1" if sessions_end else b"")
 
     def receive(self) -> tuple[int, int, bytes | memoryview] | None:
         """Return call id, status and body of the frame that is there, or None. Never waits.

@@ -18,6 +18,13 @@ QUIET_NS = 10 * SECOND_NS  # a look is due at last, whatever the reasons to skip
 KILL_AFTER = 1.0  # seconds between SIGTERM and SIGKILL for a worker that will not stop
 
 
+class Tenure(NamedTuple):
+    """One ownership of a slot. What was decided about it is not done to the next one."""
+
+    lease: int  # the number of the slot's last lease
+    since_ns: int  # when that began; once it is over, when the slot was offered
+
+
 class Row(NamedTuple):
     """What `plan` knows of one worker. Times are monotonic nanoseconds."""
 
@@ -29,10 +36,10 @@ class Row(NamedTuple):
     leased_since_ns: Optional[int] = None  # there is a live lease, and since when
     probed_ns: int = 0
     probe_failures: int = 0
-    sweeps_lost: int = 0  # how many looks in a row found it neither idle nor leased
+    tenure: Tenure = Tenure(0, 0)
+    lost: bool = False  # neither idle nor leased, nor on its way to somebody, for two sweeps
     leak_warned: bool = False
     terminated: bool = False  # has been sent SIGTERM
-    reserve: bool = False  # out of service
     worn: bool = False  # known to be so
     expires_ns: int = 0  # when it reaches its max_lifetime; 0: never
     rss_bytes: int = 0
@@ -81,10 +88,10 @@ def limits_of(config: "PoolConfig") -> Limits:
 class Action:
     """What to do about one worker. Two are equal when they are of one kind and say the same."""
 
-    def __init__(self, slot: int, reason: str = "", shrink: bool = False) -> None:
+    def __init__(self, slot: int, reason: str = "", tenure: Optional[Tenure] = None) -> None:
         self.slot = slot
         self.reason = reason
-        self.shrink = shrink
+        self.tenure = tenure  # the only one it is about, where it is about one
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.__dict__ == self.__dict__
@@ -93,8 +100,7 @@ class Action:
         return hash((type(self), self.slot, self.reason))
 
     def __repr__(self) -> str:
-        shrink = ", shrink=True" if self.shrink else ""
-        return f"{type(self).__name__}({self.slot}, {self.reason!r}{shrink})"
+        return f"{type(self).__name__}({self.slot}, {self.reason!r})"
 
 
 class Probe(Action):
@@ -117,44 +123,26 @@ class Terminate(Action):
     """Send SIGTERM to a worker that was asked to stop and did not."""
 
 
-class Retire(Action):
-    """Ask an idle worker to stop; no other is started for it.
-
-    With `shrink` it was one of the target, which sinks by one.
-    """
-
-
 class Revoke(Action):
-    """Take the worker away from its lease."""
+    """Take the worker away from the lease that was looked at."""
 
 
 class WarnLeak(Action):
-    """Log the lease with the stack that took it."""
+    """Log the lease that was looked at, with the stack that took it."""
 
 
 class Lost(Action):
-    """Neither idle nor leased at this look. At the second look running it is revoked."""
+    """Neither idle nor leased at this look. It is revoked once nobody can be holding it."""
 
 
-def plan(
-    rows: Sequence[Row],
-    now: int,
-    limits: Limits,
-    target: int,
-    floor: int,
-    last_shrink_ns: int = 0,
-) -> list[Action]:
-    """Return what to do about each worker, in the order of the rows.
-
-    `target` is how many workers are wanted now, `floor` how few `max_idle` may leave.
-    """
+def plan(rows: Sequence[Row], now: int, limits: Limits) -> list[Action]:
+    """Return what to do about each worker, in the order of the rows."""
     actions: list[Action] = []
     for row in rows:
         action = _plan_row(row, now, limits) or _plan_wear(row, now, limits)
         if action is not None:
             actions.append(action)
     actions += _plan_probes(rows, now, limits)
-    actions += _plan_shrinking(rows, now, limits, target, floor, last_shrink_ns)
     return actions
 
 
@@ -225,16 +213,16 @@ def _failed_probe(row: Row, limits: Limits) -> Action:
 
 def _plan_lease(row: Row, now: int, limits: Limits) -> Optional[Action]:
     if row.leased_since_ns is None:
-        if row.sweeps_lost >= 1:
-            return Revoke(row.slot, "neither idle nor leased: its lease was lost")
-        return Lost(row.slot)
+        if row.lost:
+            reason = "neither idle nor leased: its lease was lost"
+            return Revoke(row.slot, reason, tenure=row.tenure)
+        return Lost(row.slot, tenure=row.tenure)
     held = now - row.leased_since_ns
     if limits.lease_ns is not None and held > limits.lease_ns:
-        return Revoke(
-            row.slot, f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s"
-        )
+        reason = f"held for more than lease_timeout={limits.lease_ns / SECOND_NS:g} s"
+        return Revoke(row.slot, reason, tenure=row.tenure)
     if limits.leak_ns is not None and held > limits.leak_ns and not row.leak_warned:
-        return WarnLeak(row.slot)
+        return WarnLeak(row.slot, tenure=row.tenure)
     return None
 
 
@@ -276,24 +264,3 @@ def _probe_after(row: Row, limits: Limits) -> int:
     if row.probe_failures:
         return min(limits.probe_every_ns, limits.probe_timeout_ns)
     return limits.probe_every_ns
-
-
-def _plan_shrinking(
-    rows: Sequence[Row], now: int, limits: Limits, target: int, floor: int, last_shrink_ns: int
-) -> list[Action]:
-    ends = (S.STOPPING, S.LOST)
-    live = [row for row in rows if row.state not in ends and not row.reserve]
-    idle = sorted(
-        (row for row in live if row.state is S.IDLE and row.idle), key=lambda row: row.since_ns
-    )
-    surplus = len(live) - target
-    if surplus > 0:
-        over = [row for row in idle if now - row.since_ns > limits.overflow_idle_ns]
-        return [Retire(row.slot, "overflow no longer needed") for row in over[:surplus]]
-    if limits.max_idle_ns is None or target <= floor or not idle:
-        return []
-    if any(row.state is S.STARTING for row in live):
-        return []  # it was wanted a moment ago
-    if now - idle[0].since_ns > limits.max_idle_ns and now - last_shrink_ns > limits.max_idle_ns:
-        return [Retire(idle[0].slot, "idle for max_idle", shrink=True)]
-    return []

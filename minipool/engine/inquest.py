@@ -22,7 +22,7 @@ class Death(NamedTuple):
     generation: int
     pid: Optional[int]
     time: float  #: seconds since the epoch
-    exitcode: Optional[int]  #: negative: minus the signal; None: not known
+    exitcode: Optional[int]  #: negative: minus the signal; None: not known, `reason` says why
     signal: Optional[str]  #: its name
     out_of_memory: bool  #: killed by the kernel's out-of-memory killer, by the kernel's counters
     reason: str  #: why minipool killed it; else how it ended
@@ -43,7 +43,7 @@ def hold(handle: Any, started: Optional[bool] = None) -> Death:
     if started is None and handle.death is not None:
         started = handle.death.started
     elif started is None:
-        started = call is not None and handle.has_begun
+        started = call is not None and (handle.has_begun or handle.unheard)
     code, ended_ns = handle.process.exitcode(0), handle.ended_ns or time.monotonic_ns()
     age = (ended_ns - _word(words, t.CALL_STARTED_NS)) / 1e9
     return Death(
@@ -57,7 +57,7 @@ def hold(handle: Any, started: Optional[bool] = None) -> Death:
         reason=reason_of(handle),
         call=call,
         started=started,
-        call_age=age if started else None,
+        call_age=age if started and handle.has_begun else None,  # it may only count as begun
         calls=_word(words, t.CALL_ID),
         uptime=(ended_ns - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0,
         rss_bytes=_word(words, t.RSS_BYTES),
@@ -81,12 +81,30 @@ def _word(words: list[int], word: int) -> int:
 
 def reason_of(handle: Any) -> str:
     """Return why a worker was killed by minipool, or how it ended by itself."""
-    return (handle.process.killed and handle.tainted) or describe(handle.process)
+    ours = handle.process.killed and (handle.killed_for or handle.tainted)
+    return ours or describe(handle.process)
+
+
+def ending_of(handle: Any) -> str:
+    """Say in words how a worker ended, and in the midst of what or by which order of the pool."""
+    how = describe(handle.process)
+    if handle.process.killed:
+        return f"{how} ({handle.killed_for or handle.tainted})"
+    call = _running_call(handle)
+    return f"{how} between calls" if call is None else f"{how} during {call!r}"
+
+
+def _running_call(handle: Any) -> Optional[str]:
+    """Return the target of the call that the worker was running, by what it said itself."""
+    name = handle.in_call
+    if isinstance(name, bytes) and (t.running(handle.row) or handle.unheard):
+        return name.decode(errors="replace")
+    return None
 
 
 def describe(process: Any) -> str:
     """Say in words how a process ended."""
-    how = describe_exit(process.exitcode(0))
+    how = describe_exit(process.exitcode(0), process.unknown)
     return f"{how}, killed by the kernel's out-of-memory killer" if process.starved else how
 
 
@@ -95,7 +113,8 @@ def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
     handle.death = death = hold(handle, started)
     begun = "the call had begun" if started else "the call had not begun"
     advice = "retry only if it may run twice" if started else "it may be made again"
-    why = "" if handle.killed_for is None else f" (the pool killed it: {handle.killed_for})"
+    ours = handle.process.killed and handle.killed_for
+    why = f" (the pool killed it: {ours})" if ours else ""
     error = WorkerDied(
         f"worker {handle.slot} (pid {handle.pid}) died {describe(handle.process)}{why} during "
         f"{target!r}; {begun}: {advice}, on a new lease",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .baggage import Baggage
+from .channel import Unsent
 from .handle import Handle
 
 
@@ -43,4 +44,8 @@ class _LadenExchange:
     def __call__(
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
     ) -> Any:
-        return self._exchange(call_id, kind, name, self.packed + body, timeout, start)
+        try:
+            body = self.packed + body
+        except MemoryError:
+            raise Unsent from None
+        return self._exchange(call_id, kind, name, body, timeout, start)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
 from . import wire
-from .child import Setup
+from .assignment import Assignment, Setup
+from .child import main
 from .lifeline import Lifeline
 
 if TYPE_CHECKING:
@@ -42,14 +43,21 @@ class Launcher:
         _check_worker(worker, args, kwargs)
         self.worker = worker
         spec = (worker, tuple(args), dict(kwargs or {}))
-        self._spec: Any = spec if self.method == "fork" else _pickled(spec, worker)
+        packed: Any = spec if self.method == "fork" else _pickled(spec, worker)
         self.baggage: Baggage | None = None
         if config.context:
             from .baggage import baggage_of  # by those who use it, as below
 
             self.baggage = baggage_of(config.context, self.method == "fork")
-        self._warm_up = _packed_warm_up(worker, config, self.method == "fork")
-        self._codec = None if config.codec is None else _packed_codec(config.codec)
+        self.assignment = Assignment(
+            packed,
+            pool=config.name,
+            codec=None if config.codec is None else _packed_codec(config.codec),
+            warm_up=_packed_warm_up(worker, config, self.method == "fork"),
+            env=dict(config.worker_env or {}),
+            limits=config.limits,
+            baggage=self.baggage,
+        )
         self.context: Any = None
         self.lifeline: Lifeline | None = None
 
@@ -80,25 +88,18 @@ class Launcher:
             self.lifeline.close()
 
     def setup(self, slot: int, generation: int, table_fd: int | None) -> Setup:
-        """Return what one worker is told."""
+        """Return what the process of one worker is told."""
         fd = None if self.portable else table_fd
         lifeline = self.lifeline.read_fd if self.lifeline else None
         return Setup(
-            spec=self._spec,
             table=None if fd is None else wire.Descriptor(fd),  # which any start method can pass
             lifeline=None if lifeline is None else wire.Descriptor(lifeline),
-            pool=self.config.name,
             slot=slot,
             generation=generation,
-            codec=self._codec,
-            warm_up=self._warm_up,
             niceness=self.config.niceness,
             kill_group=self.config.kill_group,
             max_message=self.config.max_message,
-            limits=self.config.limits,
-            env=dict(self.config.worker_env or {}),
             portable=self.portable,
-            baggage=self.baggage,
             voice=None,
         )
 
@@ -288,5 +289,5 @@ def _forget_strange_server(server: Any) -> None:
 
 def main_name() -> str:
     """Return the name of the module that workers run, wherever this package was copied to."""
-    target: Callable[..., Any] = Setup
+    target: Callable[..., Any] = main
     return target.__module__

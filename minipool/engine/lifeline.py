@@ -18,6 +18,7 @@ import contextlib
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from . import wire
 
@@ -65,7 +66,7 @@ def lead_a_group() -> bool:
     return os.getpgrp() == os.getpid()
 
 
-def end_all(group: bool) -> None:
+def end_all(group: bool) -> NoReturn:
     """End this process, with its group: nobody is there to do so."""
     if group:
         os.killpg(os.getpid(), signal.SIGKILL)

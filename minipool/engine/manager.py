@@ -18,16 +18,17 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..breaker import CLOSED, CircuitBreaker
-from ..errors import PoolStartError
-from ..telemetry import Hooks, logger
+from ..telemetry import Hooks, log_through, logger
 from . import health
 from . import table as t
 from .bell import Bell, ready
-from .care import Care
+from .care import Care, tenure_of
 from .fleet import Fleet, retry_in
 from .handle import Handle
 from .launch import Launcher
+from .logrelay import LogRelay
 from .oom import OOM_KILLS
+from .passage import Suspects
 from .resources import resident_bytes
 from .staff import Staff
 from .states import WorkerState as S
@@ -36,9 +37,39 @@ from .turnstile import Turnstile, Waiter
 if TYPE_CHECKING:
     from ..config import PoolConfig
 
+_AT_REST = (S.IDLE, S.SPARE)
 _TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it for silent
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
+_KEEPERS_GRACE = 2.5  # seconds that what waits for the outside may take to end, after the workers
+_LOG_PATIENCE = 0.9  # seconds that log handlers have at the end; `close` waits a little longer
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
+
+
+class Keeper:
+    """What waits for the outside in a thread of its own, so that the manager need not.
+
+    It ends with the pool: it is told to when the last worker is gone, and rings the bell then.
+    """
+
+    ended = False
+    lets_go = True  # at its end it closes what it looks after
+
+    def start(self) -> None:
+        """Start the thread."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Have the thread end, soon. Waits for nothing."""
+        raise NotImplementedError
+
+    def join(self, timeout: float) -> None:
+        """Wait for the thread itself to end."""
+        raise NotImplementedError
+
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is this one (a listener runs in it)."""
+        raise NotImplementedError
 
 
 class Crowded(Exception):
@@ -48,21 +79,31 @@ class Crowded(Exception):
 class Manager:
     """The thread, and what others ask of it: to do an order, to be waited for, to close."""
 
-    def __init__(self, launcher: Launcher, config: PoolConfig, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        config: PoolConfig,
+        hooks: Hooks,
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
         self.config = config
         self.hooks = hooks
         self.bell = Bell()
-        self.turnstile = Turnstile(config.strategy, self._queued, self.refused)
-        self.fleet = Fleet(launcher, config, hooks)
-        self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused)
+        self.turnstile = Turnstile(config.strategy, self._queued, self.refused, swept=True)
+        self.fleet = Fleet(launcher, config, hooks, breaker=breaker)
+        self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused, self.order)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)
         if self.fleet.breaker is not None:
             self.fleet.breaker.listeners.append(self._circuit_changed)
         self.sweepers: list[weakref.WeakMethod[Callable[[], None]]] = []  # called once a tick
-        #: Closed with the pool; weakly, because what waits there may know the pool.
+        #: Swept and closed with the pool; weakly, because what waits there may know the pool.
         self.lines: list[weakref.ref[Turnstile]] = []
         self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
+        self.keepers: list[Keeper] = []
+        self._keepers_by: float | None = None  # monotonic; None: they were not told to end yet
         self.done = False  # everything has ended
+        self.failure: BaseException | None = None  # why it was given up: no worker could be started
+        self.for_good = True  # its end is the pool's; False: the pool may be opened again
         self.at_end: Callable[[], object] = bool  # called once, when it has
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
@@ -73,11 +114,14 @@ class Manager:
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
+        self._suspects = Suspects()  # workers that nobody seems to have
         self._last_look = 0.0
         self._acted = True  # the last look found something to do
         # Looks are skipped until then, in monotonic ns, while `_seen` is the same.
         self._quiet_until, self._quiet_seen = 0, (0, 0)
-        self._seat: object = None
+        #: Who was in the matcher's seat of each turnstile at the last sweep.
+        self._seats: weakref.WeakKeyDictionary[Turnstile, object] = weakref.WeakKeyDictionary()
+        self._relay = LogRelay(config.name or "")
         self._thread = threading.Thread(
             target=self._run, name=f"minipool-{config.name}", daemon=True
         )
@@ -86,13 +130,25 @@ class Manager:
     # -- asked by others (any thread) --------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread, which starts the workers."""
-        self._thread.start()
+        """Start the thread, which starts the workers.
+
+        Raises:
+            RuntimeError: there can be no more threads; nothing was started.
+        """
+        try:
+            for keeper in self.keepers:
+                keeper.start()
+            self._thread.start()
+        except BaseException:
+            for keeper in self.keepers:
+                keeper.end()
+            raise
 
     @property
     def here(self) -> bool:
-        """Whether the calling thread is the manager's own (a hook runs in it)."""
-        return threading.current_thread() is self._thread
+        """Whether the calling thread is one of the pool's own, which must not wait (for a hook)."""
+        here = threading.current_thread() is self._thread
+        return here or any(keeper.here for keeper in self.keepers)
 
     @property
     def closing(self) -> bool:
@@ -108,7 +164,7 @@ class Manager:
             line = list(self.turnstile.waiters)  # in the order in which they joined it
             if waiter.ticket in line[self.config.max_waiting :]:
                 raise Crowded
-        if self.staff.may_grow:
+        if self.staff.may_grow and waiter.wants is None:  # else no new worker could serve it
             self.bell.ring()
 
     def wish(self) -> None:
@@ -154,7 +210,7 @@ class Manager:
 
     def wait_done(self, timeout: float) -> bool:
         """Wait until everything has ended. Not in a log handler, for which the end would wait."""
-        if self.fleet.scribe is not None and self.fleet.scribe.here:
+        if self._relay.here or (self.fleet.scribe is not None and self.fleet.scribe.here):
             return self.done
         return self.wait_for(lambda: self.done, timeout)
 
@@ -170,9 +226,12 @@ class Manager:
         self.bell.ring()
 
     def join(self, timeout: float) -> None:
-        """Wait for the thread itself to end."""
+        """Wait for the thread itself to end, and for the others that have done all they had to."""
         if not self.here and self._thread.ident is not None:
             self._thread.join(timeout)
+            for keeper in self.keepers:
+                if keeper.ended:
+                    keeper.join(timeout)
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner. Takes no lock."""
@@ -187,6 +246,7 @@ class Manager:
 
     def _run(self) -> None:
         _leave_signals_to_others()
+        log_through(self._relay.put)
         OOM_KILLS.begin()
         self.bell.ring()  # there are workers to start
         while not self.done:
@@ -198,17 +258,22 @@ class Manager:
                 ready([self.bell.reader], self.config.tick)  # not at full speed
         with self._changed:
             self._changed.notify_all()
+        self._relay.close(_LOG_PATIENCE)
 
     def _wait(self) -> set[Any]:
         sources: list[Any] = [self.bell.reader]
         for handle in self.fleet.handles.values():
+            if handle.explaining:
+                continue  # an order comes when that is over
             if handle.ended_ns:  # only its exit code is missing
                 sources.append(handle.process.sentinel)
                 continue
             sources.append(handle.process.death_fd)
             if handle.state in (S.STARTING, S.PROBING):
                 sources.append(handle.channel.fd)
-        return ready(sources, self._patience())
+        handles = self.fleet.handles.values()
+        full = [handle.channel.out for handle in handles if handle.channel.unsent]
+        return ready(sources, self._patience(), full)
 
     def _patience(self) -> float:
         """Return how long the manager may wait if nothing happens."""
@@ -219,8 +284,7 @@ class Manager:
             return min(self._tick_at_rest(), (self._quiet_until - now_ns) / 1e9) + 0.001
         dues = [self.config.tick, self.staff.raise_at - now]
         seen = self._seen()  # before the rows: a lease that begins now will be noticed
-        rows = self._rows()
-        due = health.due_in(rows, now_ns, self._limits)
+        due = health.due_in(self._rows(at_rest=False), now_ns, self._limits)
         if due is not None:
             dues.append(due / 1e9)
         backoff = retry_in(self.fleet, now)
@@ -230,10 +294,10 @@ class Manager:
             dues.append(self._close_by - now)
             dues.append(self._close_by + _LAST_GRACE - now)
         busy = self._acted or backoff or self.closing or self.staff.raise_at > now
-        if not busy and len(self.fleet.live()) >= self.staff.target:
+        if not busy and len(self.fleet.staying()) >= self.staff.target:
             self._quiet_seen = seen
             self._quiet_until = health.quiet_until(
-                rows, now_ns, self._limits, self.staff.last_shrink_ns
+                self._rows(), now_ns, self._limits, self.staff.last_shrink_ns
             )
         positive = [due for due in dues if due > 0]
         return min(positive) + 0.001 if positive else self.config.tick
@@ -266,17 +330,20 @@ class Manager:
         if self.bell.reader in heard:
             self.bell.silence()
         for handle in tuple(self.fleet.handles.values()):
+            if handle.channel.unsent and handle.channel.out in heard:
+                self.care.send_rest(handle)
             if handle.state in (S.STARTING, S.PROBING) and handle.channel.fd in heard:
                 self.care.hear(handle)
             if handle.ended_ns or handle.process.death_fd in heard:
                 self.care.ended(handle)
-        while self._orders:
+        whole = not heard or bool(self._orders or self._refused) or self.closing
+        for _ in range(len(self._orders)):  # not what they order in turn: that is for later
             self._orders.popleft()()
         while self._refused:
             self.care.take_back(self._refused.popleft())
-        self._look()
+        self._look(whole or self.bell.reader in heard)
         if self._close_by is None:
-            self.staff.reconcile()
+            self._acted = self.staff.reconcile() or self._acted
             if self.turnstile.waiters and self.fleet.hopeless:
                 self.turnstile.dismiss(None)
         else:
@@ -290,46 +357,53 @@ class Manager:
 
     # -- looking and acting ------------------------------------------------------------------
 
-    def _rows(self, sweep: bool = False) -> list[health.Row]:
+    def _rows(self, sweep: bool = False, at_rest: bool = True) -> list[health.Row]:
+        """Return the rows of all workers, or of those only that are on their way to a state."""
         idle = self.turnstile.idle
         handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
+        if not at_rest:
+            handles = [one for one in handles if one.state not in _AT_REST or one.expires_ns]
         weigh = self.config.kill_rss is not None
-        return [_row(handle, handle.slot in idle, sweep, weigh) for handle in handles]
+        lost = self._lost if sweep else lambda handle: False
+        return [_row(handle, handle.slot in idle, lost, weigh) for handle in handles]
 
-    def _look(self) -> None:
-        """Make the plan and carry it out.
+    def _lost(self, handle: Handle) -> bool:
+        """Tell whether a worker that is neither idle nor leased is nobody's."""
+        lost = self._suspects.lost(handle.slot, self._mark(handle))
+        return lost and self.turnstile.receiver(handle.slot) is None
 
-        Losses are counted, and acted on, by sweeps only: looks that are a tick apart. One look
+    def _mark(self, handle: Handle) -> Any:
+        """Return what each lease of a worker changes, and each hand-over."""
+        return tenure_of(handle), self.turnstile.handed.get(handle.slot)
+
+    def _look(self, whole: bool = True) -> None:
+        """Make the plan and carry it out; but for a sweep, maybe for workers in motion only.
+
+        What is due of a worker at rest is due by the clock, and a tick more or less does not
+        matter: a word or the death of one worker is no reason to look at all others.
+
+        Losses are looked for, and acted on, by sweeps only: looks that are a tick apart. One look
         may well find a busy worker on its way from one lease to the next, and a later one on
-        another such way; lost is who has not even been given back in between.
+        another such way. A worker is lost only if it was not returned in between, and if nobody
+        can be holding it: see `passage`.
         """
         now, now_ns = time.monotonic(), time.monotonic_ns()
         sweep = now - self._last_look >= self.config.tick
-        actions = health.plan(
-            self._rows(sweep),
-            now_ns,
-            self._limits,
-            self.staff.target,
-            self.staff.floor,
-            self.staff.last_shrink_ns,
-        )
+        rows = self._rows(sweep, at_rest=whole or sweep)
+        actions = health.plan(rows, now_ns, self._limits)
         for action in actions:
-            handle = self.fleet.handles[action.slot]
-            if isinstance(action, health.Lost):
-                if sweep:
-                    handle.sweeps_lost, handle.lost_since_ns = 1, handle.idle_since_ns
-            else:
-                self._act(action, handle)
-        self._acted = bool(actions)
+            if not isinstance(action, health.Lost):
+                self._act(action, self.fleet.handles[action.slot])
+        self._acted = bool(actions) or not (whole or sweep)
         if sweep:
             self._sweep(actions, now_ns)
 
     def _sweep(self, actions: list[health.Action], now_ns: int) -> None:
         self._last_look = now_ns / 1e9
         lost = {action.slot for action in actions if isinstance(action, health.Lost)}
-        for handle in self.fleet.handles.values():
-            if handle.slot not in lost:
-                handle.sweeps_lost = 0
+        handles = [handle for handle in self.fleet.handles.values() if handle.slot in lost]
+        nowhere = [handle for handle in handles if self.turnstile.receiver(handle.slot) is None]
+        self._suspects.end({handle.slot: self._mark(handle) for handle in nowhere})
         self.fleet.forgive(now_ns)
         OOM_KILLS.look()
         for reference in self.sweepers:
@@ -340,7 +414,10 @@ class Manager:
         for handle in tuple(self.fleet.handles.values()):
             if handle.sessions_over:
                 self.care.probe(handle)
-        self._seat = self.turnstile.unseat(self._seat)
+        for turnstile in (self.turnstile, *(line() for line in self.lines)):
+            if turnstile is not None:
+                self._seats[turnstile] = turnstile.sweep(self._seats.get(turnstile))
+            del turnstile
         self._tell()
         if self.hooks["utilization"]:
             live = self.fleet.live()
@@ -373,15 +450,10 @@ class Manager:
         elif isinstance(action, health.Terminate):
             handle.terminated = True
             handle.kill(15)
-        elif isinstance(action, health.Retire):
-            if self.turnstile.claim(handle.slot, handle):
-                self.staff.retired(action.shrink)
-                handle.tainted = action.reason
-                self.care.retire(handle)
         elif isinstance(action, health.Revoke):
-            self.care.revoke(handle, action.reason)
-        elif isinstance(action, health.WarnLeak):
-            self.care.warn_leak(handle)
+            self.care.revoke(handle, action.reason, action.tenure)
+        elif isinstance(action, health.WarnLeak) and action.tenure is not None:
+            self.care.warn_leak(handle, action.tenure)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -405,8 +477,21 @@ class Manager:
                 or (handle.state is S.IDLE and now >= self._close_by)
             ):
                 self.care.revoke(handle, "the pool was closed")
-        if not self.fleet.handles:
+        if not self.fleet.handles and self._keepers_ended():
             self._end()
+
+    def _keepers_ended(self) -> bool:
+        """End what waits for the outside; True once it has ended, or has taken too long."""
+        if self._keepers_by is None:
+            self._keepers_by = time.monotonic() + _KEEPERS_GRACE
+            for keeper in self.keepers:
+                keeper.end()
+        if all(keeper.ended for keeper in self.keepers):
+            return True
+        if time.monotonic() < self._keepers_by:
+            return False
+        logger().warning("%s has ended, and its session store has not let go yet", self.config.name)
+        return True
 
     def _end(self) -> None:
         self.closed_ns = time.monotonic_ns()
@@ -418,31 +503,28 @@ class Manager:
             try:
                 close()
             except Exception:
-                logger().exception("%s: the session store did not close", self.config.name)
+                logger().exception("%s: what was to end with it did not", self.config.name)
         self._launcher.close()
         self.bell.close()
         OOM_KILLS.end()
         self.at_end()
         self.done = True
-        uptime = (self.closed_ns - self.opened_ns) / 1e9
-        self.hooks.emit("pool.terminate", {"uptime": uptime})
+        if self.for_good:
+            uptime = (self.closed_ns - self.opened_ns) / 1e9
+            self.hooks.emit("pool.terminate", {"uptime": uptime})
 
-    def start_error(self) -> PoolStartError | None:
-        """Return the error that tells why no worker is there, if starting them has failed."""
-        failure = self.fleet.last_failure
-        if failure is None:
-            return None
-        error = PoolStartError(
-            f"{self.config.name} could not start: {failure}; correct that and open a new pool"
-        )
-        error.__cause__ = failure.__cause__ or failure
-        return error
+    def give_up(self, failure: BaseException, for_good: bool) -> None:
+        """End everything now, because no worker could be started: whoever waits is told why."""
+        self.for_good = for_good or (self.failure is not None and self.for_good)
+        self.failure = failure  # before anybody is woken
+        self.close(0.0, kill=True)
 
 
-def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
-    lease = handle.live_lease
-    same_loss = sweep and handle.lost_since_ns == handle.idle_since_ns
-    since_ns = handle.row[t.LEASED_SINCE_NS] or time.monotonic_ns()  # 0: this moment begun or over
+def _row(handle: Handle, idle: bool, lost: Callable[[Handle], bool], weigh: bool) -> health.Row:
+    tenure = tenure_of(handle)
+    lease = handle.live_lease  # after it: what is found of an older one is acted on by nobody
+    since_ns = tenure.since_ns or time.monotonic_ns()  # 0: this moment begun or over
+    gone = lease is None and not idle and handle.state is S.IDLE
     return health.Row(
         slot=handle.slot,
         generation=handle.generation,
@@ -452,14 +534,14 @@ def _row(handle: Handle, idle: bool, sweep: bool, weigh: bool) -> health.Row:
         leased_since_ns=None if lease is None else since_ns,
         probed_ns=handle.probed_ns,
         probe_failures=handle.probe_failures,
-        sweeps_lost=handle.sweeps_lost if same_loss else 0,
-        leak_warned=handle.leak_warned,
+        tenure=tenure,
+        lost=gone and lost(handle),
+        leak_warned=handle.leak_warned == tenure.lease,
         terminated=handle.terminated,
-        reserve=handle.reserve,
         worn=handle.worn is not None,
         expires_ns=handle.expires_ns,
-        # A busy worker cannot say it itself.
-        rss_bytes=resident_bytes(handle.pid or 0) if weigh else handle.row[t.RSS_BYTES],
+        # A busy worker cannot say it itself; one that /proc hides (hidepid=2) says it later.
+        rss_bytes=(weigh and resident_bytes(handle.pid or 0)) or handle.row[t.RSS_BYTES],
         cpu_ns=handle.row[t.CPU_NS],
     )
 
@@ -488,6 +570,7 @@ def _abandon_all() -> None:
         if not manager.done:
             manager.abandon()
     OOM_KILLS.abandon()
+    log_through(None)  # a worker that is forked comes from the manager's thread
 
 
 if hasattr(os, "register_at_fork"):

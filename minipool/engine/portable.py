@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
 import threading
 import time
@@ -23,10 +24,12 @@ from .channel import (
     Garbled,
     PeerGone,
     TimedOut,
+    Unsent,
     deadline_of,
     long_length,
 )
 
+_FITS = 4096  # bytes; an idle worker's pipe has room for them on every platform
 _FOREVER = 2e6  # seconds; what `connection.wait` can take in milliseconds
 
 
@@ -47,7 +50,10 @@ class PortableEnd(End):
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
     ) -> tuple[int, bytes | memoryview]:
         deadline = deadline_of(timeout, start)
-        payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
+        try:
+            payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
+        except MemoryError:
+            raise Unsent from None
         if len(payload) > SMALL:
             self._check(len(payload))
             self._send_watched(payload, deadline)
@@ -64,11 +70,40 @@ class PortableEnd(End):
                 self._expect_no_more()
                 return status, reply
 
-    def send(self, call_id: int, kind: int, body: bytes = b"") -> None:
-        self._send(wire.REQUEST.pack(0, call_id, kind, 0)[4:] + body)
+    #: Nothing is ever left for the manager to send: what may not fit goes by a thread.
+    unsent: tuple[memoryview, ...] = ()
+    out = -1
+
+    def post(self, call_id: int, kind: int, *parts: bytes) -> None:
+        """As `FastEnd.post`.
+
+        Raises:
+            PeerGone: the worker is dead.
+            RuntimeError: out of threads; nothing was sent.
+        """
+        payload = b"".join((wire.REQUEST.pack(0, call_id, kind, 0)[4:], *parts))
+        if len(payload) > _FITS:
+            self._send_aside(payload)
+        else:
+            self._send(payload)
+
+    def flush(self) -> None:
+        pass
 
     def _piece_now(self) -> bytes | None:
         return self._receive_piece(CHUNK, time.monotonic()) if self._readable() else None
+
+    def hear_out(self) -> None:
+        """Take what a dead worker has said of the call under way: the first frame tells it."""
+        with contextlib.suppress(PeerGone, TimedOut, Garbled, struct.error):
+            while self._missing():
+                piece = self._piece_now()
+                if piece is None:
+                    return
+                self._add(piece)
+            frame = self._take()
+            if wire.REPLY.unpack_from(frame)[2] & wire.WITH_WORDS:
+                self.on_words(frame[wire.REPLY.size :])
 
     def hang_up(self) -> None:
         pass  # `_receive` watches the sentinel itself
@@ -96,6 +131,11 @@ class PortableEnd(End):
 
         If it does not end in time the worker is killed, which ends the send as well.
         """
+        if not self._send_aside(payload).wait(_left(deadline)):
+            raise TimedOut
+
+    def _send_aside(self, payload: bytes) -> threading.Event:
+        """Send from a thread of its own; return what tells of its end, good or bad."""
         done = threading.Event()
 
         def send() -> None:
@@ -110,9 +150,12 @@ class PortableEnd(End):
                     self.close()
 
         self._sending = True
-        threading.Thread(target=send, name="minipool-send", daemon=True).start()
-        if not done.wait(_left(deadline)):
-            raise TimedOut
+        try:
+            threading.Thread(target=send, name="minipool-send", daemon=True).start()
+        except RuntimeError:  # out of threads
+            self._sending = False
+            raise
+        return done
 
     def _receive_piece(self, most: int, deadline: float | None) -> bytes:
         try:

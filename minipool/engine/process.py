@@ -2,6 +2,11 @@
 
 The manager alone starts and reaps; any thread may kill, and ask how it ended.
 
+An exit code can be read once: the kernel forgets it when the process is reaped, and a fork server
+sends it once. So nothing else may read it. `multiprocessing` would: it polls all children that it
+has listed, whenever it starts another and when a program asks for `active_children()`. Workers
+are therefore never listed.
+
 A worker leads a process group of its own (see `child`), so that what it started can be ended with
 it. The group's number is the worker's pid, which the kernel gives to no new process as long as the
 worker is not reaped or the group has a member. A signal through the pidfd reaches that very group
@@ -14,17 +19,23 @@ import contextlib
 import errno
 import os
 import signal
+import struct
 import threading
-from multiprocessing import connection, process
+from multiprocessing import connection
 from typing import Any, Callable
 
+from . import popen
 from .blackbox import LAST_WORDS
 from .oom import OOM_KILLS
 from .wire import close_all
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _DESCRIPTORS = 10  # more than any start method needs at once
-_UNKNOWN = 255  # what a fork server says of a child that it cannot say anything of
+_EXIT_STATUS = struct.Struct("q")  # as `multiprocessing.forkserver` sends it
+_UNSENT = _EXIT_STATUS.pack(-(1 << 63))  # no process ends with that
+_SERVER_GONE = "the fork server is gone"
+_SERVER_SILENT = "the fork server has not sent it"
+_TAKEN = "something else in this program has reaped the process, or SIGCHLD is ignored"
 REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
 
 
@@ -45,10 +56,13 @@ class WorkerProcess:
         self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
         self._waiting = threading.RLock()  # for its end, on descriptors that stay open meanwhile
         self._last_exitcode: int | None = None
-        self.killed = False  # by us
-        self.untold = False  # somebody else has reaped it: its exit code will never be known
+        self._sent = bytearray(_UNSENT)  # by the fork server
+        self._closed = False
+        self._vanished = False  # it had ended, and was reaped, before we could ask for a pidfd
+        self.unknown: str | None = None  # why its exit code will never be known
+        self._shot = False  # we have sent a signal that ends it, and it was alive
         self._starved: bool | None = None  # None: not known yet
-        self._process = context.Process(target=target, args=args, name=name)
+        self._process: Any = context.Process(target=target, args=args, name=name)
         self._served = context.get_start_method() == "forkserver"  # the child of a server
         self._pidfd: int | None = None
         self._kills_group = kill_group and hasattr(os, "killpg")
@@ -60,12 +74,16 @@ class WorkerProcess:
             OSError, EOFError, RuntimeError: no process was started.
         """
         _expect_room()
+        popen.use_for(self._process)
         try:
-            self._process.start()
+            _start_unlisted(self._process)
         except OSError as error:
             _close_lost_pipes(error)
             raise
-        self._pidfd = _pidfd(self.pid)
+        try:
+            self._pidfd = _pidfd(self.pid)
+        except ProcessLookupError:
+            self._vanished = True
 
     @property
     def pid(self) -> int | None:
@@ -91,21 +109,29 @@ class WorkerProcess:
 
         False: it has ended, or this signal cannot be sent here.
         """
+        if self._pidfd is None and signum not in (signal.SIGTERM, signal.SIGKILL):
+            return False
         with self._reaping, contextlib.suppress(OSError, ValueError):
-            if self._last_exitcode is None and signum in (signal.SIGKILL, LAST_WORDS):
-                self.killed = True
+            ended = self.has_ended()
+            if signum in (signal.SIGKILL, LAST_WORDS) and not ended:
+                self._shot = True
             if signum == signal.SIGKILL:
                 self._kill_group()  # first: afterwards its leader may be reaped
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, signum)
+            elif ended:
+                return False  # its pid may be another's
             elif signum == signal.SIGTERM:
                 self._process.terminate()
-            elif signum == signal.SIGKILL:
-                self._process.kill()
             else:
-                return False
+                self._process.kill()
             return True
         return False
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended by us: by the signal that we sent, while it was alive."""
+        return self._shot and self.exitcode(0) in (None, -signal.SIGKILL)
 
     def _kill_group(self) -> None:
         """Kill whatever is in the worker's group; does nothing where there is none (any more)."""
@@ -128,68 +154,112 @@ class WorkerProcess:
         return True
 
     def _group_is_its_own(self) -> bool:
-        """Tell whether the worker's pid cannot be the number of a stranger's group."""
-        if self._process.exitcode is None:
-            return True  # not reaped
+        """Tell whether the worker's pid cannot be the number of a stranger's group.
+
+        Nobody gets the number of a process that was not reaped, or of a group that has members.
+        """
+        if not self._may_be_reaped():
+            return True
         try:
             os.kill(self._process.pid, 0)
         except ProcessLookupError:
-            return True  # a group without its leader: nobody has got the number meanwhile
+            return True  # a group without its leader
         return False
 
+    def _may_be_reaped(self) -> bool:
+        """Tell whether the pid may be free. A fork server reaps first, and tells us later."""
+        if self._served:
+            return self._pidfd is None or self.has_ended()
+        return self._closed or self.unknown is not None
+
+    def has_ended(self, timeout: float = 0.0) -> bool:
+        """Wait until the process has ended; False if it may still be alive."""
+        if self._closed or self._vanished or self._last_exitcode is not None:
+            return True
+        with contextlib.suppress(ValueError, OSError):  # closed meanwhile
+            with self._waiting if timeout else self._reaping:  # either keeps `close` away
+                if self._pidfd is not None:
+                    return bool(connection.wait([self._pidfd], timeout))
+                if timeout:
+                    connection.wait([self.sentinel], timeout)
+        return self.exitcode(0) is not None or self._closed or self.unknown == _TAKEN
+
     def exitcode(self, timeout: float = REAP_TIMEOUT) -> int | None:
-        """Return the exit code of a process that ended or is about to; None if not to be had."""
-        if self._last_exitcode is not None:
+        """Return how the process ended; None if it has not within `timeout`, or if it is not known.
+
+        Once it has ended, a fork server has REAP_TIMEOUT to send the code.
+        """
+        if self._last_exitcode is not None or self.unknown is not None:
             return self._last_exitcode
         with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
             if timeout:
                 self._wait_ended(timeout)
-            with self._reaping:  # two readers would spoil each other's answer
-                code = self._told_exitcode()
+            with self._reaping:
+                code = self._sent_exitcode() if self._served else self._reapable_exitcode()
                 if code and code == -LAST_WORDS:  # who asked for them wanted it killed
                     code = -signal.SIGKILL
                 self._last_exitcode = code
         return self._last_exitcode
 
-    def _told_exitcode(self) -> int | None:
-        """Ask for the exit code; a child of ours is left for `close` to reap.
+    def _sent_exitcode(self) -> int | None:
+        """Return what the fork server has sent; never waits.
 
-        An interrupt between the kernel's answer and its being noted would lose the code for good.
+        It is read into memory that is there already. Code that interrupts, between the reading
+        and the next line, finds it there.
         """
-        if not self._served and hasattr(os, "waitid"):
-            try:
-                flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-                found = os.waitid(os.P_PID, self._process.pid, flags)
-            except ChildProcessError:  # reaped: multiprocessing has noted the code, or never will
-                self.untold = self._process.exitcode is None
-            else:
-                if found is None:
-                    return None
-                return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-        code: int | None = self._process.exitcode
+        if self._sent == _UNSENT:
+            if self._closed or not connection.wait([self.sentinel], 0):
+                return None
+            if os.readv(self.sentinel, [self._sent]) == 0:
+                self.unknown = _SERVER_GONE
+                return None
+        code: int = _EXIT_STATUS.unpack(self._sent)[0]
         return code
+
+    def _reapable_exitcode(self) -> int | None:
+        """Ask the kernel; the process is left for `close` to reap, so it can be asked again."""
+        if not hasattr(os, "waitid"):
+            code: int | None = self._process.exitcode
+            return code
+        try:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            found = os.waitid(os.P_PID, self._process.pid, flags)
+        except ChildProcessError:
+            self.unknown = _TAKEN
+            return None
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+    def give_up(self) -> None:
+        """Wait no longer for the exit code of a process that has ended."""
+        if self.exitcode(0) is None and self.unknown is None:
+            self.unknown = _SERVER_SILENT
 
     @property
     def starved(self) -> bool:
         """Whether the kernel killed it for want of memory. Ask soon, and before killing it."""
         with self._reaping:
             if self._starved is None and self._last_exitcode is not None:
-                killed = self._last_exitcode == -signal.SIGKILL and not self.killed
+                killed = self._last_exitcode == -signal.SIGKILL and not self._shot
                 self._starved = killed and OOM_KILLS.explain()
             return bool(self._starved)
 
     def _wait_ended(self, timeout: float) -> None:
-        """Wait until the exit code can be had.
+        """Wait until the process has ended and its exit code can be had.
 
-        That of a fork server's child comes through the sentinel. The sentinel of a child of ours
-        ends a moment before there is a code, or, while its own children hold copies, long after.
+        The sentinel of a child of ours ends a moment before there is a code, or, while its own
+        children hold copies, long after; that of a fork server's child brings the code.
 
-        `close` lets us hear of it first: the numbers of closed descriptors go to whatever is
-        opened next, the next worker's pipe above all, and that may stay silent for ever. Copies
-        would not do: an exception raised by a signal or another thread could lose them.
+        `close` lets a waiting thread hear of the end first: the numbers of closed descriptors go
+        to whatever is opened next, the next worker's pipe above all, and that may stay silent for
+        ever. Copies would not do: an exception raised by a signal or another thread could lose
+        them.
         """
         with self._waiting:
-            connection.wait([self.sentinel if self._served else self.death_fd], timeout)
+            ended = connection.wait([self.death_fd], timeout)
+            if ended and self._served and self._pidfd is not None:
+                connection.wait([self.sentinel], REAP_TIMEOUT)
 
     def close(self) -> None:
         """Forget a process that has ended, and end what it has left behind."""
@@ -197,10 +267,11 @@ class WorkerProcess:
         with self._reaping:
             self._kill_group()
             heard = self._waiting.acquire(timeout=REAP_TIMEOUT)  # whoever waits, at once as a rule
+            self._closed = True
             with contextlib.suppress(ValueError, AssertionError):
-                if self._process.exitcode is None:  # somebody else has reaped it, or the system
-                    self._process._popen.returncode = _UNKNOWN
-                self._process.join()
+                popen = self._process._popen
+                if popen is not None and (self._served or popen.poll() is None):
+                    popen.returncode = self._last_exitcode or 0  # else it could not be closed
                 self._process.close()
             self._close_pidfd()
             if heard:
@@ -208,14 +279,19 @@ class WorkerProcess:
 
     def abandon(self) -> None:
         """Let go of it in a process that was forked from the owner, whose child it is."""
-        with contextlib.suppress(AttributeError):  # else multiprocessing joins it at exit
-            process._children.discard(self._process)  # type: ignore[attr-defined]
         self._close_pidfd()
 
     def _close_pidfd(self) -> None:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+
+def _start_unlisted(child: Any) -> None:
+    """Start a process as `Process.start` does, but for the list of children that it is put on."""
+    child._popen = popen = child._Popen(child)
+    child._sentinel = popen.sentinel
+    del child._target, child._args, child._kwargs  # they may lead back to `child`: bpo-30775
 
 
 def _expect_room() -> None:
@@ -243,8 +319,15 @@ def _close_lost_pipes(error: OSError) -> None:
 
 
 def _pidfd(pid: int | None) -> int | None:
+    """Return a descriptor of a process; None where there are none.
+
+    Raises:
+        ProcessLookupError: there is no such process any more.
+    """
     try:
         return os.pidfd_open(pid) if pid is not None else None
+    except ProcessLookupError:
+        raise
     except (AttributeError, OSError):
         return None
 
@@ -259,10 +342,10 @@ def signal_name(exitcode: int | None) -> str | None:
         return f"signal {-exitcode}"
 
 
-def describe_exit(exitcode: int | None) -> str:
-    """Say in words how a process ended."""
+def describe_exit(exitcode: int | None, unknown: str | None = None) -> str:
+    """Say in words how a process ended; `unknown` says why there is no exit code."""
     if exitcode is None:
-        return "(its exit code is not known)"
+        return f"(its exit code is not known: {unknown or 'it has not come yet'})"
     name = signal_name(exitcode)
     if name == "SIGXCPU":
         return "by SIGXCPU (its processor time was used up)"

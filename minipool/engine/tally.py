@@ -9,7 +9,8 @@ from . import wire
 from .desk import Desk
 from .handle import Handle
 from .manager import Manager
-from .reserve import nearly_used_up
+from .passage import passage
+from .sizing import nearly_used_up
 
 
 class TallyDesk(Desk):
@@ -22,6 +23,7 @@ class TallyDesk(Desk):
         self._most = manager.config.max_calls or 0
         self._soon = nearly_used_up(self._most)
 
+    @passage
     def give_back(self, handle: Handle) -> None:
         """As any desk, but keep back a worker that is used up, and see to its successor in time."""
         if handle.calls_sent >= self._soon:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import pickle
-import queue
-import threading
 from typing import TYPE_CHECKING, Any
 
 from ..telemetry import logger
+from .jobs import JobThread
 from .transcript import GARBLED, LOST, RECORD, Item, Transcript, text_of
 from .voice import Packed
 
@@ -33,22 +33,16 @@ class Teller:
     def __init__(self, pool: str, baggage: Baggage | None) -> None:
         self._pool = pool
         self._baggage = baggage
-        # `SimpleQueue.put` may be interrupted by itself, and waits for nothing.
-        self._items: queue.SimpleQueue[tuple[Transcript, Item] | None] = queue.SimpleQueue()
         self._bytes_in = self._bytes_out = 0  # one is the scribe's, the other the teller's
         self._losers: collections.deque[Transcript] = collections.deque()
-        self._ending = self._silenced = self._complained = False
-        self._thread = threading.Thread(
-            target=self._run, name=f"minipool-{pool}-teller", daemon=True
-        )
-
-    def start(self) -> None:
-        self._thread.start()
+        self._complained = False
+        self._thread = JobThread(f"minipool-{pool}-teller")
+        self.start = self._thread.start
 
     @property
     def here(self) -> bool:
         """Whether the calling thread is this one (a log handler runs in it)."""
-        return threading.current_thread() is self._thread
+        return self._thread.here
 
     def take(self, transcript: Transcript) -> None:
         """Have told what a worker said, after what came before. By the scribe; never waits."""
@@ -65,39 +59,36 @@ class Teller:
             else:
                 transcript.passed_on += 1
                 self._bytes_in += len(item[1])
-                self._items.put((transcript, item))
+                self._thread.put(functools.partial(self._hear, transcript, item))
         if dropped:
             transcript.dropped += dropped
             self._losers.append(transcript)
-            # Said first, then looked: who takes the last item looks for losers after that.
-            if self._items.empty():
-                self._items.put(None)
+            # Said first, then looked: whatever takes the last item looks for losers after that.
+            if self._thread.empty:
+                self._thread.put(self._tell_losses)
 
     def close(self, timeout: float) -> None:
         """Tell what is left and end; after so many seconds, leave the rest.
 
         A handler that does not return keeps its thread, which ends with it.
         """
-        self._ending = True
-        self._items.put(None)
-        self._thread.join(timeout)
-        self._silenced = True
+        self._thread.put(functools.partial(self._tell_losses, at_end=True))
+        self._thread.close(timeout)
 
     # -- the thread --------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not (self._ending and self._items.empty()):
-            entry = self._items.get()
-            if entry is not None:
-                transcript, item = entry
-                self._try(self._tell, transcript, item)
-                transcript.heard += 1
-                self._bytes_out += len(item[1])
-            while self._losers and self._items.empty():
-                self._try(self._tell_lost, self._losers.popleft())
+    def _hear(self, transcript: Transcript, item: Item) -> None:
+        self._try(self._tell, transcript, item)
+        transcript.heard += 1
+        self._bytes_out += len(item[1])
+        self._tell_losses()
+
+    def _tell_losses(self, at_end: bool = False) -> None:
+        while self._losers and (at_end or self._thread.empty):
+            self._try(self._tell_lost, self._losers.popleft())
 
     def _try(self, tell: Any, *args: Any) -> None:
-        if self._silenced:
+        if self._thread.silenced:
             return
         try:
             tell(*args)

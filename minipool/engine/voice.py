@@ -59,8 +59,12 @@ class Voice:
     ) -> None:
         self._log = log
         self._streams = streams  # by the descriptor that each takes the place of
-        self._levels = levels
+        self.levels = levels
         self._handler: Forwarder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the levels, which may be many: they come with the assignment."""
+        return {**self.__dict__, "levels": {}}
 
     def begin(
         self, words: memoryview, session_id: Callable[[], str | None], baggage: Baggage | None
@@ -74,7 +78,7 @@ class Voice:
         if self._log is not None:
             os.set_inheritable(self._log.fd, False)
             self._handler = Forwarder(self._log.fd, words, session_id, baggage)
-            _take_over(self._handler, self._levels)
+            _take_over(self._handler, self.levels)
 
     def tell_dropped(self) -> None:
         """Tell how many records were dropped, if that could not be told yet."""

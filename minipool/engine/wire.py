@@ -36,7 +36,7 @@ REPLY = struct.Struct("!iqB")
 # Kinds of request. The body is the tuple of arguments or, with KEYWORDS, that and a dict, or, with
 # ALONE, the one argument: most calls have one, and a tuple costs. That of SHIPPED is target,
 # arguments and keywords.
-METHOD, FUNCTION, SHIPPED, PROBE, STOP = range(5)
+METHOD, FUNCTION, SHIPPED, PROBE, STOP, ASSIGN = range(6)
 KEYWORDS = 0x80
 ALONE = 0x20
 SESSION = 0x40  # the body begins with the head of a session, behind its length in 4 bytes

@@ -3,23 +3,105 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import sys
+from types import FrameType, TracebackType
+from typing import Any, Iterator
 
 from . import wire
-from .channel import CHUNK, PIECE, SHORT, SMALL, length_of, long_length, widen
+from .assignment import MAX_ASSIGNMENT
+from .channel import CHUNK, PIECE, SHORT, SMALL, Unreceived, length_of, long_length, widen
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
 _read, _write = os.read, os.write
 _unpack_request, _pack_reply = wire.REQUEST.unpack_from, wire.REPLY.pack
 _NAME = wire.REQUEST.size  # where the name begins
 _REPLY_HEADER = wire.REPLY.size
+_LONGEST_HEADER = wire.LONG_LENGTH.size - 4 + _NAME  # as far as it is of one size
 
 
 class _WorkerEnd:
-    """What both kinds share: the longest message that may be sent."""
+    """What both kinds share: long requests, and the longest message that may be sent."""
 
-    def __init__(self, conn: Any, limit: int) -> None:
-        self._conn, self._limit = conn, limit
+    def __init__(self, conn: Any, fd: int, limit: int) -> None:
+        self._conn, self._fd, self._limit = conn, fd, limit
+        self._most = SHORT  # bytes to read at once
+
+    def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
+        """Wait for the next request; return its call id, kind, name and body.
+
+        Raises:
+            EOFError: the parent is gone or has closed the pipe.
+            Unreceived: there is not enough memory for it; the pipe is well.
+        """
+        raise NotImplementedError
+
+    def receive_assignment(self) -> bytes | memoryview:
+        """Wait for the first request, which is of any length; return its body.
+
+        Raises:
+            EOFError: the parent is gone or has closed the pipe.
+        """
+        limit, self._limit = self._limit, MAX_ASSIGNMENT
+        body = self.receive()[3]
+        self._limit, self._most = limit, SHORT
+        return body
+
+    def was_waiting(self, trace: TracebackType | None) -> bool:
+        """Tell whether an exception was raised in `receive` before anything of a request was read.
+
+        Struck in the very moment between the read and its noting, it would be True for a request
+        that is lost, and the caller would be told so by its timeout.
+        """
+        for frame in _frames(trace):
+            if frame.f_code is type(self).receive.__code__:
+                return "frame" not in frame.f_locals
+        return False
+
+    def let_go(self) -> None:
+        """Close the pipe in a process that was forked; what wants to use it from now on raises."""
+        raise NotImplementedError
+
+    def close_on_exec(self) -> None:
+        """Let no program inherit the pipe that this process, or a child of it, becomes."""
+        raise NotImplementedError
+
+    def _receive_rest(self, frame: bytes) -> tuple[int, int, bytes, bytes | memoryview]:
+        """Receive a request of which this is the beginning.
+
+        Raises:
+            EOFError: the parent is gone or has closed the pipe.
+            Unreceived: there is not enough memory for it; the pipe is well.
+        """
+        if not frame:
+            raise EOFError
+        buffer, came = bytearray(frame), len(frame)
+        try:
+            while True:
+                head, size = length_of(buffer, self._limit)
+                if size is not None and came >= head + size:
+                    return _parsed(memoryview(buffer)[head - 4 :])
+                piece = os.read(self._fd, min(PIECE, head + (size or 0) - came))
+                if not piece:
+                    raise EOFError
+                came += len(piece)  # first, as there may be no room to keep it
+                buffer += piece
+        except MemoryError:
+            begin = bytes(buffer[:_LONGEST_HEADER])
+            if len(begin) < _LONGEST_HEADER:
+                raise
+        del buffer  # there is room for small things again
+        raise self._drop(begin, came)
+
+    def _drop(self, begin: bytes, came: int) -> Unreceived:
+        """Take the rest of a request off the pipe, so that the next one is found behind it."""
+        head, size = length_of(begin, self._limit)
+        left = head + (size or 0) - came
+        while left > 0:
+            piece = os.read(self._fd, min(SMALL, left))
+            if not piece:
+                raise EOFError
+            left -= len(piece)
+        return Unreceived(size or 0, _unpack_request(begin[head - 4 :])[1])
 
     def check(self, size: int) -> None:
         """Raise RemoteError if a reply with a body of `size` bytes would be too long."""
@@ -31,38 +113,28 @@ class FastWorkerEnd(_WorkerEnd):
     """The worker's end, on two pipes: blocking, because a worker has nothing else to do."""
 
     def __init__(self, conn: wire.Ends, limit: int) -> None:
-        super().__init__(conn, limit)
-        self._fd, self._out = conn.reader.fd, conn.writer.fd
-        self._most = SHORT  # bytes to read at once
+        super().__init__(conn, conn.reader.fd, limit)
+        self._out = conn.writer.fd
         self._narrow = True
 
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
-        """Wait for the next request; return its call id, kind, name and body.
-
-        Raises:
-            EOFError: the parent is gone or has closed the pipe.
-        """
         frame = _read(self._fd, self._most)
         if len(frame) >= _NAME:
             size, call_id, kind, name_size = _unpack_request(frame)
             if size == len(frame) - 4:
                 body = _NAME + name_size
                 return call_id, kind, frame[_NAME:body], frame[body:]
+        self._most = CHUNK
         return self._receive_rest(frame)
 
-    def _receive_rest(self, frame: bytes) -> tuple[int, int, bytes, bytes | memoryview]:
-        if not frame:
-            raise EOFError
-        self._most = CHUNK
-        buffer = bytearray(frame)
-        while True:
-            head, size = length_of(buffer, self._limit)
-            if size is not None and len(buffer) >= head + size:
-                return _parsed(memoryview(buffer)[head - 4 :])
-            piece = os.read(self._fd, CHUNK if size is None else max(CHUNK, min(PIECE, size)))
-            if not piece:
-                raise EOFError
-            buffer += piece
+    def let_go(self) -> None:
+        fds = [fd for fd in (self._fd, self._out) if fd >= 0]
+        self._fd = self._out = -1
+        wire.close_all(fds)
+
+    def close_on_exec(self) -> None:
+        os.set_inheritable(self._fd, False)
+        os.set_inheritable(self._out, False)
 
     def send(self, call_id: int, status: int, body: bytes) -> None:
         """Send one reply, blocking until the parent has taken it."""
@@ -91,14 +163,33 @@ class FastWorkerEnd(_WorkerEnd):
 class PortableWorkerEnd(_WorkerEnd):
     """The worker's end, on `multiprocessing.Connection`."""
 
+    def __init__(self, conn: Any, limit: int) -> None:
+        super().__init__(conn, conn.fileno(), limit)
+
     def receive(self) -> tuple[int, int, bytes, bytes | memoryview]:
-        return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
+        if sys.platform == "win32":  # there a message comes whole
+            return _parsed(memoryview(b"\0\0\0\0" + self._conn.recv_bytes()))
+        frame = os.read(self._fd, wire.LENGTH.size)
+        return self._receive_rest(frame)
+
+    def let_go(self) -> None:
+        self._fd = -1
+        self._conn.close()
+
+    def close_on_exec(self) -> None:
+        os.set_inheritable(self._conn.fileno(), False)
 
     def send(self, call_id: int, status: int, body: bytes) -> None:
         size = _REPLY_HEADER - 4 + len(body)
         if size > self._limit:
             return self.send(call_id, *_refusal(status, body, size, self._limit))
         self._conn.send_bytes(_pack_reply(0, call_id, status)[4:] + body)
+
+
+def _frames(trace: TracebackType | None) -> Iterator[FrameType]:
+    while trace is not None:
+        yield trace.tb_frame
+        trace = trace.tb_next
 
 
 def _refusal(status: int, body: bytes, size: int, limit: int) -> tuple[int, bytes]:

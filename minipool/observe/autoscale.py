@@ -63,4 +63,5 @@ class Autoscaler:
             with contextlib.suppress(PoolClosed):  # this moment
                 pool.resize(decision.resize_to, gentle=True)
         if decision.overflow is not None:
-            pool._desk.manager.staff.overflow = decision.overflow
+            manager, overflow = pool._desk.manager, decision.overflow
+            manager.command(lambda: manager.staff.allow_overflow(overflow))

@@ -45,6 +45,7 @@ class Snapshot(NamedTuple):
     starting: int
     overflow: int  #: workers that may be added while callers queue
     queue_depth: int  #: callers in the line
+    demand: int  #: of them, those that any worker could serve
     utilization: float  #: leased time over workers' time, since the sample before
     throughput: float  #: calls, since the sample before
     call_count: int  #: calls answered lately; the next four are about these
@@ -186,6 +187,7 @@ class Metrics:
         worst = min(within, key=lambda snapshot: snapshot.health_score)
         return rolled._replace(
             queue_depth=max(snapshot.queue_depth for snapshot in within),
+            demand=max(snapshot.demand for snapshot in within),
             health_score=worst.health_score,
             health=worst.health,
             workers=(),
@@ -242,6 +244,7 @@ def _snapshot(
         starting=now.count("starting"),
         overflow=now.overflow,
         queue_depth=now.queue_depth,
+        demand=now.demand,
         utilization=utilization,
         throughput=max(0, now.calls - before.calls) / elapsed if elapsed > 0 else 0.0,
         **times,

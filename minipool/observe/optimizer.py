@@ -48,7 +48,7 @@ def decide(history: Sequence[Snapshot], config: PoolConfig) -> Decision:
     since = last.at - history[0].at
     recent = [snapshot for snapshot in history[1:] if snapshot.at > last.at - UP * interval]
     used = _mean([snapshot.utilization for snapshot in recent])
-    line = _mean([snapshot.queue_depth for snapshot in recent])
+    line = _mean([snapshot.demand for snapshot in recent])  # a new one could serve these
     if line >= 1:
         return _grow(last, config, used, line, since)
     longer = [snapshot for snapshot in history[1:] if snapshot.at > last.at - DOWN * interval]

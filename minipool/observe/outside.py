@@ -130,6 +130,7 @@ class _Counted:
             overflow=0,
             workers=workers,
             queue_depth=sight.waiting,
+            demand=sight.waiting,  # from here it is not seen what for
             active_sessions=0,
             leases=sight.leases,
             used=sight.leased,

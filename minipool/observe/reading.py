@@ -55,6 +55,7 @@ class Reading(NamedTuple):
     overflow: int  #: workers that may be added while callers queue
     workers: Tuple[WorkerSnapshot, ...]
     queue_depth: int
+    demand: int  #: of those in the line, how many any worker could serve
     active_sessions: int
     leases: int
     used: float  #: all leases together that have ended
@@ -94,7 +95,7 @@ def read(pool: Pool[Any]) -> Reading:
         return _EMPTY._replace(status="closed" if pool.closed else "new", **common)
     desk.check_process()
     manager, fleet = desk.manager, desk.manager.fleet
-    now = manager.closed_ns or now
+    now, wish = manager.closed_ns or now, manager.staff.wish
     handles = [handle for _, handle in sorted(fleet.handles.copy().items())]
     rows = fleet.counted_rows()
     waits, calls = t.histograms(rows)
@@ -104,12 +105,13 @@ def read(pool: Pool[Any]) -> Reading:
     return Reading(
         **common,
         status="closed" if manager.done else "closing" if manager.closing else "open",
-        pool_size=manager.staff.target,
-        min_size=manager.staff.floor,
-        max_size=manager.staff.ceiling,
-        overflow=manager.staff.overflow,
+        pool_size=wish.target,
+        min_size=wish.floor,
+        max_size=wish.ceiling,
+        overflow=wish.overflow,
         workers=tuple([_worker(handle, now) for handle in handles]),
         queue_depth=len(manager.turnstile.waiters),
+        demand=manager.turnstile.general_waiters(),
         active_sessions=len(pool._sessions),
         leases=leases,
         used=used / 1e9,
@@ -136,8 +138,8 @@ def read(pool: Pool[Any]) -> Reading:
 
 _EMPTY = Reading(
     at=0.0, wall=0.0, name="", status="new", pool_size=0, min_size=0, max_size=0, overflow=0,
-    workers=(), queue_depth=0, active_sessions=0, leases=0, used=0.0, leased=0.0, served=0.0,
-    calls=0,    user_errors=0, call_times=(0,) * t.BUCKETS, wait_times=(0,) * t.BUCKETS,
+    workers=(), queue_depth=0, demand=0, active_sessions=0, leases=0, used=0.0, leased=0.0,
+    served=0.0, calls=0, user_errors=0, call_times=(0,) * t.BUCKETS, wait_times=(0,) * t.BUCKETS,
     create_times=(0,) * t.BUCKETS, errors={}, faults=0,
     workers_started=0, workers_lost=0, workers_recycled=0,
     affinity=dict.fromkeys(("hit", "new", "moved", "lost"), 0), descriptors=None,

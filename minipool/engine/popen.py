@@ -1,0 +1,72 @@
+"""How multiprocessing launches a process, without its wait for standard output and error.
+
+`Process.start` flushes both streams first. Where one is a pipe that nobody reads, that waits for
+as long, or for the thread that is stuck in writing to it; the manager must not. Only a forked
+process would write again what is in their buffers, so for others nothing is flushed at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import select
+import sys
+from typing import Any, Callable
+
+_kept: list[Any] = []  # in a forked process: streams that must not be collected, which flushes
+_MODULES = {
+    "fork": "multiprocessing.popen_fork",
+    "spawn": "multiprocessing.popen_spawn_posix",
+    "forkserver": "multiprocessing.popen_forkserver",
+}
+
+
+def use_for(process: Any) -> None:
+    """Have a process object that is not started yet be launched this way, where it can be."""
+    if sys.platform != "win32":
+        process._Popen = _popen
+
+
+def _popen(process: Any) -> Any:
+    """Launch a process: as `Process._Popen`, whose place this takes."""
+    del process._Popen  # the object may have to be pickled
+    method = process._start_method
+    if method == "fork":
+        stuck = _flush_what_takes_it()
+        if stuck:
+            process._target = functools.partial(_run_with_new_streams, stuck, process._target)
+    popen = importlib.import_module(_MODULES[method]).Popen
+    made = popen.__new__(popen)
+    made._fds = []
+    made.returncode = made.finalizer = None
+    made._launch(process)
+    return made
+
+
+def _flush_what_takes_it() -> list[str]:
+    """Flush standard output and error, as far as somebody reads them; return which nobody does."""
+    stuck = []
+    for name in ("stdout", "stderr"):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # none, closed, or no file
+            stream, poll = getattr(sys, name), select.poll()
+            poll.register(stream.fileno(), select.POLLOUT)
+            if poll.poll(0):
+                stream.flush()
+            else:
+                stuck.append(name)
+    return stuck
+
+
+def _run_with_new_streams(names: list[str], target: Callable[..., object], *args: Any) -> None:
+    """Run a forked process without what its parent has not written, or is stuck in writing.
+
+    The old streams must not be touched: their locks may be held, by threads that are not here.
+    """
+    for name in names:
+        old = getattr(sys, name)
+        _kept.append(old)
+        new = open(old.fileno(), "w", 1, old.encoding, old.errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+    target(*args)

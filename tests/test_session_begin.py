@@ -1,0 +1,369 @@
+"""How sessions begin: whole or not at all, and at the cost of no other that need not go."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+import scripts
+from chatters import add, get
+from ears import Ear
+from minipool import (
+    CheckoutTimeout,
+    Pool,
+    Programs,
+    SessionBusy,
+    SessionError,
+    SessionExists,
+    SessionNotFound,
+    records,
+    sessions,
+)
+from stores import NotingStore, RefusingStore
+from strikes import Strike, strike_everywhere, unstruck
+
+
+def call(pool: Pool[Any], session: str, target: Any, *args: Any) -> Any:
+    return pool.options(session=session, timeout=20).call(target, *args)
+
+
+# -- room ----------------------------------------------------------------------------------------
+
+
+def full_pool(store: NotingStore, **options: Any) -> Pool[None]:
+    """Return a pool with as many sessions as it may have, "old" and "taken" in the store besides."""
+    store.kept = {"old": (1, {"x": pickle.dumps(0)}), "taken": (1, {"x": pickle.dumps(0)})}
+    store.taken = {"taken"}
+    pool = Pool(size=1, session_store=store, max_sessions=2, **options).open()
+    pool.create_session("a", {"x": 1})
+    pool.create_session("b", {"x": 2})
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("use", "error"),
+    [
+        (lambda pool: pool.end_session("old"), None),
+        (lambda pool: pool.end_session("never begun"), None),
+        (lambda pool: pool.end_session("taken"), SessionBusy),
+        (lambda pool: pool.create_session("old", {"x": 9}), SessionExists),
+        (lambda pool: pool.create_session("a", {"x": 9}), SessionExists),
+        (lambda pool: pool.create_session("big", {"x": bytes(1 << 17)}), SessionError),
+        (lambda pool: pool.checkout(session="taken"), SessionBusy),
+        (lambda pool: pool.session_state("old"), None),
+    ],
+)
+def test_what_needs_no_room_costs_no_session(
+    use: Callable[[Any], object], error: type[Exception] | None
+) -> None:
+    store = NotingStore()
+    with full_pool(store, max_message=1 << 17) as pool:
+        ear = Ear(pool, "session.lost")
+        if error is None:
+            use(pool)
+        else:
+            with pytest.raises(error):
+                use(pool)
+        assert not ear.heard
+        assert pool.session_state("a") == {"x": 1}
+        assert pool.session_state("b") == {"x": 2}
+        assert {info.session_id for info in pool.sessions()} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("refused", "use"),
+    [
+        ("create", lambda pool: pool.create_session("new", {"x": 9})),
+        ("open", lambda pool: pool.checkout(session="new")),
+        ("delete", lambda pool: pool.create_session("new", {"x": 9})),
+        ("delete", lambda pool: pool.end_session("old")),
+    ],
+)
+def test_session_that_the_store_refused_costs_no_other(
+    refused: str, use: Callable[[Any], object]
+) -> None:
+    """The last two: it is the old one that cannot be deleted."""
+    store = RefusingStore()
+    with full_pool(store) as pool:
+        store.refused = {refused}
+        with pytest.raises(SessionError, match="refused"):
+            use(pool)
+        assert {info.session_id for info in pool.sessions()} == {"a", "b"}
+        assert pool.session_state("a") == {"x": 1} and pool.session_state("b") == {"x": 2}
+        store.refused.clear()
+        pool.create_session("next")
+        left = {info.session_id for info in pool.sessions()}
+        assert len(left) == 2 and "next" in left
+        pool.end_session("old")
+    assert not pool._sessions._owned and set(pool._sessions._line.current) == left
+
+
+def test_room_is_made_for_a_session_that_stays() -> None:
+    store = NotingStore()
+    with full_pool(store) as pool:
+        assert call(pool, "old", get, "x") == 0
+        assert {info.session_id for info in pool.sessions()} == {"b", "old"}
+        assert set(store.kept) == {"b", "old", "taken"}
+
+
+def test_session_without_room_is_not_begun_in_the_store() -> None:
+    store = NotingStore()
+    with full_pool(store) as pool:
+        with pool.checkout(session="a"):
+            with pytest.raises(CheckoutTimeout):
+                pool.checkout(session="b", timeout=0.01)  # evicts nobody
+            pool._sessions._line.claim("b", pool._sessions._records["b"])  # in use as well
+            with pytest.raises(SessionError, match="max_sessions=2"):
+                pool.create_session("new")
+            with pytest.raises(SessionError, match="max_sessions=2"):
+                pool.checkout(session="new")
+            pool._sessions.give_back(pool._sessions._records["b"])
+        assert "new" not in store.kept
+
+
+# -- ids -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pool, key: pool.checkout(session=key),
+        lambda pool, key: pool.options(session=key).call(add),
+        lambda pool, key: pool.create_session(key),
+        lambda pool, key: pool.end_session(key),
+        lambda pool, key: pool.session_state(key),
+        lambda pool, key: pool.session(key),
+        lambda pool, key: pool.checkout(hint=key),
+        lambda pool, key: Programs(pool, session=key),
+        lambda pool, key: Programs(pool).list(session=key),
+        lambda pool, key: Programs(pool).info("p", session=key),
+        lambda pool, key: Programs(pool).delete("p", session=key),
+        lambda pool, key: Programs(pool).execute("p", session=key),
+        lambda pool, key: Programs(pool).create("p", "builtins:dict", session=key),
+    ],
+)
+def test_ids_are_text_at_every_door(use: Callable[[Any, Any], object]) -> None:
+    store = NotingStore()
+    with Pool(size=2, session_store=store) as pool:
+        with pool.checkout(session="5") as w:
+            w.state["n"] = 1
+            for key in (5, b"5", ["5"]):
+                with pytest.raises(TypeError, match=r"(session|hint)=.*give a text"):
+                    use(pool, key)
+            for key in ("", "a\0b", "\ud800"):
+                with pytest.raises(ValueError, match="give a text"):
+                    use(pool, key)
+            assert w.state["n"] == 1
+        assert set(store.kept) == {"5"}
+
+
+def test_id_of_a_class_derived_from_text_is_its_text() -> None:
+    """A worker need not know the class, nor the store."""
+
+    class Name(str):
+        def __str__(self) -> str:
+            return "something else"
+
+        def __reduce__(self) -> Any:
+            raise AssertionError("it travels")
+
+    with Pool(size=1) as pool:
+        assert call(pool, Name("a"), add) == 1
+        assert call(pool, "a", add) == 2
+        assert [type(info.session_id) for info in pool.sessions()] == [str]
+
+
+# -- one transaction -----------------------------------------------------------------------------
+
+
+def test_session_begins_with_its_state_in_one_step() -> None:
+    store = NotingStore()
+    with Pool(size=1, session_store=store) as pool:
+        store.asked.clear()
+        pool.create_session("a", {"n": 1})
+        changed = [m for m, _ in store.asked if m in ("create", "open", "commit", "delete")]
+        assert changed == ["create"]
+        assert call(pool, "a", add) == 2
+        assert store.kept["a"][0] == 2
+
+
+def test_refused_creation_deletes_nothing() -> None:
+    store = NotingStore()
+    store.kept = {"a": (3, {"n": pickle.dumps(3)})}
+    with Pool(size=1, session_store=store) as pool:
+        with pytest.raises(SessionExists):
+            pool.create_session("a", {"n": 1})
+        assert "delete" not in {method for method, _ in store.asked}
+        assert pool.session_state("a") == {"n": 3}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_interrupted_creation_leaves_what_was_there(stored: bool) -> None:
+    """Wherever it is struck: there is no session, or the whole of it; never one that was there."""
+    store = NotingStore() if stored else None
+    with Pool(size=1, session_store=store, health_check_timeout=0.1) as pool:
+        pool.create_session("there", {"n": 1})
+        whole = {"n": 1, "m": 2}
+        seen: list[Any] = []
+
+        def create() -> None:
+            with unstruck():
+                pool.end_session("a")
+            try:
+                pool.create_session("a", whole)
+            finally:
+                with unstruck():
+                    seen.append(state_of(pool, "a"))
+                    with pytest.raises(SessionExists):
+                        pool.create_session("there", {"n": 2})
+                    assert pool.session_state("there") == {"n": 1}
+
+        struck = strike_everywhere(create, sessions, records, sys.modules["stores"])
+        assert struck > 20
+        assert len(seen) == struck + 1 and all(state in (None, whole) for state in seen)
+        assert seen.count(None) > struck / 2 and seen[-1] == whole
+        for _ in range(3):
+            pool._sessions._sweep()  # finds whatever was struck at the very end
+        pool.end_session("a")
+        if store is not None:
+            assert set(store.kept) == {"there"}
+
+
+def state_of(pool: Pool[Any], key: str) -> Any:
+    try:
+        return pool.session_state(key)
+    except SessionNotFound:
+        return None
+
+
+def test_interrupted_creation_of_one_that_is_there_leaves_it() -> None:
+    store = NotingStore()
+    store.kept = {"a": (1, {"n": pickle.dumps(1)})}
+    with Pool(size=1, session_store=store, health_check_timeout=0.1) as pool:
+
+        def create() -> None:
+            try:
+                pool.create_session("a", {"n": 2})
+            except SessionExists:
+                pass
+            finally:
+                assert store.kept["a"][0] == 1
+
+        assert strike_everywhere(create, sessions, records, sys.modules["stores"]) > 5
+        for _ in range(3):
+            pool._sessions._sweep()
+        assert call(pool, "a", add) == 2
+
+
+def test_interrupt_in_the_store_as_it_creates_is_undone() -> None:
+    store = NotingStore()
+
+    class Struck(NotingStore):
+        def create(self, key: str, state: Any) -> bool:
+            super().create(key, state)
+            raise Strike
+
+    struck = Struck()
+    with Pool(size=1, session_store=struck) as pool:
+        with pytest.raises(Strike):
+            pool.create_session("a", {"n": 1})
+        assert struck.kept == store.kept == {}
+        with pytest.raises(SessionNotFound):
+            pool.session_state("a")
+
+
+# -- a block's session ---------------------------------------------------------------------------
+
+
+def leave_in_block(path: str) -> None:
+    """Be an application that dies in the block of a session."""
+    import os
+
+    pool = Pool(size=1, session_store=path).open()
+    pool.create_session("kept", {"n": 1})
+    scope = pool.session("a", {"n": 1})
+    scope.__enter__()
+    scope.call(add)
+    with scope.checkout() as w:
+        w.state["more"] = 1
+    os._exit(7)
+
+
+LEAVING = """
+    import sys
+    from test_session_begin import leave_in_block
+
+    if __name__ == "__main__":
+        leave_in_block(sys.argv[1])
+"""
+
+
+def test_block_takes_over_what_it_left_when_its_process_died(tmp_path: Path) -> None:
+    """It begins anew, as its state says; a session that no block began is not touched."""
+    path = tmp_path / "sessions.db"
+    process = scripts.start(tmp_path, LEAVING, str(path))
+    assert scripts.finish(process)[0] == 7
+    with Pool(size=1, session_store=path) as pool:
+        assert pool.session_state("a") == {"n": 2, "more": 1}, "the mark is nobody's business"
+        with pytest.raises(SessionExists):
+            pool.create_session("a")
+        with pytest.raises(SessionExists), pool.session("kept", {"n": 9}):
+            pass
+        assert pool.session_state("kept") == {"n": 1}
+        with pool.session("a", {"n": 10}) as scope:
+            assert scope.state == {"n": 10}
+            with pytest.raises(SessionExists), pool.session("a"):
+                pass
+            assert scope.call(add) == 11
+        with pytest.raises(SessionNotFound):
+            pool.session_state("a")
+    with Pool(size=1, session_store=path) as pool:
+        with pool.session("a") as scope:
+            assert scope.state == {}
+            assert scope.call(add) == 1
+
+
+def test_block_of_a_living_process_is_left_alone() -> None:
+    store = NotingStore()
+    with Pool(size=1, session_store=store) as pool, pool.session("a", {"n": 1}):
+        before = dict(store.kept)
+        store.taken = {"a"}
+        with Pool(size=1, session_store=Shared(store)) as other:
+            with pytest.raises(SessionBusy), other.session("a", {"n": 2}):
+                pass
+        assert store.kept == before
+        store.taken.clear()
+
+
+class Shared(NotingStore):
+    """Another process's view of a store."""
+
+    def __init__(self, store: NotingStore) -> None:
+        super().__init__()
+        self.kept, self.taken = store.kept, store.taken
+
+
+def test_what_a_block_left_goes_on_as_any_session(tmp_path: Path) -> None:
+    """Worker code and caller see its state without the mark, and nothing they do loses it."""
+    store = NotingStore()
+    with Pool(size=1, session_store=store) as pool:
+        pool.session("a", {"n": 1}).__enter__()
+    with Pool(size=1, session_store=store) as pool:
+        with pool.checkout(session="a") as w:
+            assert w.call(keys) == ["n"] and list(w.state) == ["n"]
+            w.state.clear()
+            w.state["n"] = 5
+            assert w.call(add) == 6
+    with Pool(size=1, session_store=store) as pool:
+        with pool.session("a", {"n": 1}) as scope:
+            assert scope.state == {"n": 1}
+
+
+def keys() -> list[str]:
+    from minipool import current_session
+
+    return list(current_session())
