@@ -229,6 +229,15 @@ def test_log_of_a_worker_that_was_killed_for_a_reason_says_it(
     assert "died by SIGKILL (too late during 'time:sleep')" in record.getMessage()
 
 
+def test_reason_of_a_kill_is_the_callers_if_its_lease_is_over_before_the_death_is_seen() -> None:
+    with Pool(DiesOnCall, size=1) as pool:
+        ear, lease, handle = Ear(pool, "worker.terminate"), pool.checkout(), handle_of(pool)
+        handle.in_call, handle.failed = b"slow", True
+        handle.tainted = "too late during 'slow'"
+        lease.release()
+        assert ear.wait("worker.terminate").metadata["reason"] == "too late during 'slow'"
+
+
 def told_of_death(caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
     """Return the one record that tells of a death; written by the time that its pool is closed."""
     (record,) = [record for record in caplog.records if " is replaced" in record.getMessage()]

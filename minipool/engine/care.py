@@ -263,7 +263,7 @@ class Care:
         if handle.state is not S.IDLE:
             return  # its end is under way already
         if handle.in_call:
-            self.condemn(handle, "left in the middle of a call")
+            self.condemn(handle, handle.tainted or "left in the middle of a call")
         elif handle.worn_out and not handle.condemned and not self.closing:
             self.set_aside(handle)
         else:
