@@ -216,7 +216,8 @@ def health_report(
         state = "closed" if closed else "not open"
         return HealthReport("unhealthy", (f"{config.name} is {state}", *why), ())
     manager, fleet = desk.manager, desk.manager.fleet
-    infos = tuple(worker_info(fleet.handles[slot]) for slot in sorted(fleet.handles))
+    handles = sorted(fleet.handles.values(), key=lambda handle: handle.slot)
+    infos = tuple(worker_info(handle) for handle in handles)
     if manager.closing:
         return HealthReport("unhealthy", (f"{config.name} is closed", *why), infos)
     serving, target = len(fleet.usable()), manager.staff.target

@@ -204,6 +204,20 @@ def remark(level: int, message: str, *args: object, **more: Any) -> None:
         logger().log(level, message, *args, **more)
 
 
+def warn(message: str, stacklevel: int = 1) -> None:
+    """Issue a ResourceWarning, as if the caller's line had; where this thread must not wait, later.
+
+    Warnings are printed to standard error, which may be a pipe that nobody reads.
+    """
+    import warnings
+
+    put = getattr(_relay, "put", None)
+    if put is not None:
+        put(functools.partial(warnings.warn, message, ResourceWarning))
+    else:
+        warnings.warn(message, ResourceWarning, stacklevel=stacklevel + 1)
+
+
 class Hooks(Dict[str, List[Listener]]):
     """One plain list of callables for each event of one pool; append to listen."""
 

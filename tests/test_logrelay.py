@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -189,6 +190,26 @@ def test_a_stream_that_nobody_reads_delays_no_replacement(
     assert (lines[-1], status) == ("replaced\n", 0)
     assert ("".join(lines) + err).count("died by SIGKILL") == 3
     assert (out if full == "stdout" else err).count("a thread is stuck") == 1
+
+
+def test_a_lease_dropped_in_the_managers_thread_is_warned_about_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The collector may run in any thread; what is printed may block."""
+    warned: list[str] = []
+
+    def show(message: Any, *args: Any, **more: Any) -> None:
+        warned.append(f"{threading.current_thread().name}: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        with Pool(size=1, name="dropping") as pool:
+            leases = [pool.checkout()]
+            desk: Any = pool._desk
+            desk.manager.command(leases.clear)
+        assert len(warned) == 1, "it is written by the time that the pool is closed"
+    assert warned[0].startswith("minipool-dropping-log: a lease of worker 0")
 
 
 def is_relayed() -> bool:

@@ -11,13 +11,12 @@ import functools
 import os
 import threading
 import time
-import warnings
 import weakref
 from itertools import islice
 from typing import Any
 
 from ..errors import CheckoutTimeout, PoolClosed, PoolForked, PoolStartError, TooManyWaiters
-from ..telemetry import logger
+from ..telemetry import logger, warn
 from . import table as t
 from . import wire
 from .handle import Handle
@@ -303,10 +302,9 @@ class Desk:
                 held = (time.monotonic_ns() - handle.row[t.LEASED_SINCE_NS]) / 1e9
                 self.give_back(handle)
                 self.hooks.emit("lease.leaked", {"seconds": held}, worker_id=handle.slot)
-                warnings.warn(
+                warn(
                     f"a lease of worker {handle.slot} of {self.config.name} was dropped without "
                     f"release(); use `with pool.checkout() as w:`",
-                    ResourceWarning,
                     stacklevel=2,
                 )
 
