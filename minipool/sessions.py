@@ -58,7 +58,7 @@ class Sessions:
         self._owned: dict[str, tuple[Record, weakref.ref[Stake]]] = {}
         self._astray: dict[str, float] = {}  # owned by nobody at the last sweep, and used when
         self._renewing: dict[str, object] = {}  # who renews a record, by identity
-        self._stale: dict[str, object] = {}  # of those, who did so at the last sweep
+        self._stale: dict[str, object] = {}  # those that did so at the last sweep already
         self.max_message = desk.config.max_message
         # Weakly, because the manager must not keep the pool from being collected.
         self._manager.sweepers.append(weakref.WeakMethod(self._sweep))

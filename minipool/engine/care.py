@@ -320,7 +320,7 @@ class Care:
 
 
 def tenure_of(handle: Handle) -> health.Tenure:
-    """Return who has a worker now: which lease, or none since when.
+    """Return whose a worker is now: which lease's, or nobody's since when.
 
     The number is read before the lease is, and is written before the lease is there: what was
     found of an older lease is never said of a newer one.

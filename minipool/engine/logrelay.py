@@ -1,6 +1,6 @@
 """The log relay: writes what the manager logs, in a thread of its own.
 
-A log handler may be slow, and standard error a pipe that nobody reads: the manager, who replaces
+A log handler may be slow, and standard error a pipe that nobody reads: the manager, which replaces
 workers, must wait for neither. The thread is started by the first record. What waits for it is
 bounded; what does not fit is dropped, and the number is told. Records keep their order, and the
 time and the thread they were made in (see `telemetry.log_through`).

@@ -1,7 +1,7 @@
 """Sizing: how many workers there should be, and the steps from here to there. Pure.
 
-The manager describes who is there, what is wanted and how many callers wait; `plan` says who is
-let go, called up from the reserve, exchanged and started. No process, no thread, no clock: so it
+The manager describes which workers there are, what is wanted and how many callers wait; `plan`
+says which are let go, called up from the reserve, exchanged and started. No process, no thread, no clock: so it
 is tested with tables and random walks. `Wish` is the one place that holds the number wanted; the
 configuration is only its first value.
 
@@ -219,7 +219,7 @@ class _Draft:
             return
         longest = given.max_idle_ns
         if longest is None or wish.target <= wish.floor or self._starting:
-            return  # who is starting was wanted a moment ago
+            return  # what is starting was wanted a moment ago
         idle = self._idle()
         if idle and idle[0].idle_ns > longest and given.since_change_ns > longest:
             self._dismiss(idle[:1], LetGo(0, "idle for max_idle", if_idle=True, shrink=True))

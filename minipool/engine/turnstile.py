@@ -486,7 +486,7 @@ class Turnstile:
                 return token
 
     def sweep(self, seen: object) -> object:
-        """Do what threads that exceptions struck have left undone; return who is in the seat.
+        """Do what threads that exceptions struck have left undone; return what is in the seat.
 
         That is known by identity. If it is `seen`, what the last sweep returned, it was left taken
         inside the `finally` of `pump`, and is freed. Two matchers at once are harmless (each step

@@ -59,7 +59,7 @@ class SQLiteStore:
             raise
 
     def _joined(self) -> Database:
-        """Come to the file that is at the path now, and say there who we are."""
+        """Come to the file that is at the path now, and enter this owner there."""
         database = Database.at(self.path, self)
         try:
             database.transact(None, owners.sign, self._owner)
