@@ -1,9 +1,9 @@
 """Sizing: how many workers there should be, and the steps from here to there. Pure.
 
 The manager describes which workers there are, what is wanted and how many callers wait; `plan`
-says which are let go, called up from the reserve, exchanged and started. No process, no thread, no clock: so it
-is tested with tables and random walks. `Wish` is the one place that holds the number wanted; the
-configuration is only its first value.
+says which are let go, called up from the reserve, exchanged and started. No process, no thread, no
+clock: so it is tested with tables and random walks. `Wish` is the one place that holds the number
+wanted; the configuration is only its first value.
 
 * A worker counts as living until its end is wanted (it is `leaving`) or under way. One that is
   leaving may still be leased; it is neither counted on nor chosen a second time.

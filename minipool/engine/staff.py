@@ -102,7 +102,7 @@ class Staff:
         fleet, now_ns, now = self._fleet, time.monotonic_ns(), time.monotonic()
         members = self._members(now_ns)
         self.may_grow = len(fleet.staying()) < self.wish.most
-        waiting = self._turnstile.general_waiters()  # after that: a caller that queues sees it, or is seen
+        waiting = self._turnstile.general_waiters()  # afterwards: it sees the flag, or is seen
         asked, self.wished = self.wished, False
         return Situation(
             members=members,
