@@ -123,6 +123,38 @@ def test_worker_that_a_thread_has_on_its_way_is_not_lost(
     assert answers == [2]
 
 
+@pytest.mark.parametrize("way", ["call", "options", "hint", "session", "warm_up"])
+def test_worker_that_was_taken_and_has_no_lease_yet_is_not_lost(
+    way: str, pool: Pool[Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever asked for a worker: its thread may stand still where the lease is about to be."""
+    ways: dict[str, Callable[[], object]] = {
+        "call": lambda: pool.call("add"),
+        "options": lambda: pool.options(timeout=60).call("add"),
+        "hint": lambda: pool.checkout(hint="a").release(),
+        "session": lambda: pool.checkout(session="a").release(),
+        "warm_up": lambda: pool.warm_up(["add"], timeout=60),
+    }
+    watcher = Watcher(pool)
+    pid = pool.workers()[0].pid
+    halted = Halted(lambda handle: handle)
+
+    def halting(take: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: halted(take(*args))
+
+    for name in ("acquire", "acquire_this"):
+        monkeypatch.setattr(desk_module.Desk, name, halting(getattr(desk_module.Desk, name)))
+
+    thread = in_thread(ways[way])
+    assert halted.arrived.wait(20)
+    well = watcher.sweep()
+    halted.go_on.set()
+    thread.join(20)
+
+    assert well
+    assert pool.workers()[0].pid == pid
+
+
 def test_worker_is_not_lost_while_a_signal_handler_waits_in_the_middle_of_the_way(
     pool: Pool[Counter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
