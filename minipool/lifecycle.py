@@ -136,7 +136,7 @@ class Lifecycle:
                 raise closed_error(self.config.name, self._failure)
             try:
                 desk, self._sessions = open_desk(
-                    self._launcher, self.config, self.hooks, self._breaker
+                    self._launcher, self.config, self.hooks, self._breaker, explicit
                 )
             except Exception as problem:
                 self._failure = problem

@@ -28,16 +28,23 @@ _EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
 
 
 def open_desk(
-    launcher: Launcher, config: PoolConfig, hooks: Hooks, breaker: CircuitBreaker | None
+    launcher: Launcher,
+    config: PoolConfig,
+    hooks: Hooks,
+    breaker: CircuitBreaker | None,
+    for_good: bool,
 ) -> tuple[Desk, Sessions]:
     """Bring up everything behind a pool, and let the manager begin to start workers.
 
-    `breaker` is that of an opening before, which failed; None: this is the first one.
+    `breaker` is that of an opening before, which failed; None: this is the first one. If this one
+    fails, that is `for_good`, or the pool may be opened again: a store that the user made stays
+    open for that.
 
     Raises:
-        PoolStartError, OSError: nothing was started; everything is given back.
+        PoolStartError, OSError, RuntimeError: nothing was started; everything is given back.
     """
     _end_with_process()
+    lent = _lent(config) and not for_good
     store = _store(config)
     try:
         launcher.open()
@@ -47,7 +54,7 @@ def open_desk(
             launcher.close()
             raise
     except BaseException:
-        if store is not None:
+        if store is not None and not lent:
             store.close()
         raise
     targets = wire.Targets(launcher.worker, launcher.method == "fork", config.codec is not None)
@@ -60,8 +67,17 @@ def open_desk(
     forgotten.atexit = False  # `_close_all` does better
     manager.at_end = forgotten.detach  # else it would outlive the first collection
     sessions = Sessions(desk, store)
+    for keeper in manager.keepers:
+        keeper.lets_go = not lent
     manager.start()
+    for keeper in manager.keepers:
+        keeper.lets_go = True
     return desk, sessions
+
+
+def _lent(config: PoolConfig) -> bool:
+    """Tell whether the store, if there is one, is the user's own."""
+    return not isinstance(config.session_store, (str, os.PathLike))
 
 
 def _store(config: PoolConfig) -> Any:
@@ -126,9 +142,8 @@ def give_up(desk: Desk, failure: BaseException, then: Callable[[], object]) -> N
     open for that.
     """
     manager = desk.manager
-    lent = not isinstance(desk.config.session_store, (str, os.PathLike))
     for keeper in manager.keepers:
-        keeper.lets_go = not lent
+        keeper.lets_go = not _lent(desk.config)
     ended = manager.at_end
     manager.at_end = lambda: (ended(), then())
     manager.give_up(failure, for_good=False)

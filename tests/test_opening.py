@@ -20,6 +20,7 @@ from minipool import (
     PoolStartError,
     WorkerStartError,
 )
+from minipool.engine.launch import Launcher
 from minipool.store import SQLiteStore
 from troublemakers import (
     AllButOne,
@@ -306,6 +307,37 @@ def test_store_of_the_users_own_outlives_an_opening_that_failed(
     with pytest.raises(PoolStartError):
         pool.checkout(session="ada")
     obstacle.unlink()
+    with pool:
+        pool.create_session("ada", {"a": 1})
+        assert pool.session_state("ada") == {"a": 1}
+
+
+@pytest.mark.parametrize("lacking", ["descriptors", "thread", "manager's thread"])
+def test_store_of_the_users_own_outlives_an_opening_that_did_not_begin(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system lacks at the first use may be there at the next."""
+    pool = Pool(Counter, size=1, session_store=SQLiteStore(str(tmp_path / "store.sqlite")))
+    start, failed = threading.Thread.start, []
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name.endswith("housekeeping") == (lacking == "thread"):
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def no_descriptors(launcher: object) -> None:
+        failed.append(launcher)
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        if lacking == "descriptors":
+            patch.setattr(Launcher, "open", no_descriptors)
+        else:
+            patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises((OSError, RuntimeError)):
+            pool.checkout(session="ada")
+    assert failed
     with pool:
         pool.create_session("ada", {"a": 1})
         assert pool.session_state("ada") == {"a": 1}
