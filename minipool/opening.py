@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _GIVE_UP_TIME = 5.0  # seconds at most for the workers of an opening that failed to end
 _EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
+_LEAST_TO_LOG = 0.1  # seconds for what was logged, where the workers have taken all of that
 
 
 def open_desk(
@@ -182,6 +183,8 @@ def _close_all() -> None:
         if not manager.wait_done(max(0.0, deadline - time.monotonic())):
             manager.close(0.0, kill=True)
             manager.wait_done(1.0)
+    for manager in managers:  # which may have log records to write; its thread ends with us
+        manager.join(max(_LEAST_TO_LOG, deadline - time.monotonic()))
 
 
 def _end_with_process() -> None:

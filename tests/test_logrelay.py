@@ -13,7 +13,7 @@ import pytest
 
 import scripts
 from ears import Ear
-from minipool import Pool
+from minipool import Pool, opening
 from minipool.engine import jobs
 from minipool.engine.logrelay import MOST, LogRelay
 from minipool.telemetry import INFO, WARNING, attach_logger, log_through, logger, remark
@@ -290,3 +290,20 @@ ONCE = """
 def test_what_is_in_a_buffer_is_written_by_nobody_else(tmp_path: Path, start_method: str) -> None:
     ran = scripts.run(tmp_path, ONCE, start_method, env=buffering())
     assert ran == (0, "out once;1", "")
+
+
+def test_what_was_logged_is_written_before_the_program_ends(
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that was left open is ended at exit, and its log handlers have the time of a close."""
+    pool = Pool(size=1)
+    ear = Ear(pool, "recovery")
+    kill_one(pool)
+    ear.wait("recovery")
+    assert stuck.reached.wait(LAST)
+    pool.hooks["pool.terminate"].append(lambda *_: stuck.go_on.set())
+    manager = pool._opened().manager
+    monkeypatch.setattr(opening, "live_managers", lambda: [manager])
+    opening._close_all()
+    assert not manager._thread.is_alive()
+    assert [record.levelname for record in stuck.records] == ["WARNING"]
