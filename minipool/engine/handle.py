@@ -184,7 +184,7 @@ class Handle:
             self.channel.post(0, wire.ASSIGN, *parts)
         except PeerGone:
             pass  # its end is about to be seen
-        except RuntimeError:  # out of threads
+        except (RuntimeError, MemoryError):  # out of threads, or of memory
             self.kill()
 
     def kill(self, signum: int = signal.SIGKILL) -> bool:

@@ -249,13 +249,17 @@ class Manager:
         log_through(self._relay.put)
         OOM_KILLS.begin()
         self.bell.ring()  # there are workers to start
+        failed = False
         while not self.done:
             try:
                 self._turn(self._wait())
+                failed = False
             except BaseException:  # a listener may raise SystemExit
                 logger().exception("the manager of %s failed and goes on", self.config.name)
                 self._acted = True  # or what it did not get to would wait for the next thing to do
-                ready([self.bell.reader], self.config.tick)  # not at full speed
+                # Not at full speed; a bell that no turn gets to silence would have it so.
+                ready([] if failed else [self.bell.reader], self.config.tick)
+                failed = True
         with self._changed:
             self._changed.notify_all()
         self._relay.close(_LOG_PATIENCE)
