@@ -240,6 +240,31 @@ def test_log_of_the_next_file_is_left_alone(path: Path, backup: Path) -> None:
     assert committed(path) == (2, {"n": b"theirs"})
 
 
+@pytest.mark.parametrize("use", ["commit", "beat", "close"])
+def test_deleted_file_does_not_harm_the_one_made_in_its_place(path: Path, use: str) -> None:
+    """Who had the deleted one open would write to the index of the next file's log."""
+    old = SQLiteStore(str(path))
+    old.open("a")
+    old.commit("a", 1, {"n": b"1"})
+    path.unlink()  # and not what lies beside it
+    new = SQLiteStore(str(path))
+    new.open("b")
+    new.commit("b", 1, {"n": b"1"})
+    if use == "commit":
+        with pytest.raises(SessionError):
+            old.commit("a", 2, {"n": b"2"})
+    elif use == "beat":
+        old._beaten -= 60
+        old.beat()
+    else:
+        old.close()
+    new.commit("b", 2, {"n": b"2"})
+    assert new.read("b") == (2, {"n": b"2"})
+    old.close()
+    new.close()
+    assert committed(path, "b") == (2, {"n": b"2"})
+
+
 def test_pool_goes_on_with_a_file_that_was_replaced(path: Path, backup: Path) -> None:
     with Pool(size=1, session_store=path) as pool:
         pool.create_session("b", {"n": 1})

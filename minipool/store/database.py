@@ -98,6 +98,9 @@ class Database:
     def _found_or_made(cls, path: str) -> Database:
         file = files.ready(path)
         open_files.refuse_inherited(file)
+        for other in open_files.databases():
+            if other.path == path and other.file != file and not other.closed:
+                other._leave_path()
         found: Database | None = open_files.database(file)
         if found is None or found.closed:
             made = cls(path, file)
@@ -130,6 +133,14 @@ class Database:
         self.transact(None, schema.check, files.size_of(self.path), mode="DEFERRED")
         # Only now: what was made above is in the file itself, where `peek` looks.
         self._choose_journal()
+
+    def _leave_path(self) -> None:
+        """Have a file that is not at the path any more be noticed now, and be closed.
+
+        Who goes on with it uses the log of the next file, as that has the same name, and its index.
+        """
+        with contextlib.suppress(SessionError):
+            self.transact("the file could not be kept open", _nothing, mode="DEFERRED")
 
     def leave(self, user: object) -> None:
         """Close the file, unless others use it."""
@@ -412,6 +423,10 @@ class Database:
 
 
 _TRANSACT = Database.transact.__code__
+
+
+def _nothing(db: Connection) -> None:
+    """Change nothing: that the file is looked at afterwards is all that is wanted."""
 
 
 def _unusable(path: str, problem: Any) -> SessionError:
