@@ -265,6 +265,45 @@ def test_deleted_file_does_not_harm_the_one_made_in_its_place(path: Path, use: s
     assert committed(path, "b") == (2, {"n": b"2"})
 
 
+def test_process_with_a_deleted_file_does_not_harm_those_with_the_next_one(path: Path) -> None:
+    program = """if True:
+        import sys
+        from minipool import SessionError
+        from minipool.store import SQLiteStore
+        store = SQLiteStore(sys.argv[1])
+        store.open("a")
+        store.commit("a", 1, {"n": b"1"})
+        db = store._database._connect()
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # as housekeeping does
+        db.close()
+        print("committed", flush=True)
+        sys.stdin.readline()
+        try:
+            store.commit("a", 2, {"n": bytes(20000)})
+        except SessionError:
+            print("refused", flush=True)
+        sys.stdin.readline()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        env=scripts.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout.readline() == "committed\n"
+    path.unlink()  # and not what lies beside it
+    store = SQLiteStore(str(path))
+    store.open("b")
+    store.commit("b", 1, {"n": b"1"})
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "refused\n"
+    store.commit("b", 2, {"n": b"2"})
+    assert store.read("b") == (2, {"n": b"2"})
+    process.communicate("\n")
+    store.close()
+    assert committed(path, "b") == (2, {"n": b"2"})
+
+
 def test_pool_goes_on_with_a_file_that_was_replaced(path: Path, backup: Path) -> None:
     with Pool(size=1, session_store=path) as pool:
         pool.create_session("b", {"n": 1})
