@@ -49,7 +49,7 @@ def committed(path: Path, key: str = "a") -> Any:
         ("\ud800", "cannot be made absolute"),
         ("/dev/null", "a device, not a regular file"),
         ("/", "a directory, not a regular file"),
-        ("/nowhere/at/all", "where a new file can be made"),
+        ("/nowhere/at/all", "make '/nowhere/at' first"),
         ("/etc/hostname/x", "Not a directory"),
     ],
 )
