@@ -35,7 +35,7 @@ def open_desk(
     `breaker` is that of an opening before, which failed; None: this is the first one.
 
     Raises:
-        PoolStartError, OSError: nothing was started; everything is given back.
+        PoolStartError, OSError, RuntimeError: nothing was started; everything is given back.
     """
     _end_with_process()
     store = _store(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from minipool import (
     PoolStartError,
     WorkerStartError,
 )
+from minipool.engine.desk import could_not_start
 from minipool.store import SQLiteStore
 from troublemakers import (
     AllButOne,
@@ -180,6 +183,44 @@ def test_closed_pool_that_could_not_start_says_why(opened: Callable[[Any], Any])
     assert report.status == "unhealthy" and "no weights here" in report.reasons[1]
     assert "closed, could not start" in repr(pool) and "no weights here" in repr(pool)
     assert [event.name for event in ear.heard] == ["pool.init", "pool.terminate"]
+
+
+def test_pool_that_may_have_no_thread_says_so_and_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is a PoolStartError, like all that keeps a pool down; no descriptor is left of it."""
+
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool(Counter, size=1, session_store=str(tmp_path / "store"))
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        with pytest.raises(PoolStartError, match=r"ulimit -u.*the next use tries again") as caught:
+            pool.call("add")
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert len(os.listdir("/proc/self/fd")) == before
+    with pool:
+        assert pool.call("add") == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
+        (EOFError("unexpected EOF"), "the fork server has ended"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (LookupError("no weights here"), "correct that"),
+    ],
+    ids=["process", "server", "descriptor", "class"],
+)
+def test_remedy_fits_what_kept_a_worker_from_starting(cause: Exception, remedy: str) -> None:
+    failure = WorkerStartError("worker 0 did not start")
+    failure.__cause__ = cause
+    assert remedy in str(could_not_start("p", failure, "x"))
+    cause.__cause__ = OSError("its traceback in the worker")
+    assert "did not start; correct that; x" in str(could_not_start("p", failure, "x"))
 
 
 def test_pool_closed_in_good_order_has_no_reason() -> None:

@@ -133,7 +133,7 @@ class Manager:
         """Start the thread, which starts the workers.
 
         Raises:
-            RuntimeError: there can be no more threads; nothing was started.
+            RuntimeError: there can be no more threads; nothing was started, all is given back.
         """
         try:
             for keeper in self.keepers:
@@ -142,6 +142,9 @@ class Manager:
         except BaseException:
             for keeper in self.keepers:
                 keeper.end()
+            self._give_back()
+            self.at_end()
+            self.done = True
             raise
 
     @property
@@ -495,6 +498,16 @@ class Manager:
 
     def _end(self) -> None:
         self.closed_ns = time.monotonic_ns()
+        self._give_back()
+        OOM_KILLS.end()
+        self.at_end()
+        self.done = True
+        if self.for_good:
+            uptime = (self.closed_ns - self.opened_ns) / 1e9
+            self.hooks.emit("pool.terminate", {"uptime": uptime})
+
+    def _give_back(self) -> None:
+        """Give back memory and descriptors, when there are no workers or never were."""
         self.fleet.close()
         breaker = self.fleet.breaker
         if breaker is not None and self._circuit_changed in breaker.listeners:
@@ -506,12 +519,6 @@ class Manager:
                 logger().exception("%s: what was to end with it did not", self.config.name)
         self._launcher.close()
         self.bell.close()
-        OOM_KILLS.end()
-        self.at_end()
-        self.done = True
-        if self.for_good:
-            uptime = (self.closed_ns - self.opened_ns) / 1e9
-            self.hooks.emit("pool.terminate", {"uptime": uptime})
 
     def give_up(self, failure: BaseException, for_good: bool) -> None:
         """End everything now, because no worker could be started: whoever waits is told why."""
