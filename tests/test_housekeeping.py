@@ -164,6 +164,16 @@ def test_leased_session_is_used_now() -> None:
         assert pool._sessions.used_since(0.0) == {"a": 0.0}
 
 
+def test_session_that_has_expired_is_told_of_before_it_is_deleted() -> None:
+    """A locked store refuses that within a second; the deletion would wait as a caller does."""
+    with Pool(size=1, session_store=NotingStore()) as pool:
+        for key in "ab":
+            pool.create_session(key)
+            pool._sessions._records[key].used -= 4000.0
+        (told,) = pool._sessions.used_since(time.monotonic()).items()
+        assert told[0] == "a" and told[1] > 3600.0
+
+
 def test_use_that_the_store_refused_to_note_is_told_again(caplog: Any) -> None:
     store = RefusingStore("beat")
     with Pool(size=1, session_store=store) as pool:

@@ -336,6 +336,26 @@ def test_waiter_of_a_session_that_was_forgotten_is_woken_by_the_manager(
     assert not line.waiters
 
 
+def test_session_that_was_handed_to_a_waiter_which_has_not_run_yet_is_not_taken_away(
+    pool: Pool[Counter],
+) -> None:
+    sweeper, sessions = Sweeper(pool), pool._sessions
+    with pool.checkout(session="a"):
+        record = sessions._records["a"]
+        waiter: Waiter | None = sessions._line.enqueue("a")
+    assert waiter is not None and waiter.token is not None
+
+    def renewed() -> bool:
+        for _ in range(3):
+            sessions._sweep_astray()
+        return sessions._records["a"] is not record
+
+    assert not sweeper.run(renewed)
+    del waiter
+    assert sweeper.run(renewed)
+    assert pool.options(session="a").call("add") == 1
+
+
 def test_ended_session_leaves_nothing_in_its_line(pool: Pool[Counter]) -> None:
     line = pool._sessions._line
     with pool.checkout(session="hot"):
