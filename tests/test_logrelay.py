@@ -225,6 +225,18 @@ def test_what_waits_is_bounded_and_the_dropped_are_counted(stuck: Stuck, relay: 
     assert last.startswith("test: 50 log records of the manager were dropped")
 
 
+def test_what_is_left_after_the_time_to_close_is_not_written(stuck: Stuck, relay: LogRelay) -> None:
+    logger().warning("one")
+    assert stuck.reached.wait(LAST)
+    logger().warning("two")
+    relay.close(0.01)
+    thread = relay._thread
+    assert thread is not None
+    stuck.go_on.set()
+    thread._thread.join(LAST)
+    assert [record.getMessage() for record in stuck.records] == ["one"]
+
+
 def test_what_nobody_would_hear_starts_no_thread(relay: LogRelay) -> None:
     remark(logging.DEBUG, "not shown")
     assert relay._thread is None

@@ -16,7 +16,7 @@ from ears import Ear
 from gates import Gate, pass_gate
 from minipool import Pool, SessionLost
 from minipool.engine import desk as desk_module
-from minipool.engine import health
+from minipool.engine import health, passage
 from minipool.engine import table as t
 from minipool.engine.turnstile import Waiter
 from minipool.lease import Lease
@@ -164,6 +164,32 @@ def test_threads_that_wait_in_line_do_not_hide_a_loss(pool: Pool[Counter]) -> No
     for thread in threads:
         thread.join(20)
     assert sorted(answers) == [1, 2, 3, 4, 5]
+
+
+def test_slot_is_given_more_time_while_others_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever had it may have given it back, and another one may have taken it, between sweeps."""
+    suspects, seen = passage.Suspects(), [frozenset({1})]
+    monkeypatch.setattr(passage, "passers", lambda: seen[0])
+    lost = []
+    for sweep in range(6):
+        seen[0] = frozenset({sweep})  # always one, never the same
+        lost.append(suspects.lost("slot", "mark"))
+        suspects.end({"slot": "mark"})
+    assert lost == [False] * 5 + [True]
+    assert not suspects.lost("slot", "another mark")
+    seen[0] = frozenset()
+    suspects.end({"slot": "another mark"})
+    assert suspects.lost("slot", "another mark")
+
+
+def test_who_looks_at_the_passers_is_none_of_them() -> None:
+    @passage.passage
+    def look() -> frozenset[int]:
+        return passage.passers()
+
+    assert threading.get_ident() not in look()
 
 
 def changed_between_look_and_act(

@@ -78,6 +78,16 @@ def test_old_sessions_behind_those_of_the_living_are_deleted(path: str) -> None:
     store.close()
 
 
+def test_sessions_of_a_store_are_not_its_own_to_expire(path: str, store: SQLiteStore) -> None:
+    """Not even when another process has taken this one for dead."""
+    store.open("a")
+    age(path, DAY)
+    ask(path, "DELETE FROM owner")
+    expire_all(store, 3600)
+    assert keys(path) == ["a"]
+    store.commit("a", 1, {"n": b"1"})
+
+
 def test_a_batch_is_short_however_much_is_old(
     path: str, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
