@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -20,6 +23,7 @@ from minipool import (
     PoolStartError,
     WorkerStartError,
 )
+from minipool.engine.verdict import by_chance
 from minipool.store import SQLiteStore
 from troublemakers import (
     AllButOne,
@@ -53,6 +57,46 @@ def obstacle(tmp_path: Path) -> Path:
     path = tmp_path / "obstacle"
     path.touch()
     return path
+
+
+# -- what a failed start says --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "exitcode", "chance"),
+    [
+        ({}, -signal.SIGSEGV, True),
+        ({}, None, True),
+        ({}, 3, False),
+        ({}, 0, False),
+        ({"ready_ns": 1}, 3, True),
+        ({"killed_for": "not ready within 2 s"}, -signal.SIGKILL, False),
+        ({"start_error": ValueError()}, -signal.SIGKILL, False),
+    ],
+)
+def test_end_of_a_worker_that_may_have_been_bad_luck(
+    words: Any, exitcode: int | None, chance: bool
+) -> None:
+    handle: Any = SimpleNamespace(
+        **{"start_error": None, "killed_for": None, "ready_ns": 0, **words}
+    )
+    assert by_chance(handle, exitcode, None) is chance
+
+
+@pytest.mark.parametrize(
+    ("cause", "chance"),
+    [
+        (OSError(errno.EAGAIN, "no more processes"), True),
+        (OSError(errno.ENOMEM, "no memory"), True),
+        (OSError(errno.EMFILE, "no descriptors"), True),
+        (OSError(errno.ENFILE, "no descriptors at all"), True),
+        (OSError(errno.EACCES, "not allowed"), False),
+        (EOFError(), False),
+        (None, False),
+    ],
+)
+def test_start_that_the_system_had_no_room_for(cause: BaseException | None, chance: bool) -> None:
+    assert by_chance(None, None, cause) is chance
 
 
 # -- what is known is told at once ---------------------------------------------------------------

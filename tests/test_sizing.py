@@ -155,6 +155,13 @@ def test_the_queue_makes_it_grow(
     assert (decided.wish.target, decided.start) == (target, start)
 
 
+def test_who_is_about_to_be_replaced_makes_it_no_larger() -> None:
+    """The line is for the successor of the one that is dying."""
+    dying = Member(2, S.LOST)
+    decided = planned(ELASTIC, leased(0), leased(1), dying, waiting=9, dying=1)
+    assert (decided.wish.target, decided.start) == (2, 0)
+
+
 def test_one_that_asked_without_waiting_counts_up_to_the_full_size_only() -> None:
     assert planned(Wish(0, 3, 3, 3), asked=True).wish.target == 1
     assert planned(Wish(1, 3, 3, 3), idle(0), asked=True).wish.target == 1
