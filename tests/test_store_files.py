@@ -305,6 +305,31 @@ def test_local_file_system_beside_others_gets_a_log(
     assert journal_mode(path) == "wal" and not caplog.messages
 
 
+def test_last_file_system_mounted_somewhere_is_the_one_that_is_seen(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mounts(path, "nfs", monkeypatch, tmp_path)
+    assert files.network_filesystem(str(path)) == "nfs"
+    with (tmp_path / "mountinfo").open("a") as lines:
+        lines.write(f"25 23 0:52 / {path.parent} rw - ext4 /dev/over rw\n")
+    assert files.network_filesystem(str(path)) is None
+
+
+NORMAL, FULL = 1, 2
+
+
+def synchronous(store: SQLiteStore) -> int:
+    db = store._database._idle[-1]
+    found: int = db.execute("PRAGMA synchronous").fetchone()[0]
+    return found
+
+
+def test_log_is_written_as_fast_as_the_death_of_a_process_allows(path: Path) -> None:
+    store = SQLiteStore(str(path))
+    assert synchronous(store) == NORMAL
+    store.close()
+
+
 def test_where_no_log_is_possible_it_says_so_and_works(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -313,6 +338,7 @@ def test_where_no_log_is_possible_it_says_so_and_works(
     monkeypatch.setattr(connection, lambda self, db, wished, mode: mode)
     store = SQLiteStore(str(path))
     assert any("can have no write-ahead log" in text for text in caplog.messages)
+    assert synchronous(store) == FULL, "the file itself is written to: not even power may break it"
     store.create("a", {"n": b"1"})
     store.commit("a", 2, {"n": b"2"})
     store.close()
