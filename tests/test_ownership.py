@@ -174,7 +174,7 @@ def test_slot_is_given_more_time_while_others_are_on_their_way(
     monkeypatch.setattr(passage, "passers", lambda: seen[0])
     lost = []
     for sweep in range(6):
-        seen[0] = frozenset({sweep})  # always one, never the same
+        seen[0] = frozenset({sweep, sweep + 1})  # always somebody, nobody for long
         lost.append(suspects.lost("slot", "mark"))
         suspects.end({"slot": "mark"})
     assert lost == [False] * 5 + [True]
@@ -182,6 +182,20 @@ def test_slot_is_given_more_time_while_others_are_on_their_way(
     seen[0] = frozenset()
     suspects.end({"slot": "another mark"})
     assert suspects.lost("slot", "another mark")
+
+
+def test_slot_is_never_lost_while_one_thread_stands_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where others compute it may stand there for any time, and others come and go meanwhile."""
+    suspects, seen = passage.Suspects(), [frozenset({1})]
+    monkeypatch.setattr(passage, "passers", lambda: seen[0])
+    for sweep in range(50):
+        seen[0] = frozenset({1, 100 + sweep})
+        assert not suspects.lost("slot", "mark")
+        suspects.end({"slot": "mark"})
+    seen[0] = frozenset()
+    assert suspects.lost("slot", "mark")
 
 
 def test_who_looks_at_the_passers_is_none_of_them() -> None:

@@ -121,6 +121,24 @@ def test_session_that_was_taken_meanwhile_is_not_deleted(
     other.close()
 
 
+def test_session_that_was_used_and_given_back_meanwhile_is_not_deleted(
+    path: str, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(path, "a", "b")
+    age(path, DAY)
+    keep_house = store._keep_house
+
+    def used_first(*args: Any) -> Any:
+        other = SQLiteStore(path)
+        other.open("a")
+        other.close()
+        return keep_house(*args)
+
+    monkeypatch.setattr(store, "_keep_house", used_first)
+    store.expire(3600)
+    assert keys(path) == ["a"]
+
+
 def test_use_is_noted_in_bulk(path: str, store: SQLiteStore) -> None:
     """What was read and not changed has been used; by others it has not."""
     numbers = [f"s{number:04}" for number in range(1200)]
