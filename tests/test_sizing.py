@@ -271,6 +271,7 @@ class Walk:
         self.spares = self.random.choice([0, 0, 2])
         self.members: dict[int, Member] = {}
         self.waiting, self.last_wish = 0, self.wish.target
+        self.counted = 0  # settled workers that a plan was made without
 
     def change(self, slot: int, **words: Any) -> None:
         self.members[slot] = self.members[slot]._replace(**words)
@@ -308,8 +309,17 @@ class Walk:
         before = {slot: m for slot, m in self.members.items() if not m.reserve and _lives(m)}
         decided = plan(situation)
         self.check(decided, before, order)
+        if order is None and not self.waiting and len(before) <= self.wish.target:
+            self.check_counting(situation._replace(max_idle_ns=None))
         self.carry_out(decided)
         return decided
+
+    def check_counting(self, situation: Situation) -> None:
+        """Counted only, the settled make the same plan."""
+        unsettled = [member for member in situation.members if not member.settled]
+        others = len(situation.members) - len(unsettled)
+        assert plan(situation._replace(members=unsettled, others=others)) == plan(situation)
+        self.counted += others
 
     def check(self, decided: Plan, before: dict[int, Member], order: int | None) -> None:
         going = set(gone(decided))
@@ -392,6 +402,7 @@ def test_random_walk_keeps_what_was_wished_for_last(seed: int) -> None:
         if order is not None:
             assert walk.wish.target == order or walk.waiting
             assert walk.wish.full == order
+    assert walk.counted
     walk.settle()
     rested = walk.look()
     assert (rested.let_go, rested.call_up, rested.exchange, rested.start) == ((), (), (), 0)

@@ -66,6 +66,16 @@ class Member(NamedTuple):
     nearly_used_up: bool = False
     warm: bool = False  # has sessions
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is in service, leased or not, and nothing is known against that.
+
+        Who is idle matters only to a plan for a line of callers, an order or a surplus, or by the
+        clock. For any other plan it is enough to count the settled: see `Situation.others`.
+        """
+        bound = self.unfit or self.worn or self.used_up or self.nearly_used_up
+        return self.state is S.IDLE and not (self.reserve or self.leaving or bound)
+
 
 class Situation(NamedTuple):
     """All that the plan depends on. Durations and times are nanoseconds."""
@@ -86,7 +96,7 @@ class Situation(NamedTuple):
     overflow_idle_ns: int = 0
     max_idle_ns: Optional[int] = None
     since_change_ns: int = 1 << 62  # since the target last changed
-    others: int = 0  # more workers in service, of which none needs or can be chosen for any step
+    others: int = 0  # so many more that are settled
 
 
 class LetGo(NamedTuple):

@@ -107,7 +107,7 @@ class Staff:
         fleet, now_ns, now = self._fleet, time.monotonic_ns(), time.monotonic()
         members = self._members(now_ns, whole)
         if whole:
-            fleet.settle({member.slot for member in members if not _settled(member)})
+            fleet.settle({member.slot for member in members if not member.settled})
         staying = fleet.count_staying()
         self.may_grow = staying < self.wish.most
         waiting = self._turnstile.general_waiters()  # after that: who queues sees it, or is seen
@@ -200,15 +200,3 @@ class Staff:
             self._care.set_aside(worn)
         else:
             self._turnstile.publish(worn.slot, worn)
-
-
-def _settled(member: Member) -> bool:
-    """Tell whether a worker is in service, leased or not, and nothing is known against it."""
-    return member.state is S.IDLE and not (
-        member.reserve
-        or member.leaving
-        or member.unfit
-        or member.worn
-        or member.used_up
-        or member.nearly_used_up
-    )
