@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Iterable
 
 from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.launch import Launcher
-from .errors import CheckoutTimeout, ConfigError
+from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
 from .opening import give_up, note_pool, open_desk, ready_count, wait_started
 from .telemetry import Hooks
@@ -136,12 +136,15 @@ class Lifecycle:
                 raise closed_error(self.config.name, self._failure)
             try:
                 desk, self._sessions = open_desk(
-                    self._launcher, self.config, self.hooks, self._breaker
+                    self._launcher, self.config, self.hooks, self._breaker, explicit
                 )
             except Exception as problem:
                 self._failure = problem
                 self._closed = self._closed or explicit
-                raise
+                if isinstance(problem, MinipoolError):
+                    raise
+                what_then = ANEW if explicit else AGAIN
+                raise could_not_start(self.config.name, problem, what_then) from problem
             self._breaker = desk.manager.fleet.breaker
             self._desk = desk
         note_pool(self)

@@ -25,19 +25,27 @@ if TYPE_CHECKING:
 
 _GIVE_UP_TIME = 5.0  # seconds at most for the workers of an opening that failed to end
 _EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
+_LEAST_TO_LOG = 0.1  # seconds for what was logged, where the workers have taken all of that
 
 
 def open_desk(
-    launcher: Launcher, config: PoolConfig, hooks: Hooks, breaker: CircuitBreaker | None
+    launcher: Launcher,
+    config: PoolConfig,
+    hooks: Hooks,
+    breaker: CircuitBreaker | None,
+    for_good: bool,
 ) -> tuple[Desk, Sessions]:
     """Bring up everything behind a pool, and let the manager begin to start workers.
 
-    `breaker` is that of an opening before, which failed; None: this is the first one.
+    `breaker` is that of an opening before, which failed; None: this is the first one. If this one
+    fails, that is `for_good`, or the pool may be opened again: a store that the user made stays
+    open for that.
 
     Raises:
-        PoolStartError, OSError: nothing was started; everything is given back.
+        PoolStartError, OSError, RuntimeError: nothing was started; everything is given back.
     """
     _end_with_process()
+    lent = _lent(config) and not for_good
     store = _store(config)
     try:
         launcher.open()
@@ -47,7 +55,7 @@ def open_desk(
             launcher.close()
             raise
     except BaseException:
-        if store is not None:
+        if store is not None and not lent:
             store.close()
         raise
     targets = wire.Targets(launcher.worker, launcher.method == "fork", config.codec is not None)
@@ -60,8 +68,17 @@ def open_desk(
     forgotten.atexit = False  # `_close_all` does better
     manager.at_end = forgotten.detach  # else it would outlive the first collection
     sessions = Sessions(desk, store)
+    for keeper in manager.keepers:
+        keeper.lets_go = not lent
     manager.start()
+    for keeper in manager.keepers:
+        keeper.lets_go = True
     return desk, sessions
+
+
+def _lent(config: PoolConfig) -> bool:
+    """Tell whether the store, if there is one, is the user's own."""
+    return not isinstance(config.session_store, (str, os.PathLike))
 
 
 def _store(config: PoolConfig) -> Any:
@@ -126,9 +143,8 @@ def give_up(desk: Desk, failure: BaseException, then: Callable[[], object]) -> N
     open for that.
     """
     manager = desk.manager
-    lent = not isinstance(desk.config.session_store, (str, os.PathLike))
     for keeper in manager.keepers:
-        keeper.lets_go = not lent
+        keeper.lets_go = not _lent(desk.config)
     ended = manager.at_end
     manager.at_end = lambda: (ended(), then())
     manager.give_up(failure, for_good=False)
@@ -167,6 +183,8 @@ def _close_all() -> None:
         if not manager.wait_done(max(0.0, deadline - time.monotonic())):
             manager.close(0.0, kill=True)
             manager.wait_done(1.0)
+    for manager in managers:  # which may have log records to write; its thread ends with us
+        manager.join(max(_LEAST_TO_LOG, deadline - time.monotonic()))
 
 
 def _end_with_process() -> None:

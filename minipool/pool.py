@@ -143,6 +143,7 @@ class Pool(Inspection, Generic[W]):
         lease = self._lease  # see `Desk.acquire`
         return lease(desk, desk.acquire(limit))
 
+    @passage
     def _checkout_until(
         self, budget: Budget, timeout: float | None, session: str | None, affinity: str | None
     ) -> Lease[W]:

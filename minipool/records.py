@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, MutableMapping
 from typing import Any, Mapping, Optional, Tuple
 
+from .engine.conversation import plain_key
 from .engine.handle import Handle
 from .errors import CallMismatch, LeaseError, LeaseReleased, SessionError, SessionLost
 
@@ -277,10 +278,9 @@ def pack(state: Mapping[str, Any]) -> dict[str, bytes]:
     """
     packed = {}
     for key, value in state.items():
-        if not isinstance(key, str):
-            raise TypeError(f"session keys are text, not {key!r}")
+        name = plain_key(key)
         try:
-            packed[key] = pickle.dumps(value, 5)
+            packed[name] = pickle.dumps(value, 5)
         except Exception as problem:
             raise CallMismatch(
                 f"the value of {key!r}, a {type(value).__name__}, cannot be a session's state: "

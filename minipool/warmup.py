@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequenc
 from .commands import Command, commands_of
 from .engine.launch import packed_command
 from .engine.pace import MOST
+from .engine.passage import passage
 from .engine.states import WorkerState
 from .errors import CallTimeout, CheckoutTimeout, WorkerError
 from .lease import Lease, seconds
 
 if TYPE_CHECKING:
     from .engine.desk import Desk
-    from .engine.handle import Handle
 
 STRATEGIES = ("parallel", "sequential", "staged")
 _MARGIN = 5.0  # seconds after its deadline until a helper is no longer waited for
@@ -129,8 +129,7 @@ class _WarmUp:
         """Take the worker of a slot, and make all calls there."""
         well = False
         try:
-            handle = self._take(slot, end)
-            with Lease[Any](self._desk, handle) as lease:
+            with self._take(slot, end) as lease:
                 made = [self._make(i, slot, lease, end) for i in range(len(self._commands))]
                 well = all(made)
         except CheckoutTimeout:
@@ -169,7 +168,8 @@ class _WarmUp:
         self._took[index].append(time.monotonic() - start)
         return True
 
-    def _take(self, slot: int, end: float) -> Handle:
+    @passage
+    def _take(self, slot: int, end: float) -> Lease[Any]:
         """Take the worker that is in a slot, or the next one there, once it is free."""
         desk, manager = self._desk, self._desk.manager
         handles, fleet, staff = manager.fleet.handles, manager.fleet, manager.staff
@@ -190,7 +190,7 @@ class _WarmUp:
             if handle is not None and in_service():
                 taken = desk.acquire_this(handle, patience, None)
                 if taken is not None:
-                    return taken
+                    return Lease(desk, taken)
             elif given_up():
                 raise LookupError(f"worker {slot} was let go, and nobody took its place")
             if time.monotonic() >= end:

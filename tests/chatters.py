@@ -27,6 +27,19 @@ def keys() -> list[str]:
     return sorted(current_session())
 
 
+def put_and_drop_by_a_name_of_its_own() -> list[bool]:
+    """Use keys of a class that nobody else can import; tell whether they stay what they are."""
+
+    class Name(str):
+        pass
+
+    session = current_session()
+    session[Name("own")] = 1
+    session.setdefault(Name("log"), []).append(1)
+    del session[Name("old")]
+    return [type(key) is str for key in session]
+
+
 def append(key: str, value: Any) -> int:
     """Change a value deep inside, without setting the key."""
     values = current_session().setdefault(key, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import threading
@@ -311,6 +312,15 @@ def test_idempotent_call_that_raises_is_not_made_again(pool: Pool[Stateful]) -> 
 
 
 # -- timeouts ------------------------------------------------------------------------------------
+
+
+def test_timeout_is_told_in_few_digits_and_by_the_names_of_its_sources(gate: Gate) -> None:
+    """What is left of a time for checkout and call together has the digits of a subtraction."""
+    with Pool(Stateful, size=1) as pool:
+        with pytest.raises(CallTimeout) as caught:
+            pool.options(timeout=0.2).call("wait_at", gate.path)
+    assert re.search(r"within 0\.\d{1,7} s on", str(caught.value)), caught.value
+    assert "`call_timeout`, or that of `options()`" in str(caught.value)
 
 
 def test_call_timeout_kills_only_the_culprit(gate: Gate) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -163,6 +164,16 @@ def test_leased_session_is_used_now() -> None:
         assert pool._sessions.used_since(0.0) == {"a": 0.0}
 
 
+def test_session_that_has_expired_is_told_of_before_it_is_deleted() -> None:
+    """A locked store refuses that within a second; the deletion would wait as a caller does."""
+    with Pool(size=1, session_store=NotingStore()) as pool:
+        for key in "ab":
+            pool.create_session(key)
+            pool._sessions._records[key].used -= 4000.0
+        (told,) = pool._sessions.used_since(time.monotonic()).items()
+        assert told[0] == "a" and told[1] > 3600.0
+
+
 def test_use_that_the_store_refused_to_note_is_told_again(caplog: Any) -> None:
     store = RefusingStore("beat")
     with Pool(size=1, session_store=store) as pool:
@@ -174,6 +185,56 @@ def test_use_that_the_store_refused_to_note_is_told_again(caplog: Any) -> None:
         assert "a" in store.used[-1]
     refusals = [message for message in caplog.messages if "beat is refused" in message]
     assert len(refusals) == 1, "the same trouble is told once"
+
+
+class Tended:
+    """The sessions of a pool, as its housekeeping sees them: one was used, one has expired."""
+
+    def __init__(self) -> None:
+        self.used = time.monotonic()
+        self.expired = False
+
+    def used_since(self, moment: float) -> dict[str, float]:
+        return {"a": time.monotonic() - self.used} if self.used >= moment else {}
+
+    def has_expired(self) -> bool:
+        return True
+
+    def expire(self, seconds: float) -> bool:
+        self.expired = True
+        return False
+
+
+def test_use_while_the_store_is_told_of_others_is_told_the_next_time() -> None:
+    """What counts as told is what was looked at, not what has come since."""
+    store, tended = NotingStore(), Tended()
+    keeper = housekeeping.Housekeeping("p", store, 60.0, tended, lambda: None)
+
+    def use(method: str, key: str) -> None:
+        tended.used = time.monotonic()
+
+    store.before = use
+    assert keeper._give_sign()
+    store.before = lambda method, key: None
+    assert keeper._give_sign() and keeper._give_sign()
+    assert [set(used) for used in store.used[1:]] == [{"a"}, set()]
+
+
+def test_store_that_refuses_a_sign_is_asked_for_nothing_else() -> None:
+    """A locked one would hold up each deletion for as long as a caller, and the close with it."""
+    store, tended = RefusingStore("beat"), Tended()
+    keeper = housekeeping.Housekeeping("p", store, 60.0, tended, lambda: None)
+    assert keeper._pass() > 0
+    assert not tended.expired
+    store.asked.clear()
+    keeper.end()
+    keeper._run()
+    assert [method for method, _ in store.asked] == ["close"] and keeper.ended
+
+    store = NotingStore()
+    keeper = housekeeping.Housekeeping("p", store, 60.0, tended, lambda: None)
+    keeper._pass()
+    assert tended.expired
 
 
 def test_signs_of_life_are_given_while_many_commit(

@@ -14,7 +14,7 @@ import pytest
 
 import scripts
 from ears import Ear
-from minipool import Pool
+from minipool import Pool, opening
 from minipool.engine import jobs
 from minipool.engine.logrelay import MOST, LogRelay
 from minipool.telemetry import INFO, WARNING, attach_logger, log_through, logger, remark
@@ -246,6 +246,18 @@ def test_what_waits_is_bounded_and_the_dropped_are_counted(stuck: Stuck, relay: 
     assert last.startswith("test: 50 log records of the manager were dropped")
 
 
+def test_what_is_left_after_the_time_to_close_is_not_written(stuck: Stuck, relay: LogRelay) -> None:
+    logger().warning("one")
+    assert stuck.reached.wait(LAST)
+    logger().warning("two")
+    relay.close(0.01)
+    thread = relay._thread
+    assert thread is not None
+    stuck.go_on.set()
+    thread._thread.join(LAST)
+    assert [record.getMessage() for record in stuck.records] == ["one"]
+
+
 def test_what_nobody_would_hear_starts_no_thread(relay: LogRelay) -> None:
     remark(logging.DEBUG, "not shown")
     assert relay._thread is None
@@ -311,3 +323,20 @@ ONCE = """
 def test_what_is_in_a_buffer_is_written_by_nobody_else(tmp_path: Path, start_method: str) -> None:
     ran = scripts.run(tmp_path, ONCE, start_method, env=buffering())
     assert ran == (0, "out once;1", "")
+
+
+def test_what_was_logged_is_written_before_the_program_ends(
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that was left open is ended at exit, and its log handlers have the time of a close."""
+    pool = Pool(size=1)
+    ear = Ear(pool, "recovery")
+    kill_one(pool)
+    ear.wait("recovery")
+    assert stuck.reached.wait(LAST)
+    pool.hooks["pool.terminate"].append(lambda *_: stuck.go_on.set())
+    manager = pool._opened().manager
+    monkeypatch.setattr(opening, "live_managers", lambda: [manager])
+    opening._close_all()
+    assert not manager._thread.is_alive()
+    assert [record.levelname for record in stuck.records] == ["WARNING"]

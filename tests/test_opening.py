@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -20,6 +24,9 @@ from minipool import (
     PoolStartError,
     WorkerStartError,
 )
+from minipool.engine.desk import could_not_start
+from minipool.engine.launch import Launcher
+from minipool.engine.verdict import by_chance
 from minipool.store import SQLiteStore
 from troublemakers import (
     AllButOne,
@@ -53,6 +60,46 @@ def obstacle(tmp_path: Path) -> Path:
     path = tmp_path / "obstacle"
     path.touch()
     return path
+
+
+# -- what a failed start says --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "exitcode", "chance"),
+    [
+        ({}, -signal.SIGSEGV, True),
+        ({}, None, True),
+        ({}, 3, False),
+        ({}, 0, False),
+        ({"ready_ns": 1}, 3, True),
+        ({"killed_for": "not ready within 2 s"}, -signal.SIGKILL, False),
+        ({"start_error": ValueError()}, -signal.SIGKILL, False),
+    ],
+)
+def test_end_of_a_worker_that_may_have_been_bad_luck(
+    words: Any, exitcode: int | None, chance: bool
+) -> None:
+    handle: Any = SimpleNamespace(
+        **{"start_error": None, "killed_for": None, "ready_ns": 0, **words}
+    )
+    assert by_chance(handle, exitcode, None) is chance
+
+
+@pytest.mark.parametrize(
+    ("cause", "chance"),
+    [
+        (OSError(errno.EAGAIN, "no more processes"), True),
+        (OSError(errno.ENOMEM, "no memory"), True),
+        (OSError(errno.EMFILE, "no descriptors"), True),
+        (OSError(errno.ENFILE, "no descriptors at all"), True),
+        (OSError(errno.EACCES, "not allowed"), False),
+        (EOFError(), False),
+        (None, False),
+    ],
+)
+def test_start_that_the_system_had_no_room_for(cause: BaseException | None, chance: bool) -> None:
+    assert by_chance(None, None, cause) is chance
 
 
 # -- what is known is told at once ---------------------------------------------------------------
@@ -182,6 +229,44 @@ def test_closed_pool_that_could_not_start_says_why(opened: Callable[[Any], Any])
     assert [event.name for event in ear.heard] == ["pool.init", "pool.terminate"]
 
 
+def test_pool_that_may_have_no_thread_says_so_and_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is a PoolStartError, like all that keeps a pool down; no descriptor is left of it."""
+
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool(Counter, size=1, session_store=str(tmp_path / "store"))
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        with pytest.raises(PoolStartError, match=r"ulimit -u.*the next use tries again") as caught:
+            pool.call("add")
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert len(os.listdir("/proc/self/fd")) == before
+    with pool:
+        assert pool.call("add") == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
+        (EOFError("unexpected EOF"), "the fork server has ended"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (LookupError("no weights here"), "correct that"),
+    ],
+    ids=["process", "server", "descriptor", "class"],
+)
+def test_remedy_fits_what_kept_a_worker_from_starting(cause: Exception, remedy: str) -> None:
+    failure = WorkerStartError("worker 0 did not start")
+    failure.__cause__ = cause
+    assert remedy in str(could_not_start("p", failure, "x"))
+    cause.__cause__ = OSError("its traceback in the worker")
+    assert "did not start; correct that; x" in str(could_not_start("p", failure, "x"))
+
+
 def test_pool_closed_in_good_order_has_no_reason() -> None:
     with Pool(Counter, size=1) as pool:
         pass
@@ -306,6 +391,37 @@ def test_store_of_the_users_own_outlives_an_opening_that_failed(
     with pytest.raises(PoolStartError):
         pool.checkout(session="ada")
     obstacle.unlink()
+    with pool:
+        pool.create_session("ada", {"a": 1})
+        assert pool.session_state("ada") == {"a": 1}
+
+
+@pytest.mark.parametrize("lacking", ["descriptors", "thread", "manager's thread"])
+def test_store_of_the_users_own_outlives_an_opening_that_did_not_begin(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system lacks at the first use may be there at the next."""
+    pool = Pool(Counter, size=1, session_store=SQLiteStore(str(tmp_path / "store.sqlite")))
+    start, failed = threading.Thread.start, []
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name.endswith("housekeeping") == (lacking == "thread"):
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def no_descriptors(launcher: object) -> None:
+        failed.append(launcher)
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        if lacking == "descriptors":
+            patch.setattr(Launcher, "open", no_descriptors)
+        else:
+            patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises((OSError, RuntimeError)):
+            pool.checkout(session="ada")
+    assert failed
     with pool:
         pool.create_session("ada", {"a": 1})
         assert pool.session_state("ada") == {"a": 1}

@@ -16,7 +16,7 @@ from ears import Ear
 from gates import Gate, pass_gate
 from minipool import Pool, SessionLost
 from minipool.engine import desk as desk_module
-from minipool.engine import health
+from minipool.engine import health, passage
 from minipool.engine import table as t
 from minipool.engine.turnstile import Waiter
 from minipool.lease import Lease
@@ -123,6 +123,38 @@ def test_worker_that_a_thread_has_on_its_way_is_not_lost(
     assert answers == [2]
 
 
+@pytest.mark.parametrize("way", ["call", "options", "hint", "session", "warm_up"])
+def test_worker_that_was_taken_and_has_no_lease_yet_is_not_lost(
+    way: str, pool: Pool[Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever asked for a worker: its thread may stand still where the lease is about to be."""
+    ways: dict[str, Callable[[], object]] = {
+        "call": lambda: pool.call("add"),
+        "options": lambda: pool.options(timeout=60).call("add"),
+        "hint": lambda: pool.checkout(hint="a").release(),
+        "session": lambda: pool.checkout(session="a").release(),
+        "warm_up": lambda: pool.warm_up(["add"], timeout=60),
+    }
+    watcher = Watcher(pool)
+    pid = pool.workers()[0].pid
+    halted = Halted(lambda handle: handle)
+
+    def halting(take: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: halted(take(*args))
+
+    for name in ("acquire", "acquire_this"):
+        monkeypatch.setattr(desk_module.Desk, name, halting(getattr(desk_module.Desk, name)))
+
+    thread = in_thread(ways[way])
+    assert halted.arrived.wait(20)
+    well = watcher.sweep()
+    halted.go_on.set()
+    thread.join(20)
+
+    assert well
+    assert pool.workers()[0].pid == pid
+
+
 def test_worker_is_not_lost_while_a_signal_handler_waits_in_the_middle_of_the_way(
     pool: Pool[Counter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +196,46 @@ def test_threads_that_wait_in_line_do_not_hide_a_loss(pool: Pool[Counter]) -> No
     for thread in threads:
         thread.join(20)
     assert sorted(answers) == [1, 2, 3, 4, 5]
+
+
+def test_slot_is_given_more_time_while_others_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever had it may have given it back, and another one may have taken it, between sweeps."""
+    suspects, seen = passage.Suspects(), [frozenset({1})]
+    monkeypatch.setattr(passage, "passers", lambda: seen[0])
+    lost = []
+    for sweep in range(6):
+        seen[0] = frozenset({sweep, sweep + 1})  # always somebody, nobody for long
+        lost.append(suspects.lost("slot", "mark"))
+        suspects.end({"slot": "mark"})
+    assert lost == [False] * 5 + [True]
+    assert not suspects.lost("slot", "another mark")
+    seen[0] = frozenset()
+    suspects.end({"slot": "another mark"})
+    assert suspects.lost("slot", "another mark")
+
+
+def test_slot_is_never_lost_while_one_thread_stands_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where others compute it may stand there for any time, and others come and go meanwhile."""
+    suspects, seen = passage.Suspects(), [frozenset({1})]
+    monkeypatch.setattr(passage, "passers", lambda: seen[0])
+    for sweep in range(50):
+        seen[0] = frozenset({1, 100 + sweep})
+        assert not suspects.lost("slot", "mark")
+        suspects.end({"slot": "mark"})
+    seen[0] = frozenset()
+    assert suspects.lost("slot", "mark")
+
+
+def test_who_looks_at_the_passers_is_none_of_them() -> None:
+    @passage.passage
+    def look() -> frozenset[int]:
+        return passage.passers()
+
+    assert threading.get_ident() not in look()
 
 
 def changed_between_look_and_act(
@@ -334,6 +406,26 @@ def test_waiter_of_a_session_that_was_forgotten_is_woken_by_the_manager(
 
     assert answers == [1]
     assert not line.waiters
+
+
+def test_session_that_was_handed_to_a_waiter_which_has_not_run_yet_is_not_taken_away(
+    pool: Pool[Counter],
+) -> None:
+    sweeper, sessions = Sweeper(pool), pool._sessions
+    with pool.checkout(session="a"):
+        record = sessions._records["a"]
+        waiter: Waiter | None = sessions._line.enqueue("a")
+    assert waiter is not None and waiter.token is not None
+
+    def renewed() -> bool:
+        for _ in range(3):
+            sessions._sweep_astray()
+        return sessions._records["a"] is not record
+
+    assert not sweeper.run(renewed)
+    del waiter
+    assert sweeper.run(renewed)
+    assert pool.options(session="a").call("add") == 1
 
 
 def test_ended_session_leaves_nothing_in_its_line(pool: Pool[Counter]) -> None:

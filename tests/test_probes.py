@@ -497,9 +497,9 @@ def test_pool_that_lacks_a_worker_is_not_at_rest(monkeypatch: pytest.MonkeyPatch
         manager, missed = _manager(pool), threading.Event()
         works = manager.staff.reconcile
 
-        def misses_one() -> None:
+        def misses_one(whole: bool) -> None:
             if manager.fleet.handles or missed.is_set():
-                works()
+                works(whole)
             else:
                 missed.set()
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import collections
 import os
 import signal
+import sys
+import threading
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -38,3 +41,112 @@ def test_replacement_of_a_worker_is_no_reason_to_look_at_the_others(
             wait_until(pool, lambda: pool.stats().workers_lost == lost)  # noqa: B023
             wait_until(pool, lambda: pool.stats().idle == 4)
             assert set(looked) <= {2}
+
+
+def test_steps_of_a_replacement_do_not_grow_with_the_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted, and not timed: every instruction that the manager's thread runs for it."""
+    monkeypatch.setattr(PoolConfig, "tick", 60.0)
+
+    def steps(size: int) -> int:
+        with Pool(size=size) as pool:
+            pool.wait_ready(timeout=60)
+            replace(pool, 0)  # whatever is done but once has been done
+            counter = StepCounter(pool, monkeypatch)
+            replace(pool, size - 1)
+            return counter.steps
+
+    few, many = steps(2), steps(12)
+    assert few > 1000
+    assert many < few * 1.2
+
+
+def test_replacement_of_one_worker_asks_anew_for_nothing_that_the_others_can_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PoolConfig, "tick", 60.0)
+    with Pool(size=4) as pool:
+        pool.wait_ready(timeout=60)
+        replace(pool, 0)
+        look_at_all(pool)
+        look_at_all(pool)  # and all of the first is done
+        assert pool._desk is not None
+        manager = pool._desk.manager
+        asked: set[int] = set()
+        watch = manager._watch
+
+        def note(handle: Any) -> None:
+            if not manager._whole:
+                asked.add(handle.slot)
+            watch(handle)
+
+        monkeypatch.setattr(manager, "_watch", note)
+        replace(pool, 2)
+        assert asked == {2}
+
+
+def test_deaths_of_all_workers_at_once_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of descriptors go from the dead to the next; nobody's death is taken for another's."""
+    monkeypatch.setattr(PoolConfig, "tick", 60.0)
+    with Pool(size=4) as pool:
+        pool.wait_ready(timeout=60)
+        for round in range(1, 4):
+            prove(pool)
+            before = {info.pid for info in pool.workers()}
+            for slot in range(4):
+                handle_of(pool, slot).kill()
+            wait_until(pool, lambda: pool.stats().workers_lost == 4 * round)  # noqa: B023
+            wait_until(pool, lambda: pool.stats().idle == 4)
+            assert not before & {info.pid for info in pool.workers()}
+
+
+class StepCounter:
+    """Counts the instructions that the manager of a pool runs, from the next death on."""
+
+    def __init__(self, pool: Pool[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        assert pool._desk is not None
+        manager, ready = pool._desk.manager, threading.Event()
+        self.steps = 0
+        turn = manager._turn
+
+        def traced(heard: dict[Any, int]) -> None:
+            ready.set()
+            if manager.bell.reader not in heard:
+                sys.settrace(self._trace)
+            turn(heard)
+
+        monkeypatch.setattr(manager, "_turn", traced)
+        look_at_all(pool)  # the turn that is done for that is not traced yet
+        look_at_all(pool)
+        assert ready.is_set() and not self.steps
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        self.steps += event == "opcode"
+        return self._trace
+
+
+def look_at_all(pool: Pool[Any]) -> None:
+    """Have the manager do all that it does at a sweep."""
+    done = threading.Event()
+    assert pool._desk is not None
+    pool._desk.manager.order(done.set)
+    assert done.wait(20)
+
+
+def prove(pool: Pool[Any]) -> None:
+    """Let each worker make a call, so that its end is no failed start."""
+    for lease in [pool.checkout(timeout=20) for _ in pool.workers()]:
+        assert lease.call(identity, 1) == 1
+        lease.release()
+
+
+def replace(pool: Pool[Any], slot: int) -> None:
+    """Kill a worker, and return when another is in its place."""
+    prove(pool)
+    lost, size = pool.stats().workers_lost, len(pool.workers())
+    handle_of(pool, slot).kill()
+    wait_until(pool, lambda: pool.stats().workers_lost == lost + 1)
+    wait_until(pool, lambda: pool.stats().idle == size)

@@ -117,10 +117,12 @@ def test_session_without_room_is_not_begun_in_the_store() -> None:
             with pytest.raises(CheckoutTimeout):
                 pool.checkout(session="b", timeout=0.01)  # evicts nobody
             pool._sessions._line.claim("b", pool._sessions._records["b"])  # in use as well
+            store.asked.clear()
             with pytest.raises(SessionError, match="max_sessions=2"):
                 pool.create_session("new")
             with pytest.raises(SessionError, match="max_sessions=2"):
                 pool.checkout(session="new")
+            assert not {"create", "open"} & {method for method, _ in store.asked}
             pool._sessions.give_back(pool._sessions._records["b"])
         assert "new" not in store.kept
 

@@ -158,6 +158,19 @@ def test_session_that_was_taken_over_and_given_back_can_be_used_again() -> None:
         assert pool.stats().workers_lost == 0
 
 
+def test_session_that_is_being_begun_is_not_forgotten_with_the_one_before() -> None:
+    """Who still holds the record of a session that ended gives back that, and nothing else."""
+    with Pool(size=1) as pool:
+        pool.create_session("a")
+        held = pool._sessions
+        old = held._records["a"]
+        pool.end_session("a")
+        new = records.Record(held, "a")
+        held._line.admit("a", new)
+        held._put_back(old)
+        assert held._line.current["a"] is new
+
+
 def test_who_waits_for_a_session_that_was_taken_over_hears_it() -> None:
     store = NotingStore()
     with Pool(size=2, session_store=store) as pool:

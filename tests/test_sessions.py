@@ -224,6 +224,24 @@ def test_holder_reads_and_sets_the_state() -> None:
         assert len(w.state) == 1
 
 
+def test_state_keys_are_plain_text_whatever_class_they_are_given_in() -> None:
+    """The other side may be unable to import that class."""
+
+    class Name(str):
+        pass
+
+    with Pool(size=1) as pool:
+        pool.create_session("a", {Name("old"): 1, Name("n"): 41, Name("log"): []})
+        with pool.checkout(session="a") as w:
+            assert w.call(add) == 42
+            assert w.call(chatters.put_and_drop_by_a_name_of_its_own) == [True] * 3
+            w.state[Name("set")] = 2
+            assert w.call(chatters.keys) == ["log", "n", "own", "set"]
+            assert dict(w.state) == {"n": 42, "log": [1], "own": 1, "set": 2}
+            assert {type(key) for key in w.state} == {str}
+        assert not pool.deaths()
+
+
 def test_state_of_a_released_lease_cannot_be_changed() -> None:
     with Pool(size=1) as pool:
         with pool.checkout(session="a") as w:

@@ -155,6 +155,13 @@ def test_the_queue_makes_it_grow(
     assert (decided.wish.target, decided.start) == (target, start)
 
 
+def test_who_is_about_to_be_replaced_makes_it_no_larger() -> None:
+    """The line is for the successor of the one that is dying."""
+    dying = Member(2, S.LOST)
+    decided = planned(ELASTIC, leased(0), leased(1), dying, waiting=9, dying=1)
+    assert (decided.wish.target, decided.start) == (2, 0)
+
+
 def test_one_that_asked_without_waiting_counts_up_to_the_full_size_only() -> None:
     assert planned(Wish(0, 3, 3, 3), asked=True).wish.target == 1
     assert planned(Wish(1, 3, 3, 3), idle(0), asked=True).wish.target == 1
@@ -271,6 +278,7 @@ class Walk:
         self.spares = self.random.choice([0, 0, 2])
         self.members: dict[int, Member] = {}
         self.waiting, self.last_wish = 0, self.wish.target
+        self.counted = 0  # settled workers that a plan was made without
 
     def change(self, slot: int, **words: Any) -> None:
         self.members[slot] = self.members[slot]._replace(**words)
@@ -308,8 +316,17 @@ class Walk:
         before = {slot: m for slot, m in self.members.items() if not m.reserve and _lives(m)}
         decided = plan(situation)
         self.check(decided, before, order)
+        if order is None and not self.waiting and len(before) <= self.wish.target:
+            self.check_counting(situation._replace(max_idle_ns=None))
         self.carry_out(decided)
         return decided
+
+    def check_counting(self, situation: Situation) -> None:
+        """Counted only, the settled make the same plan."""
+        unsettled = [member for member in situation.members if not member.settled]
+        others = len(situation.members) - len(unsettled)
+        assert plan(situation._replace(members=unsettled, others=others)) == plan(situation)
+        self.counted += others
 
     def check(self, decided: Plan, before: dict[int, Member], order: int | None) -> None:
         going = set(gone(decided))
@@ -392,6 +409,7 @@ def test_random_walk_keeps_what_was_wished_for_last(seed: int) -> None:
         if order is not None:
             assert walk.wish.target == order or walk.waiting
             assert walk.wish.full == order
+    assert walk.counted
     walk.settle()
     rested = walk.look()
     assert (rested.let_go, rested.call_up, rested.exchange, rested.start) == ((), (), (), 0)

@@ -29,6 +29,9 @@ from minipool import (
     WorkerDied,
     WorkerStartError,
 )
+from minipool.engine import manager as manager_module
+from minipool.engine import wire
+from minipool.engine.channel import FastEnd
 from minipool.engine.fleet import STRUCK_PAUSE, Fleet
 from minipool.engine.process import WorkerProcess
 from minipool.telemetry import Hooks
@@ -656,3 +659,52 @@ def test_failure_in_mid_batch_keeps_who_was_started(
     assert [worker.worker_id for worker in pool.workers()] == [0, 1, 2, 3]
     assert pool.stats().start_failures == 1
     pool.close()
+
+
+# -- a manager that lacks what a step of its own takes -----------------------------------------
+
+
+def test_no_memory_for_what_a_worker_is_sent_costs_that_worker_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is started anew, and those that were started with it serve."""
+    post, failed = FastEnd.post, []
+
+    def post_with_little_memory(end: FastEnd, call_id: int, kind: int, *parts: bytes) -> None:
+        if kind == wire.ASSIGN and not failed:
+            failed.append(end)
+            raise MemoryError
+        post(end, call_id, kind, *parts)
+
+    monkeypatch.setattr(FastEnd, "post", post_with_little_memory)
+    with Pool(Counter, size=3) as pool:
+        assert failed
+        assert pool.stats().start_failures == 1
+        assert pool.call("add") == 1
+
+
+@pytest.mark.logs_errors  # what the manager cannot do is logged, each time
+def test_a_manager_that_fails_before_it_hears_its_bell_takes_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bell that was rung stays so: it must not make the manager try again at once."""
+    with Pool(Counter, size=1) as pool:
+        manager, waits = pool._opened().manager, []
+        wait = manager._wait
+
+        def failing() -> Any:
+            if len(waits) >= 2:
+                return wait()
+            raise RuntimeError("no memory to wait with")
+
+        def noting(sources: list[Any], timeout: float) -> set[Any]:
+            waits.append(sources)
+            return set()
+
+        monkeypatch.setattr(manager_module, "ready", noting)
+        monkeypatch.setattr(manager, "_wait", failing)
+        manager.bell.ring()
+        assert manager.wait_for(lambda: len(waits) >= 2, 20)
+        monkeypatch.undo()
+        assert waits[0] == [manager.bell.reader] and waits[1] == []
+        assert pool.call("add") == 1

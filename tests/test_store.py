@@ -296,7 +296,7 @@ def scribbled(path: Path) -> None:
 
 
 def test_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SessionError, match="where a new file can be made"):
+    with pytest.raises(SessionError, match="its directory does not exist: make"):
         Pool(size=1, session_store=tmp_path / "nowhere" / "sessions.db").open()
 
 

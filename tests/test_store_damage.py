@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -15,6 +16,7 @@ import pytest
 
 from minipool import SessionError
 from minipool.store import SQLiteStore, host
+from minipool.store.database import Database
 from minipool.store.schema import value_crc
 
 STATE = {
@@ -247,3 +249,39 @@ def test_damaged_file_of_schema_1_is_left_as_it_is(path: Path) -> None:
     with pytest.raises(SessionError, match="cannot be used"):
         SQLiteStore(str(path))
     assert path.read_bytes() == before
+
+
+# -- what helps when a file cannot be opened -----------------------------------------------------
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SessionError, match=f"does not exist: make '{tmp_path / 'no'}' first"):
+        SQLiteStore(str(tmp_path / "no" / "store"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "remedy"),
+    [
+        (sqlite3.OperationalError("database is locked"), "try again after that"),
+        (sqlite3.OperationalError("database or disk is full"), "make room in"),
+        (sqlite3.OperationalError("disk I/O error"), "make room in"),
+        (sqlite3.OperationalError("attempt to write a readonly database"), "let this user write"),
+        (sqlite3.OperationalError("unable to open database file"), "let this user write"),
+        (PermissionError(errno.EACCES, "Permission denied"), "let this user write"),
+        (OSError(errno.EROFS, "Read-only file system"), "let this user write"),
+        (ValueError("it is a FIFO, not a regular file"), "give the path of a session store"),
+    ],
+    ids=str,
+)
+def test_remedy_fits_the_problem(
+    path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception, remedy: str
+) -> None:
+    """SQLite's words do not say what to do, and another path is seldom the answer."""
+
+    def fails(database: Database) -> None:
+        raise problem
+
+    monkeypatch.setattr(Database, "_prepare", fails)
+    with pytest.raises(SessionError, match=remedy) as caught:
+        SQLiteStore(str(path))
+    assert str(problem) in str(caught.value)

@@ -49,7 +49,7 @@ def committed(path: Path, key: str = "a") -> Any:
         ("\ud800", "cannot be made absolute"),
         ("/dev/null", "a device, not a regular file"),
         ("/", "a directory, not a regular file"),
-        ("/nowhere/at/all", "where a new file can be made"),
+        ("/nowhere/at/all", "make '/nowhere/at' first"),
         ("/etc/hostname/x", "Not a directory"),
     ],
 )
@@ -240,6 +240,70 @@ def test_log_of_the_next_file_is_left_alone(path: Path, backup: Path) -> None:
     assert committed(path) == (2, {"n": b"theirs"})
 
 
+@pytest.mark.parametrize("use", ["commit", "beat", "close"])
+def test_deleted_file_does_not_harm_the_one_made_in_its_place(path: Path, use: str) -> None:
+    """Who had the deleted one open would write to the index of the next file's log."""
+    old = SQLiteStore(str(path))
+    old.open("a")
+    old.commit("a", 1, {"n": b"1"})
+    path.unlink()  # and not what lies beside it
+    new = SQLiteStore(str(path))
+    new.open("b")
+    new.commit("b", 1, {"n": b"1"})
+    if use == "commit":
+        with pytest.raises(SessionError):
+            old.commit("a", 2, {"n": b"2"})
+    elif use == "beat":
+        old._beaten -= 60
+        old.beat()
+    else:
+        old.close()
+    new.commit("b", 2, {"n": b"2"})
+    assert new.read("b") == (2, {"n": b"2"})
+    old.close()
+    new.close()
+    assert committed(path, "b") == (2, {"n": b"2"})
+
+
+def test_process_with_a_deleted_file_does_not_harm_those_with_the_next_one(path: Path) -> None:
+    program = """if True:
+        import sys
+        from minipool import SessionError
+        from minipool.store import SQLiteStore
+        store = SQLiteStore(sys.argv[1])
+        store.open("a")
+        store.commit("a", 1, {"n": b"1"})
+        db = store._database._connect()
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # as housekeeping does
+        db.close()
+        print("committed", flush=True)
+        sys.stdin.readline()
+        try:
+            store.commit("a", 2, {"n": bytes(20000)})
+        except SessionError:
+            print("refused", flush=True)
+        sys.stdin.readline()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        env=scripts.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout.readline() == "committed\n"
+    path.unlink()  # and not what lies beside it
+    store = SQLiteStore(str(path))
+    store.open("b")
+    store.commit("b", 1, {"n": b"1"})
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "refused\n"
+    store.commit("b", 2, {"n": b"2"})
+    assert store.read("b") == (2, {"n": b"2"})
+    process.communicate("\n")
+    store.close()
+    assert committed(path, "b") == (2, {"n": b"2"})
+
+
 def test_pool_goes_on_with_a_file_that_was_replaced(path: Path, backup: Path) -> None:
     with Pool(size=1, session_store=path) as pool:
         pool.create_session("b", {"n": 1})
@@ -305,6 +369,31 @@ def test_local_file_system_beside_others_gets_a_log(
     assert journal_mode(path) == "wal" and not caplog.messages
 
 
+def test_last_file_system_mounted_somewhere_is_the_one_that_is_seen(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mounts(path, "nfs", monkeypatch, tmp_path)
+    assert files.network_filesystem(str(path)) == "nfs"
+    with (tmp_path / "mountinfo").open("a") as lines:
+        lines.write(f"25 23 0:52 / {path.parent} rw - ext4 /dev/over rw\n")
+    assert files.network_filesystem(str(path)) is None
+
+
+NORMAL, FULL = 1, 2
+
+
+def synchronous(store: SQLiteStore) -> int:
+    db = store._database._idle[-1]
+    found: int = db.execute("PRAGMA synchronous").fetchone()[0]
+    return found
+
+
+def test_log_is_written_as_fast_as_the_death_of_a_process_allows(path: Path) -> None:
+    store = SQLiteStore(str(path))
+    assert synchronous(store) == NORMAL
+    store.close()
+
+
 def test_where_no_log_is_possible_it_says_so_and_works(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -313,6 +402,7 @@ def test_where_no_log_is_possible_it_says_so_and_works(
     monkeypatch.setattr(connection, lambda self, db, wished, mode: mode)
     store = SQLiteStore(str(path))
     assert any("can have no write-ahead log" in text for text in caplog.messages)
+    assert synchronous(store) == FULL, "the file itself is written to: not even power may break it"
     store.create("a", {"n": b"1"})
     store.commit("a", 2, {"n": b"2"})
     store.close()

@@ -78,6 +78,16 @@ def test_old_sessions_behind_those_of_the_living_are_deleted(path: str) -> None:
     store.close()
 
 
+def test_sessions_of_a_store_are_not_its_own_to_expire(path: str, store: SQLiteStore) -> None:
+    """Not even when another process has taken this one for dead."""
+    store.open("a")
+    age(path, DAY)
+    ask(path, "DELETE FROM owner")
+    expire_all(store, 3600)
+    assert keys(path) == ["a"]
+    store.commit("a", 1, {"n": b"1"})
+
+
 def test_a_batch_is_short_however_much_is_old(
     path: str, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +119,24 @@ def test_session_that_was_taken_meanwhile_is_not_deleted(
     assert keys(path) == ["a"]
     other.commit("a", 2, {"n": b"2"})
     other.close()
+
+
+def test_session_that_was_used_and_given_back_meanwhile_is_not_deleted(
+    path: str, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(path, "a", "b")
+    age(path, DAY)
+    keep_house = store._keep_house
+
+    def used_first(*args: Any) -> Any:
+        other = SQLiteStore(path)
+        other.open("a")
+        other.close()
+        return keep_house(*args)
+
+    monkeypatch.setattr(store, "_keep_house", used_first)
+    store.expire(3600)
+    assert keys(path) == ["a"]
 
 
 def test_use_is_noted_in_bulk(path: str, store: SQLiteStore) -> None:

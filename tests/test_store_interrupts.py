@@ -131,6 +131,18 @@ def test_interrupted_use_leaves_the_store_whole(
     store.close()
 
 
+def test_connection_that_came_back_in_the_midst_of_a_transaction_is_used_again(path: str) -> None:
+    """Its user was struck a second time, as it rolled back after the first."""
+    store = SQLiteStore(path)
+    store.create("a", {"n": b"1", "m": b"1"})
+    (db,) = store._database._idle
+    db.execute("BEGIN IMMEDIATE")
+    db.execute("DELETE FROM state WHERE key='m'")
+    store.commit("a", 2, {"n": b"2"})
+    assert store.read("a") == (2, {"n": b"2", "m": b"1"})
+    store.close()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_interrupted_opening_or_closing_leaves_nothing(path: str) -> None:

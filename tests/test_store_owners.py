@@ -100,6 +100,13 @@ def test_owner_elsewhere_is_judged_by_its_signs_of_life(
         db.close()
 
 
+def test_sign_of_life_that_is_yet_to_come_is_none(store: SQLiteStore) -> None:
+    """It is of an earlier boot, whose clock was ahead: nobody has to wait until it is past."""
+    store.open("a")
+    owned(store, 5, "5", beat=time.time() + 3600, boot="another", beat_boot=5.0)
+    assert is_dead(store)
+
+
 @linux
 def test_sign_of_life_of_this_boot_is_not_judged_by_the_wall_clock(store: SQLiteStore) -> None:
     store.open("a")

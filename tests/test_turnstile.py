@@ -66,6 +66,31 @@ def test_fifo_gives_the_slot_that_came_first() -> None:
     assert [turnstile.try_take() for _ in range(4)] == [(1, 1), (2, 1), (0, 1), None]
 
 
+@pytest.mark.parametrize(("strategy", "order"), [("lifo", [3, 2, 1]), ("fifo", [1, 2, 3])])
+def test_order_of_the_slots_is_kept_while_somebody_waits_for_another(
+    strategy: str, order: list[int]
+) -> None:
+    turnstile = Watched(4, strategy).turnstile
+    assert turnstile.claim(0, 1)
+    waiter = turnstile.enqueue(0)
+
+    assert [turnstile.try_take() for _ in range(4)] == [*((slot, 1) for slot in order), None]
+    turnstile.publish(0, 1)
+    assert waiter.token == (0, 1)
+
+
+def test_slot_is_on_its_way_to_a_waiter_until_that_has_taken_it() -> None:
+    turnstile = Watched(1).turnstile
+    assert turnstile.claim(0, 1)
+    waiter = turnstile.enqueue()
+    assert turnstile.receiver(0) is None
+    turnstile.publish(0, 1)
+    assert turnstile.receiver(0) is waiter
+    waiter.taken = True
+
+    assert turnstile.receiver(0) is None
+
+
 @pytest.mark.parametrize("strategy", ["lifo", "fifo"])
 def test_fenced_token_is_dropped_by_who_finds_it(strategy: str) -> None:
     """A token that slips into `idle` beside a fence is never handed out, not even to a waiter."""

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import select
 import sys
 from multiprocessing import connection
-from typing import Any, Iterable
+from typing import Any
 
 _FULL = 1 << 16  # bytes; what a pipe holds
 
@@ -52,19 +51,6 @@ class Bell:
         self._conn.close()
 
 
-def ready(sources: list[Any], timeout: float, full: Iterable[int] = ()) -> set[Any]:
-    """Return those that have something to say: `connection.wait` without its cost, if it can be.
-
-    So are those of the `full` pipes returned that can be written to again.
-    """
-    if not hasattr(select, "poll"):
-        return set(connection.wait(sources, timeout))
-    poll, known = select.poll(), {}
-    for source in sources:
-        fd = source if isinstance(source, int) else source.fileno()
-        known[fd] = source
-        poll.register(fd, select.POLLIN)
-    for fd in full:
-        known[fd] = fd
-        poll.register(fd, select.POLLOUT)
-    return {known[fd] for fd, _ in poll.poll(timeout * 1000)}
+def ready(sources: list[Any], timeout: float) -> set[Any]:
+    """Return those that have something to say."""
+    return set(connection.wait(sources, timeout))

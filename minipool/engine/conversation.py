@@ -28,6 +28,17 @@ MAX_WARM = 1000  # sessions whose state a worker keeps at hand; for that of othe
 _ATOMS = frozenset((int, float, complex, bool, str, bytes, type(None)))  # nobody can change them
 
 
+def plain_key(key: Any) -> str:
+    """Return a key as a `str` itself, for the other side may not know the class of it.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"session keys are text, not {key!r}")
+    return str.__str__(key)
+
+
 class NotHere(Exception):
     """The worker does not have this session's state in this version. Nothing has run."""
 
@@ -63,8 +74,8 @@ class Session(MutableMapping[str, Any]):
         return self._values[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if not isinstance(key, str):
-            raise TypeError(f"session keys are text, not {key!r}")
+        if type(key) is not str:
+            key = plain_key(key)
         self._values[key] = value
         self._keys[key] = None
         self._touched.add(key)
@@ -143,9 +154,9 @@ class Session(MutableMapping[str, Any]):
                     f"this call was committed; keep plain data, or put it into `local`"
                 ) from problem
             if self._committed.get(key) != data:
-                found[key] = data
+                found[plain_key(key)] = data
         if self._deleted:
-            found.update((key, None) for key in self._deleted if key in self._committed)
+            found.update((plain_key(key), None) for key in self._deleted if key in self._committed)
         return found
 
     def commit(self, changes: Changes) -> None:

@@ -7,6 +7,7 @@ nothing why, and what to do about it.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import threading
@@ -442,9 +443,27 @@ AGAIN, ANEW = "the next use tries again", "open a new pool"
 
 def could_not_start(name: str | None, failure: BaseException, what_then: str) -> PoolStartError:
     """Return the error that tells why a pool is not open; a new one for each caller."""
-    error = PoolStartError(f"{name} could not start: {failure}; correct that; {what_then}")
-    error.__cause__ = failure.__cause__ or failure
+    cause = failure.__cause__ or failure
+    error = PoolStartError(f"{name} could not start: {failure}; {_remedy(cause)}; {what_then}")
+    error.__cause__ = cause
     return error
+
+
+def _remedy(cause: BaseException) -> str:
+    """Say what helps against what kept a worker, or the manager, from being started."""
+    number = getattr(cause, "errno", None)
+    if cause.__cause__ is not None:  # raised in the worker, by code of the user's
+        return "correct that"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (`ulimit -n`), or lower `size`"
+    if number == errno.EAGAIN or "start new thread" in str(cause):
+        return "raise the limits of processes and memory (`ulimit -u`, `pids.max`), or lower `size`"
+    if isinstance(cause, EOFError):
+        return (
+            "the fork server has ended, and its standard error tells why: often it is a limit of "
+            "processes (`ulimit -u`, `pids.max`)"
+        )
+    return "correct that"
 
 
 def closed_error(name: str | None, failure: BaseException | None) -> PoolClosed:

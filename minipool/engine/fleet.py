@@ -51,6 +51,10 @@ class Fleet:
         breaker: CircuitBreaker | None = None,
     ) -> None:
         self.handles: dict[int, Handle] = {}
+        #: Those of which something may be due before the next sweep. The others are in service,
+        #: and stay: see `settle`.
+        self.unsettled: dict[int, Handle] = {}
+        self.next_expiry_ns = 0  # of those others; 0: none
         self.table = t.Table(config.name or "", portable=launcher.portable)
         if self.table.fd is None:
             launcher.portable = True  # the end that takes the worker's words out of its replies
@@ -107,6 +111,12 @@ class Fleet:
         """
         return [handle for handle in self.live() if not handle.condemned]
 
+    def count_staying(self) -> int:
+        """Return how many `staying` finds, without a look at each. By the manager's thread."""
+        unsettled = self.unsettled.values()
+        staying = [1 for h in unsettled if h.state in _LIVE and not (h.reserve or h.condemned)]
+        return len(self.handles) - len(unsettled) + len(staying)
+
     def usable(self) -> list[Handle]:
         """Return the workers that are in service, fit for the next caller and not on their way out.
 
@@ -138,7 +148,7 @@ class Fleet:
     def dying(self) -> int:
         """Return how many workers were killed so lately that their slots will soon be free."""
         since = time.monotonic_ns() - SECOND_NS
-        handles = tuple(self.handles.values())
+        handles = tuple(self.unsettled.values())
         return sum(handle.state is S.LOST and handle.since_ns > since for handle in handles)
 
     @property
@@ -162,6 +172,19 @@ class Fleet:
         """Return every row in which something has been counted since the pool was opened."""
         past, parting = self._past
         return [*self.table.used_rows(), past, *(row for _, row in parting)]
+
+    def settle(self, restless: set[int]) -> None:
+        """Note that only these are not simply in service, as a look at all has found.
+
+        A worker whose state changes is unsettled from then on, until the next such look.
+        """
+        for slot in restless:
+            self.unsettled[slot] = self.handles[slot]
+        for slot in [slot for slot in self.unsettled if slot not in restless]:
+            del self.unsettled[slot]
+        handles = self.handles.values()
+        expiries = [h.expires_ns for h in handles if h.expires_ns and h.slot not in restless]
+        self.next_expiry_ns = min(expiries, default=0)
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -215,6 +238,7 @@ class Fleet:
         row = self.table.row(slot)
         handle = self._make_handle(slot, self._generation, row, self._config.codec)
         handle.permit = permit
+        handle.unsettled, self.unsettled[slot] = self.unsettled, handle
         self.handles[slot] = handle  # at once: a process forked from now on must close its pipe
         try:
             setup = self._launcher.setup(slot, self._generation, self.table.fd)
@@ -235,7 +259,12 @@ class Fleet:
         if handle.permit is not None:
             handle.permit.give_up()
         self._hush(handle)
+        self._vacate(handle)
+
+    def _vacate(self, handle: Handle) -> None:
         del self.handles[handle.slot]
+        self.unsettled.pop(handle.slot, None)
+        handle.unsettled = None
 
     def _hush(self, handle: Handle) -> None:
         if handle.transcript is not None and self.scribe is not None:
@@ -320,7 +349,7 @@ class Fleet:
         reason = (handle.condemned and handle.tainted) or reason_of(handle)
         handle.reap()
         self._hush(handle)
-        del self.handles[handle.slot]
+        self._vacate(handle)
         self._part(handle)
         self._hooks.emit(
             "worker.terminate",

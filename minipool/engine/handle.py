@@ -60,7 +60,8 @@ class Handle:
         "last_begun_id", "leak_warned", "lease", "origin", "permit", "pid", "probe_failures",
         "probed_ns", "process", "ready_ns", "reserve", "revoked", "row", "serving_ns", "session",
         "session_ended_ns", "sessions", "sessions_over", "since_ns", "slot", "spawned_ns",
-        "start_error", "state", "tainted", "terminated", "thread", "transcript", "worn",
+        "start_error", "state", "tainted", "terminated", "thread", "transcript", "unsettled",
+        "worn",
     )  # fmt: skip
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -76,6 +77,7 @@ class Handle:
         self.worn: str | None = None  # why it is to go as soon as another can take its place
         self.killed_for: str | None = None  # why the manager killed it
         self.reserve = False  # out of service, whatever it does
+        self.unsettled: dict[int, Handle] | None = None  # the fleet's, while it is in the fleet
         self.serving_ns = 0  # in service, and since when
         self.expires_ns = 0  # when it will have reached its max_lifetime, where there is one
         # Between a request and its reply, when nobody else may use the pipe: what was called.
@@ -184,7 +186,7 @@ class Handle:
             self.channel.post(0, wire.ASSIGN, *parts)
         except PeerGone:
             pass  # its end is about to be seen
-        except RuntimeError:  # out of threads
+        except (RuntimeError, MemoryError):  # out of threads, or of memory
             self.kill()
 
     def kill(self, signum: int = signal.SIGKILL) -> bool:
@@ -196,6 +198,8 @@ class Handle:
         self.state = advance(self.state, event)
         self.since_ns = time.monotonic_ns()
         self.row[t.STATE] = self.state
+        if self.unsettled is not None:
+            self.unsettled[self.slot] = self
 
     def reap(self) -> None:
         """Forget a process whose end is known. Pipe and process go when nobody uses them.
@@ -239,6 +243,7 @@ class Handle:
         """Let go of the pipe in a process that was forked from the owner."""
         self.abandoned, self.tainted = True, "it belongs to another process"
         self.lease = None  # nobody is to be told when it is dropped here
+        self.unsettled = None
         if self.process is not None:
             self.process.abandon()
         for end in (self.channel or self.conn, *self._theirs):

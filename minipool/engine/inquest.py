@@ -132,13 +132,19 @@ def verdict(handle: Any, target: str, started: bool, timeout: Optional[float]) -
     handle.death = death = hold(handle, started)
     begun = "it was killed" if started else "it had not begun; its worker was killed"
     error = CallTimeout(
-        f"{target!r} did not end within {timeout} s on worker {handle.slot} (pid {handle.pid}); "
-        f"{begun}; raise `call_timeout` or make the call shorter",
+        f"{target!r} did not end within {_brief(timeout)} s on worker {handle.slot} "
+        f"(pid {handle.pid}); {begun}; raise the timeout (`call_timeout`, or that of `options()`), "
+        f"or make the call shorter",
         worker_id=handle.slot, pid=handle.pid, timeout=timeout, started=started, target=target,
         stack=death.stack, output=death.output,
     )  # fmt: skip
     _add_note(error, death)
     return error
+
+
+def _brief(seconds: Optional[float]) -> str:
+    """Write a time without the digits that subtraction left: it may be the rest of another."""
+    return "no" if seconds is None else str(float(f"{seconds:.6g}"))
 
 
 def _add_note(error: Exception, death: Death) -> None:

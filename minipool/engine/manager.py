@@ -29,6 +29,7 @@ from .launch import Launcher
 from .logrelay import LogRelay
 from .oom import OOM_KILLS
 from .passage import Suspects
+from .poller import Poller
 from .resources import resident_bytes
 from .staff import Staff
 from .states import WorkerState as S
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..config import PoolConfig
 
 _AT_REST = (S.IDLE, S.SPARE)
+_BELL = -1  # in place of a slot
 _TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it for silent
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _KEEPERS_GRACE = 2.5  # seconds that what waits for the outside may take to end, after the workers
@@ -115,6 +117,8 @@ class Manager:
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
         self._suspects = Suspects()  # workers that nobody seems to have
+        self._poller = Poller()
+        self._whole = True  # the turn has looked, or is to look, at all workers
         self._last_look = 0.0
         self._acted = True  # the last look found something to do
         # Looks are skipped until then, in monotonic ns, while `_seen` is the same.
@@ -133,7 +137,7 @@ class Manager:
         """Start the thread, which starts the workers.
 
         Raises:
-            RuntimeError: there can be no more threads; nothing was started.
+            RuntimeError: there can be no more threads; nothing was started, all is given back.
         """
         try:
             for keeper in self.keepers:
@@ -142,6 +146,9 @@ class Manager:
         except BaseException:
             for keeper in self.keepers:
                 keeper.end()
+            self._give_back()
+            self.at_end()
+            self.done = True
             raise
 
     @property
@@ -249,31 +256,46 @@ class Manager:
         log_through(self._relay.put)
         OOM_KILLS.begin()
         self.bell.ring()  # there are workers to start
+        failed = False
         while not self.done:
             try:
                 self._turn(self._wait())
+                failed = False
             except BaseException:  # a listener may raise SystemExit
                 logger().exception("the manager of %s failed and goes on", self.config.name)
                 self._acted = True  # or what it did not get to would wait for the next thing to do
-                ready([self.bell.reader], self.config.tick)  # not at full speed
+                self._whole, self._poller = True, Poller()
+                # Not at full speed; a bell that no turn gets to silence would have it so.
+                ready([] if failed else [self.bell.reader], self.config.tick)
+                failed = True
         with self._changed:
             self._changed.notify_all()
         self._relay.close(_LOG_PATIENCE)
 
-    def _wait(self) -> set[Any]:
-        sources: list[Any] = [self.bell.reader]
-        for handle in self.fleet.handles.values():
-            if handle.explaining:
-                continue  # an order comes when that is over
-            if handle.ended_ns:  # only its exit code is missing
-                sources.append(handle.process.sentinel)
-                continue
-            sources.append(handle.process.death_fd)
-            if handle.state in (S.STARTING, S.PROBING):
-                sources.append(handle.channel.fd)
-        handles = self.fleet.handles.values()
-        full = [handle.channel.out for handle in handles if handle.channel.unsent]
-        return ready(sources, self._patience(), full)
+    def _wait(self) -> dict[Any, int]:
+        """Return what was heard, each with the slot of its worker."""
+        handles = self.fleet.handles if self._whole else self.fleet.unsettled
+        self._poller.watch(_BELL, (self.bell.reader,))
+        if self._whole:
+            for slot in self._poller.owners:
+                if slot not in handles and slot != _BELL:
+                    self._poller.drop(slot)
+        for handle in handles.values():
+            self._watch(handle)
+        return self._poller.wait(self._patience())
+
+    def _watch(self, handle: Handle) -> None:
+        channel = handle.channel
+        full = (channel.out,) if channel.unsent else ()
+        if handle.explaining:
+            sources: tuple[Any, ...] = ()  # an order comes when that is over
+        elif handle.ended_ns:  # only its exit code is missing
+            sources = (handle.process.sentinel,)
+        elif handle.state in (S.STARTING, S.PROBING):
+            sources = handle.process.death_fd, channel.fd
+        else:
+            sources = (handle.process.death_fd,)
+        self._poller.watch(handle.slot, sources, full)
 
     def _patience(self) -> float:
         """Return how long the manager may wait if nothing happens."""
@@ -283,7 +305,8 @@ class Manager:
         if self._still():
             return min(self._tick_at_rest(), (self._quiet_until - now_ns) / 1e9) + 0.001
         dues = [self.config.tick, self.staff.raise_at - now]
-        seen = self._seen()  # before the rows: a lease that begins now will be noticed
+        if self.fleet.next_expiry_ns:
+            dues.append((self.fleet.next_expiry_ns + 1 - now_ns) / 1e9)
         due = health.due_in(self._rows(at_rest=False), now_ns, self._limits)
         if due is not None:
             dues.append(due / 1e9)
@@ -294,8 +317,8 @@ class Manager:
             dues.append(self._close_by - now)
             dues.append(self._close_by + _LAST_GRACE - now)
         busy = self._acted or backoff or self.closing or self.staff.raise_at > now
-        if not busy and len(self.fleet.staying()) >= self.staff.target:
-            self._quiet_seen = seen
+        if not busy and self.fleet.count_staying() >= self.staff.target:
+            self._quiet_seen = self._seen()  # before the rows: a lease that begins now is noticed
             self._quiet_until = health.quiet_until(
                 self._rows(), now_ns, self._limits, self.staff.last_shrink_ns
             )
@@ -317,7 +340,8 @@ class Manager:
         leases = sum(handle.row[t.LEASES] for handle in self.fleet.handles.values())
         return leases, len(self.turnstile.idle)
 
-    def _turn(self, heard: set[Any]) -> None:
+    def _turn(self, heard: dict[Any, int]) -> None:
+        self._whole = True
         if not (heard or self._orders or self._refused) and self._still():
             self._sweep([], time.monotonic_ns())
         else:
@@ -325,29 +349,53 @@ class Manager:
         with self._changed:
             self._changed.notify_all()
 
-    def _deal_with(self, heard: set[Any]) -> None:
+    def _deal_with(self, heard: dict[Any, int]) -> None:
+        """Do what there is to do: a turn.
+
+        It looks at all workers if it is the time for a sweep, or if there is a reason that
+        concerns more than the workers that were heard. Else it looks at those, and at the others
+        that are unsettled. That is all which one death or one word can be a reason for, and what
+        such a turn may miss is found by the sweep.
+        """
         self._quiet_until = 0
         if self.bell.reader in heard:
             self.bell.silence()
-        for handle in tuple(self.fleet.handles.values()):
+        swept = self._last_look
+        theirs = self.fleet.handles.keys() >= set(heard.values())  # and not the bell's
+        whole = not heard or not theirs or self.closing
+        whole = whole or time.monotonic() - swept >= self.config.tick
+        for handle in self._concerned(heard, whole):
             if handle.channel.unsent and handle.channel.out in heard:
                 self.care.send_rest(handle)
             if handle.state in (S.STARTING, S.PROBING) and handle.channel.fd in heard:
                 self.care.hear(handle)
             if handle.ended_ns or handle.process.death_fd in heard:
                 self.care.ended(handle)
-        whole = not heard or bool(self._orders or self._refused) or self.closing
+                if handle.slot not in self.fleet.handles:
+                    self._poller.drop(handle.slot)
+        whole = whole or bool(self._orders or self._refused)
         for _ in range(len(self._orders)):  # not what they order in turn: that is for later
             self._orders.popleft()()
         while self._refused:
             self.care.take_back(self._refused.popleft())
-        self._look(whole or self.bell.reader in heard)
+        self._look(whole)
+        self._whole = whole or self.closing or self._last_look != swept
         if self._close_by is None:
-            self._acted = self.staff.reconcile() or self._acted
+            self._acted = self.staff.reconcile(self._whole) or self._acted
             if self.turnstile.waiters and self.fleet.hopeless:
                 self.turnstile.dismiss(None)
         else:
             self._finish()
+
+    def _concerned(self, heard: dict[Any, int], whole: bool) -> list[Handle]:
+        """Return the workers that are to be dealt with, because of what was heard or anyway."""
+        handles, unsettled = self.fleet.handles, self.fleet.unsettled
+        if whole:
+            return list(handles.values())
+        for slot in heard.values():
+            unsettled[slot] = handles[slot]
+        slots = set(heard.values())
+        return [one for one in unsettled.values() if one.ended_ns or one.slot in slots]
 
     def _circuit_changed(self, breaker: CircuitBreaker) -> None:
         if breaker.state == CLOSED:
@@ -360,7 +408,8 @@ class Manager:
     def _rows(self, sweep: bool = False, at_rest: bool = True) -> list[health.Row]:
         """Return the rows of all workers, or of those only that are on their way to a state."""
         idle = self.turnstile.idle
-        handles = [handle for handle in self.fleet.handles.values() if not handle.ended_ns]
+        among = self.fleet.handles if at_rest else self.fleet.unsettled
+        handles = [handle for handle in among.values() if not handle.ended_ns]
         if not at_rest:
             handles = [one for one in handles if one.state not in _AT_REST or one.expires_ns]
         weigh = self.config.kill_rss is not None
@@ -495,6 +544,16 @@ class Manager:
 
     def _end(self) -> None:
         self.closed_ns = time.monotonic_ns()
+        self._give_back()
+        OOM_KILLS.end()
+        self.at_end()
+        self.done = True
+        if self.for_good:
+            uptime = (self.closed_ns - self.opened_ns) / 1e9
+            self.hooks.emit("pool.terminate", {"uptime": uptime})
+
+    def _give_back(self) -> None:
+        """Give back memory and descriptors, when there are no workers or never were."""
         self.fleet.close()
         breaker = self.fleet.breaker
         if breaker is not None and self._circuit_changed in breaker.listeners:
@@ -506,12 +565,6 @@ class Manager:
                 logger().exception("%s: what was to end with it did not", self.config.name)
         self._launcher.close()
         self.bell.close()
-        OOM_KILLS.end()
-        self.at_end()
-        self.done = True
-        if self.for_good:
-            uptime = (self.closed_ns - self.opened_ns) / 1e9
-            self.hooks.emit("pool.terminate", {"uptime": uptime})
 
     def give_up(self, failure: BaseException, for_good: bool) -> None:
         """End everything now, because no worker could be started: whoever waits is told why."""

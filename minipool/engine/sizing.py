@@ -66,6 +66,16 @@ class Member(NamedTuple):
     nearly_used_up: bool = False
     warm: bool = False  # has sessions
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is in service, leased or not, and nothing is known against that.
+
+        Who is idle matters only to a plan for a line of callers, an order or a surplus, or by the
+        clock. For any other plan it is enough to count the settled: see `Situation.others`.
+        """
+        bound = self.unfit or self.worn or self.used_up or self.nearly_used_up
+        return self.state is S.IDLE and not (self.reserve or self.leaving or bound)
+
 
 class Situation(NamedTuple):
     """All that the plan depends on. Durations and times are nanoseconds."""
@@ -86,6 +96,7 @@ class Situation(NamedTuple):
     overflow_idle_ns: int = 0
     max_idle_ns: Optional[int] = None
     since_change_ns: int = 1 << 62  # since the target last changed
+    others: int = 0  # so many more that are settled
 
 
 class LetGo(NamedTuple):
@@ -175,6 +186,10 @@ class _Draft:
             self.probed += 1
 
     @property
+    def _living(self) -> int:
+        return len(self.service) + self.given.others
+
+    @property
     def _starting(self) -> int:
         booting = S.STARTING
         return len([1 for member in self.service if member.state is booting])
@@ -210,7 +225,7 @@ class _Draft:
     def shrink(self) -> None:
         """Let go what has been idle for too long."""
         given, wish = self.given, self.wish
-        surplus = len(self.service) - wish.target
+        surplus = self._living - wish.target
         if given.waiting or given.resize is not None:
             return
         if surplus > 0:
@@ -232,7 +247,7 @@ class _Draft:
         self.wanted = wish.target - sum(letting.shrink for letting in self.let_go)
         if not (given.waiting or given.asked):
             return
-        living, starting = len(self.service), self._starting
+        living, starting = self._living, self._starting
         idle = len(self._idle())  # those in the line are about to get them
         unmet = max(given.waiting, given.asked) - idle
         if unmet > starting and wish.target < wish.full:
@@ -253,7 +268,7 @@ class _Draft:
 
     def fill(self) -> None:
         """Take into service what it lacks, ready workers before booting ones."""
-        missing = self.wanted - len(self.service)
+        missing = self.wanted - self._living
         if missing <= 0:
             return
         able = [*self.ready, *(member for member in self.set_aside if not member.used_up)]
@@ -300,7 +315,7 @@ class _Draft:
     def trim(self) -> None:
         """Let go the worn, once service is complete, and stand-ins for nobody."""
         spares = self.given.spares
-        if len(self.service) >= self.wanted and not self._starting:
+        if self._living >= self.wanted and not self._starting:
             kept = max(0, spares - len(self.ready))
             self.dismissed += [LetGo(member.slot, WORN) for member in self.set_aside[kept:]]
         standing_by = [*self.ready, *self.raised]
@@ -311,7 +326,7 @@ class _Draft:
     def start(self) -> Tuple[int, bool]:
         """Return how many to start, and whether they are for the reserve."""
         given = self.given
-        missing = self.wanted - len(self.service)
+        missing = self.wanted - self._living
         reserve = missing <= 0
         if reserve and not self._starting:  # service comes first
             hurry = given.may_raise and not self.called_up

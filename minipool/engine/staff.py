@@ -80,29 +80,39 @@ class Staff:
 
     # -- from what there is to what there should be ------------------------------------------
 
-    def reconcile(self) -> bool:
-        """Fill, exchange, retire and start what there is a cause for; tell if there was any."""
-        for slot, handle in self._turnstile.idle.copy().items():
-            # Dismissed in the moment it was given back?
-            if handle.tainted is not None and self._turnstile.claim(slot, handle):
-                self._care.take_back(handle)
-        return self._adjust()
+    def reconcile(self, whole: bool = True) -> bool:
+        """Fill, exchange, retire and start what there is a cause for; tell if there was any.
 
-    def _adjust(self, resize: int | None = None, gentle: bool = False) -> bool:
+        Unless `whole`, the workers that were found settled, and have not moved since, are counted
+        but not looked at: what becomes due of them by the clock is left to the next sweep.
+        """
+        idle = self._turnstile.idle
+        for slot, handle in (idle.copy() if whole else self._fleet.unsettled.copy()).items():
+            # Dismissed in the moment it was given back?
+            if slot in idle and handle.tainted is not None and self._turnstile.claim(slot, handle):
+                self._care.take_back(handle)
+        return self._adjust(whole=whole)
+
+    def _adjust(self, resize: int | None = None, gentle: bool = False, whole: bool = True) -> bool:
         if self._care.closing:
             return False
-        situation = self._situation(resize, gentle)
+        situation = self._situation(resize, gentle, whole)
         decided = plan(situation)
         if decided.wish.target > situation.wish.target or resize is not None:
             self.last_shrink_ns = time.monotonic_ns()
         self.wish = decided.wish
         return self._carry_out(decided)
 
-    def _situation(self, resize: int | None, gentle: bool) -> Situation:
+    def _situation(self, resize: int | None, gentle: bool, whole: bool) -> Situation:
         fleet, now_ns, now = self._fleet, time.monotonic_ns(), time.monotonic()
-        members = self._members(now_ns)
-        self.may_grow = len(fleet.staying()) < self.wish.most
+        members = self._members(now_ns, whole)
+        if whole:
+            fleet.settle({member.slot for member in members if not member.settled})
+        staying = fleet.count_staying()
+        self.may_grow = staying < self.wish.most
         waiting = self._turnstile.general_waiters()  # afterwards: it sees the flag, or is seen
+        if not whole and (waiting or self.wished or staying > self.wish.target):
+            return self._situation(resize, gentle, whole=True)  # it matters who is idle
         asked, self.wished = self.wished, False
         return Situation(
             members=members,
@@ -113,21 +123,23 @@ class Staff:
             gentle=gentle,
             spares=self._config.spares,
             startup_batch=self._config.startup_batch,
-            room=t.MAX_ROWS - len(members),
+            others=len(fleet.handles) - len(members),
+            room=t.MAX_ROWS - len(fleet.handles),
             dying=fleet.dying(),  # each is replaced in its own slot, a moment from now
             may_start=now >= fleet.not_before,
             may_raise=now >= self.raise_at,
             failing=fleet.failures_in_a_row > 0,
             overflow_idle_ns=self._overflow_idle_ns,
-            max_idle_ns=self._max_idle_ns,
+            max_idle_ns=self._max_idle_ns if whole else None,
             since_change_ns=now_ns - self.last_shrink_ns,
         )
 
-    def _members(self, now_ns: int) -> list[Member]:
+    def _members(self, now_ns: int, whole: bool) -> list[Member]:
         """Return what the plan is to know of each worker. Called on every turn, so it is brief."""
+        handles = self._fleet.handles if whole else self._fleet.unsettled
         free, most, soon = self._turnstile.idle, self._config.max_calls, self._soon
         members = []
-        for slot, handle in tuple(self._fleet.handles.items()):
+        for slot, handle in tuple(handles.items()):
             idle = handle.state is S.IDLE and slot in free
             members.append(
                 Member(
@@ -168,6 +180,7 @@ class Staff:
         handle = self._fleet.handles[letting.slot]
         if not letting.if_idle:
             handle.tainted, handle.condemned = handle.tainted or letting.reason, True
+            self._fleet.unsettled[handle.slot] = handle
             if handle.state is S.STARTING:
                 return self._care.condemn(handle, letting.reason)
         if handle.state is not S.IDLE or not self._turnstile.claim(handle.slot, handle):

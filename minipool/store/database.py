@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import os
 import sqlite3
 import sys
@@ -98,6 +99,9 @@ class Database:
     def _found_or_made(cls, path: str) -> Database:
         file = files.ready(path)
         open_files.refuse_inherited(file)
+        for other in open_files.databases():
+            if other.path == path and other.file != file and not other.closed:
+                other._leave_path()
         found: Database | None = open_files.database(file)
         if found is None or found.closed:
             made = cls(path, file)
@@ -130,6 +134,14 @@ class Database:
         self.transact(None, schema.check, files.size_of(self.path), mode="DEFERRED")
         # Only now: what was made above is in the file itself, where `peek` looks.
         self._choose_journal()
+
+    def _leave_path(self) -> None:
+        """Have a file that is not at the path any more be noticed now, and be closed.
+
+        Who goes on with it uses the log of the next file, as that has the same name, and its index.
+        """
+        with contextlib.suppress(SessionError):
+            self.transact("the file could not be kept open", _nothing, mode="DEFERRED")
 
     def leave(self, user: object) -> None:
         """Close the file, unless others use it."""
@@ -414,13 +426,37 @@ class Database:
 _TRANSACT = Database.transact.__code__
 
 
+def _nothing(db: Connection) -> None:
+    """Change nothing: that the file is looked at afterwards is all that is wanted."""
+
+
 def _unusable(path: str, problem: Any) -> SessionError:
     if isinstance(problem, UnicodeError):  # SQLite's own message quotes what it found
         problem = f"it is corrupt: {problem}"
     return SessionError(
-        f"session_store={path!r} cannot be used: {problem}; it was left as it is; give the path "
-        f"of a session store, or one where a new file can be made"
+        f"session_store={path!r} cannot be used: {problem}; it was left as it is; "
+        f"{_remedy(path, problem)}"
     )
+
+
+def _remedy(path: str, problem: BaseException | str) -> str:
+    """Say what helps when a file cannot be opened; SQLite's own words often do not."""
+    number = getattr(problem, "errno", None)
+    folder = os.path.dirname(path)
+    if isinstance(problem, sqlite3.OperationalError):
+        if _is_locked(problem):
+            return "somebody keeps it locked, perhaps for a backup: try again after that"
+        if _is_full(problem):
+            number = errno.ENOSPC
+        elif "readonly" in str(problem) or "unable to open" in str(problem):
+            number = errno.EACCES
+    if number == errno.ENOENT and not os.path.isdir(folder):
+        return f"its directory does not exist: make {folder!r} first"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"let this user write to it, and into {folder!r}: a store has files beside it"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"make room in {folder!r}; if there is room, look for errors of the disk"
+    return "give the path of a session store, or one where a new file can be made"
 
 
 def _is_locked(problem: BaseException) -> bool:

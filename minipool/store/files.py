@@ -10,7 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
+from collections.abc import Iterator
 from typing import Any, Tuple
+
+try:
+    import fcntl
+except ImportError:  # no such system
+    fcntl = None  # type: ignore[assignment]
 
 File = Tuple[int, int]  # device and inode: one file, whatever its name
 
@@ -21,6 +28,7 @@ _NETWORK = {
     "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.ceph", "fuse.davfs",
     "fuse.gcsfuse", "fuse.juicefs", "fuse.grpcfuse", "fuse.vmhgfs-fuse",
 }  # fmt: skip
+_MAKING_S = 1.0  # how long to wait for others who make a file: that takes no time
 _MOUNTS = "/proc/self/mountinfo"
 
 
@@ -76,7 +84,10 @@ def ready(path: str) -> File:
     """
     with contextlib.suppress(FileExistsError):
         if not os.path.lexists(path):
-            _make(path)
+            with _first_in(os.path.dirname(path)) as first:
+                if first and not os.path.lexists(path):
+                    _clear_away(path)
+                _make(path)
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"it is {_kind(found.st_mode)}, not a regular file")
@@ -85,6 +96,45 @@ def ready(path: str) -> File:
         with contextlib.suppress(FileNotFoundError):
             _refuse_others(path + suffix, os.stat(path + suffix))
     return found.st_dev, found.st_ino
+
+
+@contextlib.contextmanager
+def _first_in(folder: str) -> Iterator[bool]:
+    """Keep others from making files in a folder meanwhile; False: that could not be had."""
+    if fcntl is None:  # there nobody can delete a file that is open
+        yield False
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    first, until = False, time.monotonic() + _MAKING_S
+    try:
+        # No such locks there: an OSError at once.
+        with contextlib.suppress(OSError):
+            while not first:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    first = True
+                except BlockingIOError:  # another one is making a file
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(0.001)
+        yield first
+    finally:
+        os.close(handle)
+
+
+def _clear_away(path: str) -> None:
+    """Remove what lies beside a file that there is no more.
+
+    A process may still have the deleted one open. It and those that use the next one would share
+    the index of the log, which is found by its name, and so lose each other's commits.
+    """
+    for suffix in SIDECARS:
+        with contextlib.suppress(OSError):
+            os.unlink(path + suffix)
 
 
 def _make(path: str) -> None:

@@ -108,6 +108,12 @@ def database(file: File) -> Any:
     return None if reference is None else reference()
 
 
+def databases() -> list[Any]:
+    """Return all that this process uses files by."""
+    found = [reference() for reference in list(_databases.values())]
+    return [database for database in found if database is not None]
+
+
 def share(file: File, database: Any) -> Any:
     """Have others use a file by this database; return the one that they do."""
     while True:

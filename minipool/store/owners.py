@@ -80,7 +80,8 @@ class Owner(NamedTuple):
                 return started == self.started
         if same_boot and self.beat_boot is not None and now.since_boot is not None:
             return now.since_boot - self.beat_boot < LEASE_S
-        return now.wall - self.beat < LEASE_S
+        # One that is yet to come was given before the clock was set back: by an earlier boot.
+        return -LEASE_S < now.wall - self.beat < LEASE_S
 
 
 def sign(db: Connection, owner: str) -> None:
