@@ -180,6 +180,10 @@ class Sessions:
             return
         loaded = self._store.open(record.key)
         if loaded is not None:
+            version, state = loaded
+            if state is not None and _SCOPE in state:  # it is no block's any more
+                self._store.commit(record.key, version + 1, {_SCOPE: None})
+                loaded = version + 1, state
             record.load(*_unmarked(loaded))
             return
         record.begun = True
