@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any, Tuple
+
+from ..engine.wire import close_all
 
 try:
     import fcntl
@@ -104,26 +106,40 @@ def _first_in(folder: str) -> Iterator[bool]:
     if fcntl is None:  # there nobody can delete a file that is open
         yield False
         return
+    handles: list[int] = []
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        yield False
-        return
-    first, until = False, time.monotonic() + _MAKING_S
-    try:
-        # No such locks there: an OSError at once.
-        with contextlib.suppress(OSError):
-            while not first:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    first = True
-                except BlockingIOError:  # another one is making a file
-                    if time.monotonic() > until:
-                        break
-                    time.sleep(0.001)
-        yield first
+        with contextlib.suppress(OSError):  # as below: noted in the same step
+            handles.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC]))
+        yield bool(handles) and _locked(handles[0])
     finally:
-        os.close(handle)
+        close_all(handles)
+
+
+def _locked(handle: int) -> bool:
+    """Lock a folder against others that make files in it; False: that could not be had in time.
+
+    Another thread waits for the lock, as no wait for it has a deadline. If it gets it too late, its
+    call returns with the last reference to what was opened, which gives the lock back.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        pass
+    except OSError:  # there are no such locks there
+        return False
+    got: list[bool] = []
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            got.append(True)
+
+    thread = threading.Thread(target=wait, name="minipool-store-file", daemon=True)
+    with contextlib.suppress(RuntimeError):  # there can be no more threads
+        thread.start()
+        thread.join(_MAKING_S)
+    return bool(got)
 
 
 def _clear_away(path: str) -> None:
