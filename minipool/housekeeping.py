@@ -92,6 +92,9 @@ class Housekeeping(Keeper):
         if self._thread.ident is not None:
             self._thread.join(timeout)
 
+    def keeps(self, thing: object) -> bool:
+        return thing is self._store
+
     @property
     def here(self) -> bool:
         """Whether the calling thread is this one (a listener runs in it)."""

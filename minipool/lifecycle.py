@@ -11,7 +11,7 @@ from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.launch import Launcher
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
-from .opening import give_up, note_pool, open_desk, ready_count, wait_started
+from .opening import close_lent, give_up, note_pool, open_desk, ready_count, wait_started
 from .telemetry import Hooks
 
 if TYPE_CHECKING:
@@ -205,6 +205,8 @@ class Lifecycle:
             self._closed = True
             desk = self._desk
         if desk is None:
+            if self._failure is not None:  # a store of the user's own was kept for the next try
+                close_lent(self.config)
             return
         manager = desk.manager
         manager.close(grace, kill)

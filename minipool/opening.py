@@ -15,7 +15,7 @@ from .engine import wire
 from .engine.desk import Desk
 from .engine.launch import Launcher
 from .engine.manager import Manager, live_managers
-from .errors import WorkerStartError
+from .errors import SessionError, WorkerStartError
 from .sessions import Sessions
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def open_desk(
     _end_with_process()
     lent = _lent(config) and not for_good
     store = _store(config)
+    if _lent(config) and store is not None:
+        _check_free(config, store)
     try:
         launcher.open()
         try:
@@ -76,9 +78,34 @@ def open_desk(
     return desk, sessions
 
 
+def _check_free(config: PoolConfig, store: Any) -> None:
+    """Raise SessionError if another pool has that store, or it was closed.
+
+    A store's sessions have one owner: what one pool lets expire, the other would be using.
+    """
+    for manager in live_managers():
+        if any(keeper.keeps(store) for keeper in manager.keepers):
+            raise SessionError(
+                f"session_store={store!r} of {config.name} is in use by {manager.config.name}; "
+                f"give each pool a store of its own, on the same file if you like"
+            )
+    if getattr(store, "is_closed", False) is True:
+        raise SessionError(
+            f"session_store={store!r} of {config.name} is closed; a pool closes its store as it "
+            f"ends: make a new one"
+        )
+
+
 def _lent(config: PoolConfig) -> bool:
     """Tell whether the store, if there is one, is the user's own."""
     return not isinstance(config.session_store, (str, os.PathLike))
+
+
+def close_lent(config: PoolConfig) -> None:
+    """Close the store that the user made for a pool, as the pool will not be opened (again)."""
+    store: Any = config.session_store
+    if _lent(config) and store is not None:
+        store.close()
 
 
 def _store(config: PoolConfig) -> Any:

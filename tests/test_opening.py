@@ -419,7 +419,7 @@ def test_store_of_the_users_own_outlives_an_opening_that_did_not_begin(
             patch.setattr(Launcher, "open", no_descriptors)
         else:
             patch.setattr(threading.Thread, "start", no_thread)
-        with pytest.raises((OSError, RuntimeError)):
+        with pytest.raises(PoolStartError):
             pool.checkout(session="ada")
     assert failed
     with pool:

@@ -179,8 +179,8 @@ def test_owner_of_this_process_lives_as_long_as_its_store(tmp_path: Path) -> Non
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("BEGIN IMMEDIATE")
     first.close()  # in vain, as far as the file goes
-    db.execute("ROLLBACK")
     assert db.execute("SELECT owner FROM session").fetchone() == (first._owner,)
+    db.execute("ROLLBACK")
     db.close()
     assert second.open("a") == (1, {"n": b"1"})
     third = SQLiteStore(path)

@@ -6,6 +6,7 @@ POSIX locks belong to a process and a file, not to a descriptor; these tests are
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,8 +16,9 @@ from typing import Any, Callable
 
 import pytest
 
-from minipool import Pool, SessionError
+from minipool import Pool, PoolStartError, SessionError
 from minipool.store import SQLiteStore, database, open_files
+from workers import RaisesAtStart
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 ROOT = Path(__file__).parent.parent
@@ -335,3 +337,51 @@ def test_signs_of_life_do_not_starve(path: str, monkeypatch: pytest.MonkeyPatch)
             thread.join()
         store.close()
     assert len(late) > 3 and max(late) < 1.0, late
+
+
+TAKES = """
+import sys
+from minipool.store import SQLiteStore
+sys.stdin.readline()
+store = SQLiteStore(sys.argv[1])
+print(store.open("a"))
+store.close()
+"""
+
+
+def test_file_that_was_locked_as_its_store_was_closed_is_let_go_of_afterwards(path: str) -> None:
+    """Another process may have the sessions then, though this one lives on."""
+    store = SQLiteStore(path)
+    store.create("a", {"n": b"1"})
+    lock = sqlite3.connect(path, isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    store.close()
+    (going_on,) = [each for each in threading.enumerate() if each.name == "minipool-store-close"]
+    lock.execute("ROLLBACK")
+    lock.close()
+    going_on.join(20)
+    assert not going_on.is_alive()
+    assert done(python(TAKES, path)).strip() == "(1, {'n': b'1'})"
+
+
+def test_store_serves_one_pool_at_a_time_and_none_once_it_is_closed(path: str) -> None:
+    """What one of them lets expire, the other would be using."""
+    store = SQLiteStore(path)
+    with Pool(size=1, session_store=store) as pool:
+        pool.create_session("a", {"n": 1})
+        with pytest.raises(SessionError, match=r"in use by .*give each pool a store of its own"):
+            Pool(size=1, session_store=store).open()
+        assert pool.session_state("a") == {"n": 1}
+    assert store.is_closed
+    with pytest.raises(SessionError, match=r"is closed.*make a new one"):
+        Pool(size=1, session_store=store).open()
+
+
+def test_store_that_was_kept_for_a_second_try_is_closed_with_its_pool(path: str) -> None:
+    store = SQLiteStore(path)
+    pool = Pool(RaisesAtStart, size=1, session_store=store)
+    with pytest.raises(PoolStartError):
+        pool.call("anything")
+    assert not store.is_closed
+    pool.close()
+    assert store.is_closed

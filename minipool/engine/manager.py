@@ -68,6 +68,10 @@ class Keeper:
         """Wait for the thread itself to end."""
         raise NotImplementedError
 
+    def keeps(self, thing: object) -> bool:
+        """Whether that very thing is what it looks after."""
+        raise NotImplementedError
+
     @property
     def here(self) -> bool:
         """Whether the calling thread is this one (a listener runs in it)."""
@@ -143,12 +147,13 @@ class Manager:
             for keeper in self.keepers:
                 keeper.start()
             self._thread.start()
-        except BaseException:
+        except BaseException as problem:
             for keeper in self.keepers:
                 keeper.end()
-            self._give_back()
-            self.at_end()
-            self.done = True
+            if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
+                self._give_back()
+                self.at_end()
+                self.done = True
             raise
 
     @property

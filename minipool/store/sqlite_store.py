@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from typing import Any, Callable, Mapping, TypeVar
 
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 _BEAT_S = 2.0  # seconds from one sign of life to the next, at least
 _HOUSEKEEPING_S = 1.0  # how long housekeeping waits for others that write; it comes again
+_LETTING_GO_S = 60.0  # how long a store that was closed goes on trying, if its file is locked
 _QUEUE_S = 0.4  # and how long of that in line: then it asks SQLite, beside the threads that commit
 _USES = 500  # noted in one transaction
 _LOOKED_AT = 500  # sessions in one batch of `expire`
@@ -124,20 +126,52 @@ class SQLiteStore:
         what = f"session {key!r} could not be deleted"
         self._transact(what, rows.delete_session, self._owner, key)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called; a store does not reopen."""
+        return self._closed
+
     def close(self) -> None:
-        """Let go of our sessions and the file; a locked file is waited for a second."""
+        """Let go of our sessions and the file.
+
+        A locked file is waited for a second; then a thread goes on trying for a minute, for other
+        processes take us for alive until that is done, or this process has ended.
+        """
         if self._pid != os.getpid():
             return  # a fork must not touch the owner's connection
         self._closed = True
         owners.end(self._owner)  # whatever the file says
+        later = False
         try:
-            with contextlib.suppress(SessionError):
-                self._database.transact(
-                    "sessions could not be let go", rows.let_go, self._owner,
-                    patience=_HOUSEKEEPING_S, queue=_QUEUE_S,
-                )  # fmt: skip
+            later = not self._let_go(_HOUSEKEEPING_S) and self._let_go_later()
         finally:
-            self._database.leave(self)
+            if not later:
+                self._database.leave(self)
+
+    def _let_go(self, patience: float) -> bool:
+        """Let go of our sessions; False if the file is locked for longer, or cannot be written."""
+        try:
+            self._database.transact(
+                "sessions could not be let go", rows.let_go, self._owner,
+                patience=patience, queue=_QUEUE_S,
+            )  # fmt: skip
+        except SessionError:
+            return False
+        return True
+
+    def _let_go_later(self) -> bool:
+        """Start a thread that lets go; False if there can be none."""
+
+        def go_on() -> None:
+            try:
+                any(self._let_go(_LETTING_GO_S / 6) for _ in range(6))
+            finally:
+                self._database.leave(self)
+
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=go_on, name="minipool-store-close", daemon=True).start()
+            return True
+        return False
 
     # -- housekeeping ------------------------------------------------------------------------
 
