@@ -24,6 +24,12 @@ MAX_WORKERS = 2048  # twice as many rows are in the table: old ones may end whil
 AFFINITIES = ("prefer", "strict", "any")
 STORE_METHODS = ("open", "create", "has", "read", "commit", "delete", "close")  # see store.py
 START_METHODS = ("forkserver", "spawn", "fork")
+#: What other pools call an option.
+_PEERS = {
+    "max_workers": "size", "workers": "size", "processes": "size", "n_jobs": "size",
+    "timeout": "call_timeout", "max_tasks_per_child": "max_calls",
+    "maxtasksperchild": "max_calls", "mp_context": "start_method",
+}  # fmt: skip
 _SWITCHES = (
     "lazy", "strict_sessions", "kill_group", "autoscale", "forward_logs", "capture_output",
 )  # fmt: skip
@@ -160,7 +166,7 @@ class PoolConfig:
         if self.name is None:
             self._set("name", f"pool-{next(_pool_numbers)}")
         elif not _is_text(self.name):
-            self._refuse("name", "give a text that is not empty, without NUL and half characters")
+            self._refuse("name", "give a non-empty string without NUL or lone surrogates")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> PoolConfig:
@@ -170,7 +176,9 @@ class PoolConfig:
             if name not in known:
                 import difflib
 
-                near = difflib.get_close_matches(name, known, 1)
+                near = (
+                    [_PEERS[name]] if name in _PEERS else difflib.get_close_matches(name, known, 1)
+                )
                 hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
                 raise ConfigError(
                     f"unknown option {name!r} (value {value!r}); {hint}", option=name, value=value

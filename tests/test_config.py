@@ -407,3 +407,13 @@ def test_container_quota_is_read(
     monkeypatch.setattr(config_module, "open", fake_open, raising=False)
 
     assert config_module._cgroup_cpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("max_workers", "size"), ("processes", "size"), ("timeout", "call_timeout"),
+     ("maxtasksperchild", "max_calls")],
+)  # fmt: skip
+def test_names_of_other_pools_are_understood(theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{ours}'"):
+        PoolConfig.from_options({theirs: 1})

@@ -21,7 +21,7 @@ def checked_id(key: Any, what: str = "session id") -> str:
     """Return a text as given, if it can be written down.
 
     Raises:
-        TypeError: it is no text. SessionError: it has half characters.
+        TypeError: it is no text. SessionError: it has lone surrogates.
     """
     if not isinstance(key, str):
         raise TypeError(f"a {what} is a text, not {key!r}")
@@ -29,7 +29,7 @@ def checked_id(key: Any, what: str = "session id") -> str:
         key.encode()
     except UnicodeEncodeError:
         raise SessionError(
-            f"{what} {key!r} has half characters, which no file can hold; nothing was changed"
+            f"{what} {key!r} has lone surrogates, which no file can hold; nothing was changed"
         ) from None
     return key
 
@@ -38,7 +38,7 @@ def checked_changes(changes: Mapping[str, bytes | None]) -> dict[str, bytes | No
     """Return what is to be changed in a session's state, as given.
 
     Raises:
-        TypeError: a name is no text, or a value no bytes. SessionError: a name has half characters.
+        TypeError: a name is no text, or a value no bytes. SessionError: a name has lone surrogates.
     """
     for name, data in changes.items():
         checked_id(name, "state key")
