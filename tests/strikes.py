@@ -31,13 +31,15 @@ class Blow:
 
     def __init__(self, step: int, files: Collection[Any]) -> None:
         self._left, self._files = step, files
+        # Kept: one that strikes a finaliser is forgotten by CPython, which may be about to call it.
+        self._profile = self.profile
 
     @property
     def fell(self) -> bool:
         return self._left < 0
 
     def __enter__(self) -> Blow:
-        sys.setprofile(self.profile)
+        sys.setprofile(self._profile)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
