@@ -102,6 +102,8 @@ class Session(MutableMapping[str, Any]):
     def popitem(self) -> tuple[str, Any]:
         """Remove the key that came last and return it with its value, as a dict does.
 
+        State that comes from a store has its keys in the order of their names.
+
         Raises:
             KeyError: there is none.
         """
