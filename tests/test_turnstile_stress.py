@@ -271,7 +271,7 @@ def test_turns_are_fair_without_think_time() -> None:
     threads, laps = 16, 1500
     queued = threading.Semaphore(0)
     turnstile = Turnstile(on_queue=lambda waiter: queued.release())
-    line = turnstile.waiters = Line()
+    line = turnstile.general = Line()  # what is served in order
     turns = [0] * threads
     stop = threading.Event()
     try_take = turnstile.try_take
