@@ -21,6 +21,7 @@ from minipool.engine.channel import FastEnd, PeerGone
 from minipool.engine.workerend import FastWorkerEnd
 from workers import Counter, identity
 
+PORTABLE = os.environ.get("MINIPOOL_PORTABLE") == "1"
 LIMIT = 1 << 20
 LAST = 20.0  # seconds after which a test has failed
 
@@ -229,6 +230,7 @@ ANSWERS_EARLY = """
 """
 
 
+@pytest.mark.skipif(PORTABLE, reason="there a thread sends, and what was read is not known")
 def test_a_worker_that_answers_what_it_cannot_have_read_is_not_used(tmp_path: Path) -> None:
     status, out, _ = scripts.run(tmp_path, ANSWERS_EARLY)
     assert status == 0

@@ -33,6 +33,7 @@ from minipool.engine import manager as manager_module
 from minipool.engine import wire
 from minipool.engine.channel import FastEnd
 from minipool.engine.fleet import STRUCK_PAUSE, Fleet
+from minipool.engine.portable import PortableEnd
 from minipool.engine.process import WorkerProcess
 from minipool.telemetry import Hooks
 from troublemakers import (
@@ -49,6 +50,8 @@ from troublemakers import (
 from workers import Counter, DiesOnCall, RaisesAtStart, getpid
 
 TESTS = Path(__file__).parent
+
+PORTABLE = os.environ.get("MINIPOOL_PORTABLE") == "1"
 
 
 def test_worker_keeps_its_state_between_calls(start_method: str) -> None:
@@ -668,15 +671,16 @@ def test_no_memory_for_what_a_worker_is_sent_costs_that_worker_and_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is started anew, and those that were started with it serve."""
-    post, failed = FastEnd.post, []
+    kind_of_end: Any = PortableEnd if PORTABLE else FastEnd
+    post, failed = kind_of_end.post, []
 
-    def post_with_little_memory(end: FastEnd, call_id: int, kind: int, *parts: bytes) -> None:
+    def post_with_little_memory(end: Any, call_id: int, kind: int, *parts: bytes) -> None:
         if kind == wire.ASSIGN and not failed:
             failed.append(end)
             raise MemoryError
         post(end, call_id, kind, *parts)
 
-    monkeypatch.setattr(FastEnd, "post", post_with_little_memory)
+    monkeypatch.setattr(kind_of_end, "post", post_with_little_memory)
     with Pool(Counter, size=3) as pool:
         assert failed
         assert pool.stats().start_failures == 1

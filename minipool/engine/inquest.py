@@ -58,7 +58,8 @@ def hold(handle: Any, started: Optional[bool] = None) -> Death:
         call=call,
         started=started,
         call_age=age if started and handle.has_begun else None,  # it may only count as begun
-        calls=_word(words, t.CALL_ID),
+        # Where its words come with its replies, that of the last call may not have come.
+        calls=max(_word(words, t.CALL_ID), handle.calls_sent if started else 0),
         uptime=(ended_ns - handle.ready_ns) / 1e9 if handle.ready_ns else 0.0,
         rss_bytes=_word(words, t.RSS_BYTES),
         stack="" if handle.box is None else handle.box.last(),
