@@ -11,7 +11,6 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Iterator
 from typing import Any, Tuple
 
 from ..engine.wire import close_all
@@ -84,12 +83,15 @@ def ready(path: str) -> File:
     Raises:
         OSError: none can be made. ValueError: it is no file for a store; it is left as it is.
     """
-    with contextlib.suppress(FileExistsError):
-        if not os.path.lexists(path):
-            with _first_in(os.path.dirname(path)) as first:
-                if first and not os.path.lexists(path):
-                    _clear_away(path)
+    if not os.path.lexists(path):
+        handles: list[int] = []
+        try:
+            if _first_in(os.path.dirname(path), handles) and not os.path.lexists(path):
+                _clear_away(path)
+            with contextlib.suppress(FileExistsError):
                 _make(path)
+        finally:  # not a context manager: an interrupt as it is entered would keep the lock
+            close_all(handles)
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"it is {_kind(found.st_mode)}, not a regular file")
@@ -100,19 +102,13 @@ def ready(path: str) -> File:
     return found.st_dev, found.st_ino
 
 
-@contextlib.contextmanager
-def _first_in(folder: str) -> Iterator[bool]:
-    """Keep others from making files in a folder meanwhile; False: that could not be had."""
+def _first_in(folder: str, handles: list[int]) -> bool:
+    """Keep others from making files in a folder until `handles` are closed; False: in vain."""
     if fcntl is None:  # there nobody can delete a file that is open
-        yield False
-        return
-    handles: list[int] = []
-    try:
-        with contextlib.suppress(OSError):  # as below: noted in the same step
-            handles.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC]))
-        yield bool(handles) and _locked(handles[0])
-    finally:
-        close_all(handles)
+        return False
+    with contextlib.suppress(OSError):  # opened and noted in one step
+        handles.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC]))
+    return bool(handles) and _locked(handles[0])
 
 
 def _locked(handle: int) -> bool:
