@@ -335,8 +335,8 @@ class Fleet:
             self.lost += 1
             self.deaths.append(hold(handle))
             used = handle.row[t.CALL_ID] > 0 or handle.revoked is not None
-            # Who was sent a call and killed by us: its caller may have left before it began. On a
-            # private table he may not have heard yet that it has.
+            # A worker that was sent a call and killed by us: its caller may have left before the
+            # call began. On a private table the caller may not have heard yet that it has begun.
             if handle.process.killed or self._launcher.portable:
                 used = used or handle.calls_sent > 0
             if booting or not (used or self._proved(handle, now)):

@@ -220,11 +220,11 @@ class Handle:
     def hang_up_for_good(self) -> None:
         """Close the pipe of a buried worker, once no thread can be waiting at it any more.
 
-        1. A caller waits in `poll`. 2. The worker dies, which wakes him. 3. The manager closes the
+        1. A caller waits in `poll`. 2. The worker dies, which wakes it. 3. The manager closes the
         pipe, and the next worker's gets its number. 4. The caller runs, and the kernel looks that
-        number up once more: he would wait on, for the wrong worker.
+        number up once more: it would wait on, for the wrong worker.
 
-        So the caller's failure must come first; if it never does (an interrupt took him away), the
+        So the caller's failure must come first; if it never does (an interrupt took it away), the
         pipe is closed when it is collected.
         """
         busy = self.in_call and not self.failed
