@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import threading
@@ -19,6 +20,7 @@ from minipool import Pool, PoolStartError, current_session
 from minipool.engine import channel, wire
 from minipool.engine.channel import FastEnd, PeerGone
 from minipool.engine.workerend import FastWorkerEnd
+from strikes import Blow, Strike
 from workers import Counter, identity
 
 PORTABLE = os.environ.get("MINIPOOL_PORTABLE") == "1"
@@ -98,6 +100,31 @@ def test_posts_follow_each_other_and_no_frame_comes_between(ends: Ends) -> None:
     reader.join(LAST)
 
     assert got == expected
+
+
+def test_a_post_that_was_struck_is_never_sent_twice(ends: Ends) -> None:
+    """The second answer would be taken for that to a later call."""
+
+    def post() -> None:
+        ends.end.post(-1, wire.PROBE, b"told")
+
+    reader = ends.theirs.reader.fd
+    post()
+    frame = os.read(reader, LIMIT)
+    arrived = []
+    for step in itertools.count():
+        blow = Blow(step, {channel.__file__})
+        with contextlib.suppress(Strike), blow:
+            post()
+        ends.flush_all()
+        came = os.read(reader, LIMIT) if select.select([reader], [], [], 0)[0] else b""
+        assert came in (b"", frame)
+        arrived.append(came)
+        if not blow.fell:
+            break
+
+    assert arrived[0] == b""  # nothing had been sent
+    assert arrived[-1] == arrived[-2] == frame  # struck at the very end, and not at all
 
 
 def test_the_length_of_calls_is_limited_after_the_assignment_as_before(ends: Ends) -> None:

@@ -277,19 +277,18 @@ class FastEnd(End):
             PeerGone: the worker is dead; nothing is left.
         """
         while self.unsent:
-            part = self.unsent[0]
+            part = self.unsent.popleft()  # first: whatever strikes here, nothing is sent twice
             try:
                 rest = part[os.write(self._out, part) :]
             except BlockingIOError:
+                self.unsent.appendleft(part)
                 return
             except OSError:
                 self.unsent.clear()
                 raise PeerGone from None
             if rest:
-                self.unsent[0] = rest
+                self.unsent.appendleft(rest)
                 self._widen_once()
-            else:
-                self.unsent.popleft()
 
     def _piece_now(self) -> bytes | None:
         try:
