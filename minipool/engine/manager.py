@@ -197,6 +197,10 @@ class Manager:
         self._orders.append(action)
         self.bell.ring()
 
+    def look_at_all(self) -> None:
+        """Have every worker looked at, soon: something was changed that no turn hears of."""
+        self.order(_nothing)
+
     def command(self, action: Callable[[], None]) -> None:
         """Have `action` done in the manager's thread; return when it is, or in a second."""
         done: list[bool] = []
@@ -270,6 +274,7 @@ class Manager:
                 logger().exception("the manager of %s failed and goes on", self.config.name)
                 self._acted = True  # or what it did not get to would wait for the next thing to do
                 self._whole, self._poller = True, Poller()
+                self._orders.append(_nothing)
                 # Not at full speed; a bell that no turn gets to silence would have it so.
                 ready([] if failed else [self.bell.reader], self.config.tick)
                 failed = True
@@ -358,16 +363,16 @@ class Manager:
         """Do what there is to do: a turn.
 
         It looks at all workers if it is the time for a sweep, or if there is a reason that
-        concerns more than the workers that were heard. Else it looks at those, and at the others
-        that are unsettled. That is all which one death or one word can be a reason for, and what
-        such a turn may miss is found by the sweep.
+        concerns more than the workers that were heard or given back, such as an order. Else it
+        looks at those, and at the others that are unsettled. That is all which one death or one
+        word can be a reason for, and what such a turn may miss is found by the sweep.
         """
         self._quiet_until = 0
         if self.bell.reader in heard:
             self.bell.silence()
         swept = self._last_look
-        theirs = self.fleet.handles.keys() >= set(heard.values())  # and not the bell's
-        whole = not heard or not theirs or self.closing
+        whole = not heard or bool(self._orders) or self.closing
+        heard = {source: slot for source, slot in heard.items() if slot != _BELL}
         whole = whole or time.monotonic() - swept >= self.config.tick
         for handle in self._concerned(heard, whole):
             if handle.channel.unsent and handle.channel.out in heard:
@@ -378,7 +383,7 @@ class Manager:
                 self.care.ended(handle)
                 if handle.slot not in self.fleet.handles:
                     self._poller.drop(handle.slot)
-        whole = whole or bool(self._orders or self._refused)
+        whole = whole or bool(self._orders)
         for _ in range(len(self._orders)):  # not what they order in turn: that is for later
             self._orders.popleft()()
         while self._refused:
@@ -576,6 +581,10 @@ class Manager:
         self.for_good = for_good or (self.failure is not None and self.for_good)
         self.failure = failure  # before anybody is woken
         self.close(0.0, kill=True)
+
+
+def _nothing() -> None:
+    """An order: a turn with one looks at all workers."""
 
 
 def _row(handle: Handle, idle: bool, lost: Callable[[Handle], bool], weigh: bool) -> health.Row:
