@@ -111,6 +111,7 @@ class Manager:
         self.failure: BaseException | None = None  # why it was given up: no worker could be started
         self.for_good = True  # its end is the pool's; False: the pool may be opened again
         self.at_end: Callable[[], object] = bool  # called once, when it has
+        self._last_steps: collections.deque[Callable[[], object]] = collections.deque()
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
         self.closed_ns: int | None = None
@@ -151,8 +152,8 @@ class Manager:
             for keeper in self.keepers:
                 keeper.end()
             if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
-                self._give_back()
-                self.at_end()
+                for give_back in (*self._givings_back(), self.bell.close, self.at_end):
+                    give_back()
                 self.done = True
             raise
 
@@ -278,6 +279,8 @@ class Manager:
                 # Not at full speed; a bell that no turn gets to silence would have it so.
                 ready([] if failed else [self.bell.reader], self.config.tick)
                 failed = True
+        self.bell.close()
+        OOM_KILLS.end()
         with self._changed:
             self._changed.notify_all()
         self._relay.close(_LOG_PATIENCE)
@@ -553,28 +556,32 @@ class Manager:
         return True
 
     def _end(self) -> None:
-        self.closed_ns = time.monotonic_ns()
-        self._give_back()
-        OOM_KILLS.end()
-        self.at_end()
+        """Give back everything; then it is done. A step that is struck is not taken again."""
+        if self.closed_ns is None:
+            self.closed_ns = time.monotonic_ns()
+            self._last_steps.extend((*self._givings_back(), self.at_end))
+        while self._last_steps:
+            self._last_steps.popleft()()
         self.done = True
         if self.for_good:
             uptime = (self.closed_ns - self.opened_ns) / 1e9
             self.hooks.emit("pool.terminate", {"uptime": uptime})
 
-    def _give_back(self) -> None:
-        """Give back memory and descriptors, when there are no workers or never were."""
-        self.fleet.close()
+    def _givings_back(self) -> tuple[Callable[[], object], ...]:
+        """Return what gives back memory and descriptors, when there are no workers."""
+        return self.fleet.close, self._leave_breaker, self._close_others, self._launcher.close
+
+    def _leave_breaker(self) -> None:
         breaker = self.fleet.breaker
         if breaker is not None and self._circuit_changed in breaker.listeners:
             breaker.listeners.remove(self._circuit_changed)
+
+    def _close_others(self) -> None:
         for close in self.closers:
             try:
                 close()
             except Exception:
                 logger().exception("%s: what was to end with it did not", self.config.name)
-        self._launcher.close()
-        self.bell.close()
 
     def give_up(self, failure: BaseException, for_good: bool) -> None:
         """End everything now, because no worker could be started: whoever waits is told why."""

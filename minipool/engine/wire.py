@@ -18,7 +18,7 @@ import pickle
 import struct
 import sys
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, RemoteError
 
@@ -100,11 +100,6 @@ class Descriptor:
         from multiprocessing import reduction
 
         return _received, (reduction.DupFd(self.fd),)
-
-
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors in one step: what an interrupt raises comes before it or after it."""
-    any(map(os.close, fds))
 
 
 class Ends:
