@@ -392,6 +392,10 @@ def test_link_that_was_turned_back_leads_to_what_was_there(current: Path) -> Non
         with pytest.raises(SessionError, match="link was turned"):
             store.has("a")
         assert store.has("a") is found
+    turn(current, "release2")
+    with pytest.raises(SessionError, match="link was turned"):
+        store.has("a")
+    turn(current, "release1")
     assert store.open("a") == (1, {"n": b"1"})
     assert store.has("a")
     with pytest.raises(SessionBusy):
