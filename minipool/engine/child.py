@@ -22,7 +22,7 @@ from .assignment import Assignment, Setup, unpacked
 from .channel import Unreceived
 from .conversation import NotHere, Session, WarmSessions
 from .lifeline import die_with_parent, end_all, lead_a_group
-from .resources import limit, resident_bytes
+from .resources import keep_standard_streams, limit, resident_bytes
 from .workerend import FastWorkerEnd, PortableWorkerEnd
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     Without an `inherited` assignment, the first frame is one.
     """
     global _current
+    conn = keep_standard_streams(conn, setup)
     group = lead_a_group() and setup.kill_group
     _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
     _signal.signal(signal.SIGTERM, _signal.SIG_DFL)

@@ -214,9 +214,12 @@ class Fleet:
                 failure = handle.slot, error, handle.permit
                 break
         for handle in started:
-            handle.started()
-            if handle.transcript is not None and self.scribe is not None:
-                self.scribe.begin(handle.transcript, handle.pid)
+            try:
+                handle.started()
+                if handle.transcript is not None and self.scribe is not None:
+                    self.scribe.begin(handle.transcript, handle.pid)
+            except Exception as error:  # its own: those after it must hear that they were started
+                handle.not_started(error)
         for handle in prepared[len(started) :]:
             self._forget(handle)
         if failure is not None:

@@ -28,6 +28,7 @@ from .assignment import Assignment, Setup
 from .blackbox import LAST_WORDS, SHOW
 from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, Unsent, pair
 from .child import main
+from .deadend import DeadEnd
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 
@@ -188,6 +189,16 @@ class Handle:
             pass  # its end is about to be seen
         except (RuntimeError, MemoryError):  # out of threads, or of memory
             self.kill()
+
+    def not_started(self, problem: Exception) -> None:
+        """Kill a process that was started, but not to be talked to: `started` has raised."""
+        if self.state is WorkerState.VACANT:
+            self.move(WorkerEvent.SPAWNED)
+        if self.channel is None:
+            self.channel = DeadEnd(self.conn)
+            self._exchange = self.channel.exchange
+        self.start_error = problem
+        self.kill()
 
     def kill(self, signum: int = signal.SIGKILL) -> bool:
         """Send a signal, if the process is still there. Never hits another: no stored pid."""
