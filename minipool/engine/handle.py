@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     CallMismatch,
+    MinipoolError,
     PoolForked,
     ProtocolError,
     WorkerError,
@@ -31,6 +32,7 @@ from .child import main
 from .deadend import DeadEnd
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
+from .traces import OF_THE_USERS
 
 if TYPE_CHECKING:
     import weakref
@@ -340,7 +342,7 @@ class Handle:
             raise self._remote_error(status, reply, name)
         try:
             return loads(reply)
-        except Exception as problem:
+        except OF_THE_USERS as problem:
             raise wire.unreadable_result(problem) from problem
 
     def _committed(self, session: Any, reply: bytes | memoryview, name: bytes) -> Any:
@@ -356,7 +358,7 @@ class Handle:
     def _result(self, reply: bytes | memoryview) -> Any:
         try:
             return self._loads(reply)
-        except Exception as problem:
+        except OF_THE_USERS as problem:
             raise wire.unreadable_result(problem) from problem
 
     def _repeat(
@@ -430,6 +432,8 @@ class Handle:
             error = wire.unpack_error(body)
         except Exception as problem:
             return self._nonsense(problem, name)
+        if isinstance(error, MinipoolError):
+            error.__dict__["answered"] = True
         self.row[t.RAISED] += 1
         if status == wire.RAISED_AND_TAINTED:
             self.tainted = f"the call ended in {type(error).__name__}"
