@@ -416,7 +416,8 @@ class Fleet:
         if self.breaker is not None and self.breaker.retry_in > 0:
             given_up = True
         if given_up or not by_chance(handle, exitcode, cause):
-            left = 0 if given_up else len(self.staying())
+            staying = () if given_up else self.staying()
+            left = tuple(0 if worker.ready_ns else worker.generation for worker in staying)
             tried = math.inf if given_up else self._generation
             self.verdict = Verdict(time.monotonic(), failure, left, tried)
 
