@@ -147,40 +147,42 @@ def _explained(error: Exception) -> tuple[ServerGone, bool]:
             f"or is no Python at all; {interpreter}; raise `init_timeout`, or name a Python by "
             f"`multiprocessing.set_executable()`"
         ), False
-    code = _exitcode(pid)
-    how = "ended" if code is None else f"ended {_words(code)}"
+    how, code = _end_of(pid)
     if pid is not None and pid == _Known.answered:
-        return ServerGone(
-            f"the fork server (pid {pid}) {how}; the next start makes a new one"
-        ), False
+        return ServerGone(f"the fork server (pid {pid}) {how}: {_named(error)}"), False
     return ServerGone(
-        f"the fork server (pid {pid}) {how} before its first answer ({type(error).__name__}: "
-        f"{error}); {interpreter}: if that is no Python, name one by "
+        f"the fork server (pid {pid}) {how} before its first answer ({_named(error)}); "
+        f"{interpreter}: if that is no Python, name one by "
         f"`multiprocessing.set_executable()`"
     ), code not in _FROM_OUTSIDE
 
 
-def _exitcode(pid: int | None) -> int | None:
-    """Return how the server has ended, and leave it to multiprocessing to reap it.
+def _end_of(pid: int | None) -> tuple[str, int | None]:
+    """Say how the server has ended, and leave it to multiprocessing to reap it.
 
-    None: that cannot be said.
+    None: that is not known.
     """
     try:
         ended = os.pidfd_open(pid or 0)
     except (AttributeError, OSError):
-        return None
+        return "ended", None
     try:
         poll = select.poll()
         poll.register(ended, select.POLLIN)
         poll.poll(_END * 1000)
         found = os.waitid(os.P_PID, pid or 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except (OSError, ValueError):
-        return None
+    except OSError:  # somebody else has reaped it
+        return "ended", None
     finally:
         os.close(ended)
     if found is None:
-        return None
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return "did not do what it was asked", None
+    code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+    return f"ended {_words(code)}", code
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _words(exitcode: int) -> str:

@@ -48,7 +48,11 @@ def _popen(child: Any) -> Any:
         made = popen.__new__(popen)
         made._fds = []
         made.returncode = made.finalizer = None
-        made._launch(child)
+        try:
+            made._launch(child)
+        except BrokenPipeError:
+            if not _was_started(made):
+                raise
         return made
 
     with _authkey_of_ours():
@@ -57,6 +61,19 @@ def _popen(child: Any) -> Any:
 
             return launched(launch)
         return launch()
+
+
+def _was_started(popen: Any) -> bool:
+    """Tell whether there was a process, which has ended before it had read what it is told.
+
+    It is our child, to be reaped, and how it ended says more than that nobody read.
+    """
+    if popen.method == "forkserver" and hasattr(popen, "sentinel"):
+        from multiprocessing import forkserver
+
+        with contextlib.suppress(EOFError, OSError):
+            popen.pid = forkserver.read_signed(popen.sentinel)
+    return getattr(popen, "pid", None) is not None
 
 
 @contextlib.contextmanager
