@@ -400,32 +400,6 @@ def test_class_of_a_guarded_script_works(start_method: str, tmp_path: Path) -> N
 
 # -- environments ------------------------------------------------------------------------------
 
-DAEMONIC = """
-    import multiprocessing, sys
-    from minipool import Pool, PoolStartError
-    from workers import Counter
-
-    def use(method):
-        try:
-            Pool(Counter, size=1, start_method=method).open()
-        except PoolStartError as error:
-            print(error, flush=True)
-
-    if __name__ == "__main__":
-        context = multiprocessing.get_context(sys.argv[1])
-        process = context.Process(target=use, args=sys.argv[1:], daemon=True)
-        process.start()
-        process.join(20)
-        sys.exit(process.exitcode)
-"""
-
-
-def test_daemonic_process_is_refused_with_the_remedy(start_method: str, tmp_path: Path) -> None:
-    code, out, err = scripts.run(tmp_path, DAEMONIC, start_method)
-    assert (code, err) == (0, "")
-    assert "daemonic" in out and "daemon=False" in out
-
-
 LACKING = """
     import sys
 

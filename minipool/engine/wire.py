@@ -207,13 +207,6 @@ def why_main_unreachable() -> str | None:
     return None if os.path.exists(path) else f"workers cannot import {path!r}; {remedy}"
 
 
-def main_unguarded() -> bool:
-    """Tell whether this process is a worker that is still importing its parent's main module."""
-    from multiprocessing import process
-
-    return bool(getattr(process.current_process(), "_inheriting", False))
-
-
 class Targets(dict[Any, "Target"]):
     """How each thing to call is named on the wire, and what it takes; `targets[f]` finds it once.
 
