@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .warmup import WarmUpReport
 
 _CLOSE_MARGIN = 5.0  # seconds a close may take longer than it was given, before it is given up
+#: What becomes of a pool whose workers cannot be started: whoever opens it settles that.
+_GOES_ON, _UNOPENED, _CLOSED = "goes on", "unopened again", "closed"
 
 
 class Lifecycle:
@@ -36,6 +38,7 @@ class Lifecycle:
         self._opening = threading.RLock()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
+        self._if_it_fails = _GOES_ON  # of the opening that made the desk
         self._failure: BaseException | None = None  # of the last opening, until one succeeds
         self._breaker: CircuitBreaker | None = None  # one for all openings, since the first
         self._served_with = 0  # so many workers an opening has waited for with success
@@ -51,13 +54,17 @@ class Lifecycle:
             workers: how many to wait for; None: all that are started at first. With fewer, the
                 pool goes on with those that serve, whatever becomes of the others.
 
-        An explicit `open()`, or `with`, that fails closes the pool. The first use of a pool opens
-        it too; when that fails, the pool is as before, and the next use tries again.
+        An explicit `open()`, or `with`, closes the pool if its workers cannot be started: that,
+        and no more, is what it has opened. The first use of a pool opens it too; when that fails,
+        the pool is as before, and the next use tries again.
 
         Raises:
             PoolStartError: fewer can be started, which is known as soon as the class or a preload
                 has raised, or the breaker has opened; the reason is the cause. The pool is
-                closed, unless it was open before and has workers that serve.
+                closed, unless it was open before: then it goes on. Or nothing could be opened for
+                want of a descriptor, a thread, a module: the pool is as before, try again.
+            SessionError: the session store cannot be opened now, or is another pool's. The pool is
+                as before: try again.
             CircuitOpen: so many openings have failed that none is tried now. Nothing has changed.
             PoolClosed: it was closed before; make a new one.
             ValueError: more workers than the pool may have, or none.
@@ -85,7 +92,8 @@ class Lifecycle:
         if desk is None:
             if wait_for:
                 self._check_circuit()
-            desk = self._open_now(explicit)
+            if_it_fails = _CLOSED if explicit else _UNOPENED
+            desk = self._open_now(if_it_fails if wait_for else _GOES_ON)
         desk.check_open()
         manager = desk.manager
         if wait_for <= self._served_with or manager.here:
@@ -96,17 +104,19 @@ class Lifecycle:
         if failure is None:
             self._failure, self._served_with = None, max(wait_for, self._served_with)
             return desk
-        if self._served_with or (since and explicit and manager.fleet.usable()):
-            what_then = f"the pool goes on with {ready_count(manager)} workers"
-            raise could_not_start(self.config.name, failure, what_then)
-        raise self._given_up(desk, failure, explicit)
+        serving = since and explicit and manager.fleet.usable()
+        if self._served_with or serving or self._if_it_fails == _GOES_ON:
+            ready = ready_count(manager)
+            what_then = f"goes on with {ready} workers" if ready else "goes on trying to start them"
+            raise could_not_start(self.config.name, failure, f"the pool {what_then}")
+        raise self._given_up(desk, failure)
 
     def _check_circuit(self) -> None:
         """Raise CircuitOpen, if opening has failed so often that it is not tried for a while."""
         if self._breaker is not None and self._breaker.retry_in > 0 and not self._closed:
             raise self._breaker.error(f"{self.config.name} was not opened")
 
-    def _given_up(self, desk: Desk, failure: BaseException, for_good: bool) -> PoolStartError:
+    def _given_up(self, desk: Desk, failure: BaseException) -> PoolStartError:
         """End an opening that failed; return the error to be raised.
 
         Until all has ended, whoever comes gets the same error: one that opened the pool beside
@@ -114,7 +124,7 @@ class Lifecycle:
         manager's thread may want it.
         """
         self._failure = failure
-        if for_good:
+        if self._if_it_fails == _CLOSED:
             desk.manager.give_up(failure, for_good=True)
             self.terminate()
             return could_not_start(self.config.name, failure, ANEW)
@@ -128,7 +138,7 @@ class Lifecycle:
         give_up(desk, failure, forget)
         return could_not_start(self.config.name, failure, AGAIN)
 
-    def _open_now(self, explicit: bool = False) -> Desk:
+    def _open_now(self, if_it_fails: str = _GOES_ON) -> Desk:
         with self._opening:
             if self._desk is not None:
                 return self._desk
@@ -136,16 +146,17 @@ class Lifecycle:
                 raise closed_error(self.config.name, self._failure)
             try:
                 desk, self._sessions = open_desk(
-                    self._launcher, self.config, self.hooks, self._breaker, explicit
+                    self._launcher, self.config, self.hooks, self._breaker
                 )
-            except Exception as problem:
+            except Exception as problem:  # nothing was opened, so there is nothing to close
                 self._failure = problem
-                self._closed = self._closed or explicit
                 if isinstance(problem, MinipoolError):
                     raise
-                what_then = ANEW if explicit else AGAIN
-                raise could_not_start(self.config.name, problem, what_then) from problem
+                raise could_not_start(self.config.name, problem, AGAIN) from problem
             self._breaker = desk.manager.fleet.breaker
+            self._if_it_fails = if_it_fails
+            if if_it_fails == _GOES_ON:  # nobody waits to see more of it
+                self._failure = None
             self._desk = desk
         note_pool(self)
         if self._closed:  # by a signal handler, which the lock does not keep out
