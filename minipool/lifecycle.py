@@ -8,7 +8,9 @@ import weakref
 from typing import TYPE_CHECKING, Any, Iterable
 
 from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
+from .engine.holdups import Departure
 from .engine.launch import Launcher
+from .engine.manager import Manager
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
 from .opening import close_lent, give_up, note_pool, open_desk, ready_count, wait_started
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .warmup import WarmUpReport
 
 _CLOSE_MARGIN = 5.0  # seconds a close may take longer than it was given, before it is given up
+_LONGEST_TEXT = 200  # characters of an exception, in the log
 #: What becomes of a pool whose workers cannot be started: whoever opens it settles that.
 _GOES_ON, _UNOPENED, _CLOSED = "goes on", "unopened again", "closed"
 
@@ -199,6 +202,10 @@ class Lifecycle:
         seconds (None: `close_timeout`), then they are revoked. Workers call their object's
         `close()` and end; who does not is killed. Afterwards no process, thread or descriptor of
         the pool is left. In the manager's own thread (a hook) it only begins all that.
+
+        After a second a WARNING tells which leases are waited for. An exception that breaks the
+        wait off, as Ctrl-C does, revokes them at once, and is raised when the pool has ended; a
+        second one kills the workers, and is raised without waiting.
         """
         grace = self.config.close_timeout
         if timeout is not None:
@@ -209,22 +216,48 @@ class Lifecycle:
         """End the pool now: leases are revoked and workers killed, whatever they do."""
         self._end(0.0, kill=True)
 
-    def _end(self, grace: float, kill: bool) -> None:
+    def _end(self, grace: float, kill: bool, *left_by: Any) -> None:
+        """End the pool; `left_by` are type and value of what has left its block and waits here."""
         if self._desk is not None:
             self._desk.check_process()  # before the lock, which a fork may have copied as held
-        with self._opening:
-            self._closed = True
-            desk = self._desk
-        if desk is None:
-            if self._failure is not None:  # a store of the user's own was kept for the next try
+        try:
+            with self._opening:
+                self._closed = True
+                desk = self._desk
+            if desk is not None:
+                self._close_and_wait(desk.manager, grace, kill, *left_by)
+            elif self._failure is not None:  # a store of the user's own was kept for the next try
                 close_lent(self.config)
-            return
-        manager = desk.manager
+        except BaseException:
+            self._wait_for_no_lease()
+            raise
+
+    def _close_and_wait(self, manager: Manager, grace: float, kill: bool, *left_by: Any) -> None:
+        if not manager.here:
+            manager.holdups.closer = me = threading.get_ident()
+            if left_by:
+                manager.holdups.departure = Departure(me, _named(*left_by))
         manager.close(grace, kill)
+        self._wait_ended(manager, grace)
+
+    def _wait_ended(self, manager: Manager, grace: float) -> None:
         if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
             manager.join(1.0)
             if self._signals is not None:
                 self._signals.restore()
+
+    def _wait_for_no_lease(self) -> None:
+        """End the pool soon, as whoever closes it has no more patience; wait for that, once."""
+        self._closed = True  # seen by who is about to open
+        desk = self._desk
+        if desk is None:
+            return
+        desk.manager.close(0.0)
+        try:
+            self._wait_ended(desk.manager, 0.0)
+        except BaseException:
+            desk.manager.close(0.0, kill=True)
+            raise
 
     def __enter__(self) -> Self:
         if self._desk is None:
@@ -232,10 +265,26 @@ class Lifecycle:
         self._open(0)  # it was opened as its user wanted it
         return self
 
-    def __exit__(self, kind: type[BaseException] | None = None, *exc_info: object) -> None:
-        if self._desk is None or not self._desk.forked:
-            interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-            self.close(0.0 if interrupted else None)  # who presses Ctrl-C waits for no lease
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: object = None,
+    ) -> None:
+        """Close the pool, for an interrupt without waiting for leases; see `close`.
+
+        An interrupt is what is no `Exception`: KeyboardInterrupt, the cancellation of a task,
+        GeneratorExit; but SystemExit, by which a program ends in good order. For that and for an
+        `Exception` the leases that this thread took are not waited for, unless in a call.
+        """
+        if self._desk is not None and self._desk.forked:
+            return
+        if kind is None:
+            self.close()
+        elif issubclass(kind, (Exception, SystemExit)):
+            self._end(self.config.close_timeout, False, kind, error)
+        else:
+            self.close(0.0)
 
     def install_signal_handlers(self, *signums: int) -> None:
         """Have the pool end in good order when a signal (SIGTERM, or those given) comes.
@@ -351,3 +400,12 @@ class Lifecycle:
     def closed(self) -> bool:
         """Whether the pool was closed, or is being closed."""
         return self._closed
+
+
+def _named(kind: type[BaseException], error: BaseException | None) -> str:
+    """Return an exception as a traceback would end with it."""
+    try:
+        text = str(error)
+    except Exception:  # it is the user's
+        text = ""
+    return f"{kind.__name__}: {text[:_LONGEST_TEXT]}" if text else kind.__name__
