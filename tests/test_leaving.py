@@ -264,6 +264,31 @@ def test_lease_that_a_traceback_keeps_is_not_waited_for(error: type[BaseExceptio
     lease.release()
 
 
+def test_call_that_an_error_has_broken_off_is_not_waited_for(
+    threads: ThreadPoolExecutor, gate: Gate
+) -> None:
+    """It came from a signal handler, as an alarm's does, and its traceback keeps the lease."""
+
+    def alarm(signum: int, frame: Any) -> None:
+        raise LookupError("of the handler")
+
+    def arrived() -> None:
+        gate.wait_arrived()
+        interrupt()
+
+    start, former = time.monotonic(), signal.signal(signal.SIGINT, alarm)
+    try:
+        with pytest.raises(LookupError):
+            with Pool(size=1, close_timeout=2 * SOON) as pool:
+                lease, sent = pool.checkout(), threads.submit(arrived)
+                lease.call(pass_gate, gate.path)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert time.monotonic() - start < SOON
+    sent.result(LAST)
+    lease.release()
+
+
 def test_error_waits_for_the_calls_of_other_threads(
     threads: ThreadPoolExecutor, gate: Gate
 ) -> None:

@@ -6,8 +6,10 @@ Any thread may set what is known of the close; the rest is for the manager's thr
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from types import FrameType
 from typing import Iterable, NamedTuple
 
 from ..telemetry import logger
@@ -51,12 +53,13 @@ class Holdups:
         """Tell whether a lease is waited for in vain.
 
         The thread that took it has left the block by an exception, and waits for the end of the
-        pool itself. Its frames, which the traceback keeps, may be all that has the lease. One that
-        is in a call was handed to another thread.
+        pool itself. Its frames, which the traceback keeps, may be all that has the lease. A call
+        was broken off by the exception, if it is not that of a thread to which the lease was given.
         """
-        if self.departure is None or handle.in_call or handle.live_lease is None:
+        departure = self.departure
+        if departure is None or handle.live_lease is None or handle.thread != departure.thread:
             return False
-        return handle.thread == self.departure.thread
+        return not (handle.in_call and _others_call(departure.thread))
 
     def tell(self, handles: Iterable[Handle], close_by: float) -> None:
         """Log once, when the pool has closed for a second, which leases it waits for."""
@@ -104,3 +107,15 @@ class Holdups:
         thread = getattr(threading, "_active", {}).get(ident)
         name = "a thread that has ended" if thread is None else f"thread {thread.name!r}"
         return f"{name} (the one that closes)" if ident == self.closer else name
+
+
+def _others_call(thread: int) -> bool:
+    """Tell whether any thread but that one is in a call of any worker, by its stack."""
+    frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
+    for ident, frame in frames.items():
+        outer: FrameType | None = None if ident == thread else frame
+        while outer is not None:
+            if outer.f_code is Handle.request.__code__:
+                return True
+            outer = outer.f_back
+    return False
