@@ -218,9 +218,9 @@ class Lifecycle:
 
     def _end(self, grace: float, kill: bool, *left_by: Any) -> None:
         """End the pool; `left_by` are type and value of what has left its block and waits here."""
-        if self._desk is not None:
-            self._desk.check_process()  # before the lock, which a fork may have copied as held
         try:
+            if self._desk is not None:
+                self._desk.check_process()  # before the lock, which a fork may have copied as held
             with self._opening:
                 self._closed = True
                 desk = self._desk
@@ -248,8 +248,10 @@ class Lifecycle:
 
     def _wait_for_no_lease(self) -> None:
         """End the pool soon, as whoever closes it has no more patience; wait for that, once."""
-        self._closed = True  # seen by who is about to open
         desk = self._desk
+        if desk is not None and desk.forked:
+            return
+        self._closed = True  # seen by who is about to open
         if desk is None:
             return
         desk.manager.close(0.0)
