@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _CLOSE_MARGIN = 5.0  # seconds a close may take longer than it was given, before it is given up
 _LONGEST_TEXT = 200  # characters of an exception, in the log
-#: What becomes of a pool whose workers cannot be started: whoever opens it settles that.
-_GOES_ON, _UNOPENED, _CLOSED = "goes on", "unopened again", "closed"
 
 
 class Lifecycle:
@@ -41,7 +39,7 @@ class Lifecycle:
         self._opening = threading.RLock()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
-        self._if_it_fails = _GOES_ON  # of the opening that made the desk
+        self._opener: object | None = None  # whose failure ends the pool; None: nobody's
         self._failure: BaseException | None = None  # of the last opening, until one succeeds
         self._breaker: CircuitBreaker | None = None  # one for all openings, since the first
         self._served_with = 0  # so many workers an opening has waited for with success
@@ -64,8 +62,9 @@ class Lifecycle:
         Raises:
             PoolStartError: fewer can be started, which is known as soon as the class or a preload
                 has raised, or the breaker has opened; the reason is the cause. The pool is
-                closed, unless it was open before: then it goes on. Or nothing could be opened for
-                want of a descriptor, a thread, a module: the pool is as before, try again.
+                closed, unless another call has opened it: then it goes on. Or nothing could be
+                opened for want of a descriptor, a thread, a module: the pool is as before, try
+                again.
             SessionError: the session store cannot be opened now, or is another pool's. The pool is
                 as before: try again.
             CircuitOpen: so many openings have failed that none is tried now. Nothing has changed.
@@ -91,12 +90,11 @@ class Lifecycle:
     def _open(self, wait_for: int, explicit: bool = False) -> Desk:
         """Return the desk, opened if need be, when so many workers are ready."""
         desk = self._desk  # no lock, which a fork may have copied as held
-        since = 0.0 if desk is None else time.monotonic()
+        since, me = 0.0 if desk is None else time.monotonic(), object()
         if desk is None:
             if wait_for:
                 self._check_circuit()
-            if_it_fails = _CLOSED if explicit else _UNOPENED
-            desk = self._open_now(if_it_fails if wait_for else _GOES_ON)
+            desk = self._open_now(me if wait_for else None)
         desk.check_open()
         manager = desk.manager
         if wait_for <= self._served_with or manager.here:
@@ -107,19 +105,18 @@ class Lifecycle:
         if failure is None:
             self._failure, self._served_with = None, max(wait_for, self._served_with)
             return desk
-        serving = since and explicit and manager.fleet.usable()
-        if self._served_with or serving or self._if_it_fails == _GOES_ON:
-            ready = ready_count(manager)
-            what_then = f"goes on with {ready} workers" if ready else "goes on trying to start them"
-            raise could_not_start(self.config.name, failure, f"the pool {what_then}")
-        raise self._given_up(desk, failure)
+        if self._opener is me:
+            raise self._given_up(desk, failure, explicit)
+        ready = ready_count(manager)
+        what_then = f"with {ready} workers" if ready else "trying, as another call has opened it"
+        raise could_not_start(self.config.name, failure, f"the pool goes on {what_then}")
 
     def _check_circuit(self) -> None:
         """Raise CircuitOpen, if opening has failed so often that it is not tried for a while."""
         if self._breaker is not None and self._breaker.retry_in > 0 and not self._closed:
             raise self._breaker.error(f"{self.config.name} was not opened")
 
-    def _given_up(self, desk: Desk, failure: BaseException) -> PoolStartError:
+    def _given_up(self, desk: Desk, failure: BaseException, for_good: bool) -> PoolStartError:
         """End an opening that failed; return the error to be raised.
 
         Until all has ended, whoever comes gets the same error: one that opened the pool beside
@@ -127,7 +124,7 @@ class Lifecycle:
         manager's thread may want it.
         """
         self._failure = failure
-        if self._if_it_fails == _CLOSED:
+        if for_good:
             desk.manager.give_up(failure, for_good=True)
             self.terminate()
             return could_not_start(self.config.name, failure, ANEW)
@@ -141,7 +138,8 @@ class Lifecycle:
         give_up(desk, failure, forget)
         return could_not_start(self.config.name, failure, AGAIN)
 
-    def _open_now(self, if_it_fails: str = _GOES_ON) -> Desk:
+    def _open_now(self, opener: object | None = None) -> Desk:
+        """Return the desk, opened if need be; then `opener` waits for it, or nobody does."""
         with self._opening:
             if self._desk is not None:
                 return self._desk
@@ -157,8 +155,8 @@ class Lifecycle:
                     raise
                 raise could_not_start(self.config.name, problem, AGAIN) from problem
             self._breaker = desk.manager.fleet.breaker
-            self._if_it_fails = if_it_fails
-            if if_it_fails == _GOES_ON:  # nobody waits to see more of it
+            self._opener = opener
+            if opener is None:  # nobody waits to see more of it
                 self._failure = None
             self._desk = desk
         note_pool(self)

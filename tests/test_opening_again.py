@@ -14,7 +14,7 @@ from gates import Gate
 from minipool import Pool, PoolClosed, PoolStartError, SessionError, lifecycle
 from minipool.engine.launch import Launcher
 from minipool.store import SQLiteStore
-from troublemakers import FailsWhileFileExists, RaisesAfterTheGate
+from troublemakers import AllButOneAfterGates, FailsWhileFileExists, RaisesAfterTheGate
 from workers import Counter
 
 LAST = 20.0
@@ -169,35 +169,69 @@ def test_opening_that_fails_leaves_a_pool_open_that_was_opened_before(
     pool.close()
 
 
+class Waiting:
+    """Tells who waits for an opening; whoever made that is held back, until another has seen it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._came, self._wait = threading.Semaphore(0), lifecycle.wait_started
+        self.go_on = threading.Event()
+        monkeypatch.setattr(lifecycle, "wait_started", self._wait_started)
+
+    def _wait_started(self, desk: Any, count: int, since: float) -> BaseException | None:
+        self._came.release()
+        failure = self._wait(desk, count, since)
+        assert since or self.go_on.wait(LAST)
+        return failure
+
+    def wait(self) -> None:
+        """Wait until somebody does."""
+        assert self._came.acquire(timeout=LAST)
+
+
 @pytest.mark.parametrize("explicit", [True, False], ids=["open", "use"])
 def test_whoever_opened_a_pool_settles_what_becomes_of_it(
     explicit: bool, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else waits for the same opening, and may see it fail first."""
+    """Somebody else waits for the same opening, and sees it fail first."""
     uses: list[Callable[[], Any]] = [lambda: pool._open(wait_for=1), lambda: pool.open()]
-    waiting, wait = threading.Semaphore(0), lifecycle.wait_started
-    failed_first = threading.Event()
-
-    def wait_started(desk: Any, count: int, since: float) -> BaseException | None:
-        waiting.release()
-        failure = wait(desk, count, since)
-        if not since:
-            assert failed_first.wait(LAST)
-        return failure
-
-    monkeypatch.setattr(lifecycle, "wait_started", wait_started)
+    waiting = Waiting(monkeypatch)
     pool = Pool(RaisesAfterTheGate, args=(gate.path,), size=1, checkout_timeout=LAST)
     with ThreadPoolExecutor(2) as threads:
         opening = threads.submit(uses[explicit])
         gate.wait_arrived()
-        assert waiting.acquire(timeout=LAST)
+        waiting.wait()
         other = threads.submit(uses[not explicit])
-        assert waiting.acquire(timeout=LAST)
+        waiting.wait()
         gate.open()
         errors = [other.exception(LAST)]
-        failed_first.set()
+        waiting.go_on.set()
         errors.append(opening.exception(LAST))
     for error in errors:
         assert isinstance(error, PoolStartError) and "no weights here" in str(error)
-        assert ("open a new pool" in str(error)) == explicit
+    assert "; the pool goes on trying" in str(errors[0])
+    assert ("; open a new pool" in str(errors[1])) == explicit
     assert pool.closed == explicit
+
+
+def test_opening_of_all_that_fails_leaves_the_opening_of_one_alone(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, gate_of_first = Waiting(monkeypatch), Gate(str(tmp_path / "first gate"))
+    waiting.go_on.set()
+    args = (str(tmp_path / "first"), gate_of_first.path, gate.path)
+    pool = Pool(AllButOneAfterGates, args=args, size=2)
+    with ThreadPoolExecutor(2) as threads:
+        opening = threads.submit(pool.open, workers=1)
+        waiting.wait()
+        gate_of_first.wait_arrived()
+        gate.wait_arrived()
+        other = threads.submit(pool.open)
+        waiting.wait()
+        gate_of_first.open()
+        error = other.exception(LAST)
+        assert isinstance(error, PoolStartError) and "the first one" in str(error)
+        assert not pool.closed and not opening.done()
+        gate.open(2)
+        assert opening.result(LAST) is pool
+    pool.close()
+    gate_of_first.close()
