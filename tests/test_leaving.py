@@ -205,20 +205,16 @@ def test_interrupt_while_an_error_waits_for_the_close(
 
 
 def test_interrupt_before_a_close_has_begun_ends_the_pool_all_the_same(
-    threads: ThreadPoolExecutor, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    threads: ThreadPoolExecutor, gate: Gate
 ) -> None:
-    """It strikes while the close waits for a lock."""
-
-    class Struck:
-        def __enter__(self) -> None:
-            raise KeyboardInterrupt
-
-        def __exit__(self, *exc_info: object) -> None:
-            raise AssertionError
+    def struck(*args: Any) -> None:
+        del its_manager.close
+        raise KeyboardInterrupt
 
     pool, start = Pool(size=1).open(), time.monotonic()
     call = busy(pool, threads, gate)
-    monkeypatch.setattr(pool, "_opening", Struck())
+    its_manager: Any = pool._desk.manager  # type: ignore[union-attr]
+    its_manager.close = struck
     with pytest.raises(KeyboardInterrupt):
         pool.close(2 * SOON)
     assert pool.closed and pool.workers() == []
