@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Iterable
 from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.holdups import Departure
 from .engine.launch import Launcher
-from .engine.manager import Manager
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
 from .opening import close_lent, give_up, note_pool, open_desk, ready_count, wait_started
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .breaker import CircuitBreaker
+    from .engine.manager import Manager
     from .errors import PoolStartError
     from .sessions import Sessions
     from .signals import SignalHandlers
