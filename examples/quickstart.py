@@ -301,7 +301,7 @@ def rows_from(pool: minipool.Pool[Indexer], files: list[str]) -> Generator[Rows,
     try:
         yield from threads.map(ask, files)
     finally:
-        threads.shutdown(cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)  # the pool ends what they do
 
 
 def index_with_pool(

@@ -8,6 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Iterable
 
 from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
+from .engine.holdups import Departure
 from .engine.launch import Launcher
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .breaker import CircuitBreaker
+    from .engine.manager import Manager
     from .errors import PoolStartError
     from .sessions import Sessions
     from .signals import SignalHandlers
     from .warmup import WarmUpReport
 
 _CLOSE_MARGIN = 5.0  # seconds a close may take longer than it was given, before it is given up
+_LONGEST_TEXT = 200  # characters of an exception, in the log
 
 
 class Lifecycle:
@@ -36,6 +39,7 @@ class Lifecycle:
         self._opening = threading.RLock()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
+        self._opener: object | None = None  # whose failure ends the pool; None: nobody's
         self._failure: BaseException | None = None  # of the last opening, until one succeeds
         self._breaker: CircuitBreaker | None = None  # one for all openings, since the first
         self._served_with = 0  # so many workers an opening has waited for with success
@@ -51,13 +55,18 @@ class Lifecycle:
             workers: how many to wait for; None: all that are started at first. With fewer, the
                 pool goes on with those that serve, whatever becomes of the others.
 
-        An explicit `open()`, or `with`, that fails closes the pool. The first use of a pool opens
-        it too; when that fails, the pool is as before, and the next use tries again.
+        An explicit `open()`, or `with`, closes the pool if its workers cannot be started: that,
+        and no more, is what it has opened. The first use of a pool opens it too; when that fails,
+        the pool is as before, and the next use tries again.
 
         Raises:
             PoolStartError: fewer can be started, which is known as soon as the class or a preload
                 has raised, or the breaker has opened; the reason is the cause. The pool is
-                closed, unless it was open before and has workers that serve.
+                closed, unless another call has opened it: then it goes on. Or nothing could be
+                opened for want of a descriptor, a thread, a module: the pool is as before, try
+                again.
+            SessionError: the session store cannot be opened now, or is another pool's. The pool is
+                as before: try again.
             CircuitOpen: so many openings have failed that none is tried now. Nothing has changed.
             PoolClosed: it was closed before; make a new one.
             ValueError: more workers than the pool may have, or none.
@@ -81,11 +90,11 @@ class Lifecycle:
     def _open(self, wait_for: int, explicit: bool = False) -> Desk:
         """Return the desk, opened if need be, when so many workers are ready."""
         desk = self._desk  # no lock, which a fork may have copied as held
-        since = 0.0 if desk is None else time.monotonic()
+        since, me = 0.0 if desk is None else time.monotonic(), object()
         if desk is None:
             if wait_for:
                 self._check_circuit()
-            desk = self._open_now(explicit)
+            desk = self._open_now(me if wait_for else None)
         desk.check_open()
         manager = desk.manager
         if wait_for <= self._served_with or manager.here:
@@ -96,10 +105,11 @@ class Lifecycle:
         if failure is None:
             self._failure, self._served_with = None, max(wait_for, self._served_with)
             return desk
-        if self._served_with or (since and explicit and manager.fleet.usable()):
-            what_then = f"the pool goes on with {ready_count(manager)} workers"
-            raise could_not_start(self.config.name, failure, what_then)
-        raise self._given_up(desk, failure, explicit)
+        if self._opener is me:
+            raise self._given_up(desk, failure, explicit)
+        ready = ready_count(manager)
+        what_then = f"with {ready} workers" if ready else "trying, as another call has opened it"
+        raise could_not_start(self.config.name, failure, f"the pool goes on {what_then}")
 
     def _check_circuit(self) -> None:
         """Raise CircuitOpen, if opening has failed so often that it is not tried for a while."""
@@ -128,7 +138,8 @@ class Lifecycle:
         give_up(desk, failure, forget)
         return could_not_start(self.config.name, failure, AGAIN)
 
-    def _open_now(self, explicit: bool = False) -> Desk:
+    def _open_now(self, opener: object | None = None) -> Desk:
+        """Return the desk, opened if need be; then `opener` waits for it, or nobody does."""
         with self._opening:
             if self._desk is not None:
                 return self._desk
@@ -136,16 +147,17 @@ class Lifecycle:
                 raise closed_error(self.config.name, self._failure)
             try:
                 desk, self._sessions = open_desk(
-                    self._launcher, self.config, self.hooks, self._breaker, explicit
+                    self._launcher, self.config, self.hooks, self._breaker
                 )
-            except Exception as problem:
+            except Exception as problem:  # nothing was opened, so there is nothing to close
                 self._failure = problem
-                self._closed = self._closed or explicit
                 if isinstance(problem, MinipoolError):
                     raise
-                what_then = ANEW if explicit else AGAIN
-                raise could_not_start(self.config.name, problem, what_then) from problem
+                raise could_not_start(self.config.name, problem, AGAIN) from problem
             self._breaker = desk.manager.fleet.breaker
+            self._opener = opener
+            if opener is None:  # nobody waits to see more of it
+                self._failure = None
             self._desk = desk
         note_pool(self)
         if self._closed:  # by a signal handler, which the lock does not keep out
@@ -188,6 +200,10 @@ class Lifecycle:
         seconds (None: `close_timeout`), then they are revoked. Workers call their object's
         `close()` and end; who does not is killed. Afterwards no process, thread or descriptor of
         the pool is left. In the manager's own thread (a hook) it only begins all that.
+
+        After a second a WARNING tells which leases are waited for. An exception that breaks the
+        wait off, as Ctrl-C does, revokes them at once, and is raised when the pool has ended; a
+        second one kills the workers, and is raised without waiting.
         """
         grace = self.config.close_timeout
         if timeout is not None:
@@ -198,22 +214,50 @@ class Lifecycle:
         """End the pool now: leases are revoked and workers killed, whatever they do."""
         self._end(0.0, kill=True)
 
-    def _end(self, grace: float, kill: bool) -> None:
-        if self._desk is not None:
-            self._desk.check_process()  # before the lock, which a fork may have copied as held
-        with self._opening:
-            self._closed = True
-            desk = self._desk
-        if desk is None:
-            if self._failure is not None:  # a store of the user's own was kept for the next try
+    def _end(self, grace: float, kill: bool, *left_by: Any) -> None:
+        """End the pool; `left_by` are type and value of what has left its block and waits here."""
+        try:
+            if self._desk is not None:
+                self._desk.check_process()  # before the lock, which a fork may have copied as held
+            with self._opening:
+                self._closed = True
+                desk = self._desk
+            if desk is not None:
+                self._close_and_wait(desk.manager, grace, kill, *left_by)
+            elif self._failure is not None:  # a store of the user's own was kept for the next try
                 close_lent(self.config)
-            return
-        manager = desk.manager
+        except BaseException:
+            self._wait_for_no_lease()
+            raise
+
+    def _close_and_wait(self, manager: Manager, grace: float, kill: bool, *left_by: Any) -> None:
+        if not manager.here:
+            manager.holdups.closer = me = threading.get_ident()
+            if left_by:
+                manager.holdups.departure = Departure(me, _named(*left_by))
         manager.close(grace, kill)
+        self._wait_ended(manager, grace)
+
+    def _wait_ended(self, manager: Manager, grace: float) -> None:
         if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
             manager.join(1.0)
             if self._signals is not None:
                 self._signals.restore()
+
+    def _wait_for_no_lease(self) -> None:
+        """End the pool soon, as whoever closes it has no more patience; wait for that, once."""
+        desk = self._desk
+        if desk is not None and desk.forked:
+            return
+        self._closed = True  # seen by who is about to open
+        if desk is None:
+            return
+        desk.manager.close(0.0)
+        try:
+            self._wait_ended(desk.manager, 0.0)
+        except BaseException:
+            desk.manager.close(0.0, kill=True)
+            raise
 
     def __enter__(self) -> Self:
         if self._desk is None:
@@ -221,10 +265,26 @@ class Lifecycle:
         self._open(0)  # it was opened as its user wanted it
         return self
 
-    def __exit__(self, kind: type[BaseException] | None = None, *exc_info: object) -> None:
-        if self._desk is None or not self._desk.forked:
-            interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-            self.close(0.0 if interrupted else None)  # who presses Ctrl-C waits for no lease
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: object = None,
+    ) -> None:
+        """Close the pool, for an interrupt without waiting for leases; see `close`.
+
+        An interrupt is what is no `Exception`: KeyboardInterrupt, the cancellation of a task,
+        GeneratorExit; but SystemExit, by which a program ends in good order. For that and for an
+        `Exception` the leases that this thread took are not waited for, unless in a call.
+        """
+        if self._desk is not None and self._desk.forked:
+            return
+        if kind is None:
+            self.close()
+        elif issubclass(kind, (Exception, SystemExit)):
+            self._end(self.config.close_timeout, False, kind, error)
+        else:
+            self.close(0.0)
 
     def install_signal_handlers(self, *signums: int) -> None:
         """Have the pool end in good order when a signal (SIGTERM, or those given) comes.
@@ -340,3 +400,12 @@ class Lifecycle:
     def closed(self) -> bool:
         """Whether the pool was closed, or is being closed."""
         return self._closed
+
+
+def _named(kind: type[BaseException], error: BaseException | None) -> str:
+    """Return an exception as a traceback would end with it."""
+    try:
+        text = str(error)
+    except Exception:  # it is the user's
+        text = ""
+    return f"{kind.__name__}: {text[:_LONGEST_TEXT]}" if text else kind.__name__

@@ -33,21 +33,19 @@ def open_desk(
     config: PoolConfig,
     hooks: Hooks,
     breaker: CircuitBreaker | None,
-    for_good: bool,
 ) -> tuple[Desk, Sessions]:
     """Bring up everything behind a pool, and let the manager begin to start workers.
 
     `breaker` is that of an opening before, which failed; None: this is the first one. If this one
-    fails, that is `for_good`, or the pool may be opened again: a store that the user made stays
-    open for that.
+    fails, the pool may be opened again: a store that the user made stays open for that.
 
     Raises:
         PoolStartError, OSError, RuntimeError: nothing was started; everything is given back.
     """
     _end_with_process()
-    lent = _lent(config) and not for_good
+    lent = _lent(config)
     store = _store(config)
-    if _lent(config) and store is not None:
+    if lent and store is not None:
         _check_free(config, store)
     try:
         launcher.open()
@@ -83,17 +81,25 @@ def _check_free(config: PoolConfig, store: Any) -> None:
 
     A store's sessions have one owner: what one pool lets expire, the other would be using.
     """
-    for manager in live_managers():
-        if any(keeper.keeps(store) for keeper in manager.keepers):
-            raise SessionError(
-                f"session_store={store!r} of {config.name} is in use by {manager.config.name}; "
-                f"give each pool a store of its own, on the same file if you like"
-            )
+    user = _user_of(store)
+    if user is not None:
+        raise SessionError(
+            f"session_store={store!r} of {config.name} is in use by {user.config.name}; "
+            f"give each pool a store of its own, on the same file if you like"
+        )
     if getattr(store, "is_closed", False) is True:
         raise SessionError(
             f"session_store={store!r} of {config.name} is closed; a pool closes its store as it "
             f"ends: make a new one"
         )
+
+
+def _user_of(store: Any) -> Manager | None:
+    """Return the manager of the pool that has that very store, if one has it."""
+    for manager in live_managers():
+        if any(keeper.keeps(store) for keeper in manager.keepers):
+            return manager
+    return None
 
 
 def _lent(config: PoolConfig) -> bool:
@@ -102,9 +108,12 @@ def _lent(config: PoolConfig) -> bool:
 
 
 def close_lent(config: PoolConfig) -> None:
-    """Close the store that the user made for a pool, as the pool will not be opened (again)."""
+    """Close the store that the user made for a pool, as the pool will not be opened (again).
+
+    But one that another pool uses is that one's to close.
+    """
     store: Any = config.session_store
-    if _lent(config) and store is not None:
+    if _lent(config) and store is not None and _user_of(store) is None:
         store.close()
 
 

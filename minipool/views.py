@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .deadline import Deadline
-from .errors import is_answer
+from .errors import MinipoolError, is_answer
 from .lease import CALL_TIMEOUT, seconds
 from .nearness import checked_key
 from .retry import RetryPolicy
@@ -145,8 +146,12 @@ class SessionScope:
         self._pool._sessions.create(self.id, self._state, scoped=True)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._pool.end_session(self.id)
+    def __exit__(self, kind: type[BaseException] | None = None, *exc_info: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self._pool.end_session(self.id)
+            return
+        with contextlib.suppress(MinipoolError):  # or it would take the place of an interrupt
+            self._pool.end_session(self.id, timeout=0.0)
 
     def checkout(self, **options: Any) -> Any:
         """As `Pool.checkout`, for this session."""

@@ -15,7 +15,7 @@ ROOMS = [
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health", "engine.sizing",
     "engine.oom", "engine.fork_server", "engine.popen", "engine.process", "engine.deadend", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
     "engine.nesting", "engine.launch", "engine.diagnosis", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
-    "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.manager",
+    "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.holdups", "engine.manager",
     "engine.pace", "engine.desk", "engine.tally",
     "store.host", "store.files", "store.open_files", "store.owners", "store.schema", "store.rows",
     "store.database", "store.sqlite_store", "records", "nearness", "housekeeping", "sessions", "status", "lease", "deadline", "warmup", "opening", "views",

@@ -332,6 +332,19 @@ class AllButOne:
             raise LookupError("the first one")
 
 
+class AllButOneAfterGates:
+    """Each stops at a gate; the first that comes has one of its own, and raises behind it."""
+
+    def __init__(self, path: str, gate_of_first: str, gate: str) -> None:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            pass_gate(gate)
+        else:
+            pass_gate(gate_of_first)
+            raise LookupError("the first one")
+
+
 class RaisesAfterTheGate:
     def __init__(self, gate: str) -> None:
         pass_gate(gate)

@@ -25,6 +25,7 @@ from .bell import Bell, ready
 from .care import Care, tenure_of
 from .fleet import Fleet, retry_in
 from .handle import Handle
+from .holdups import Holdups
 from .launch import Launcher
 from .logrelay import LogRelay
 from .oom import OOM_KILLS
@@ -121,6 +122,7 @@ class Manager:
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
+        self.holdups = Holdups(config.name or "")  # of its close
         self._suspects = Suspects()  # workers that nobody seems to have
         self._poller = Poller()
         self._whole = True  # the turn has looked, or is to look, at all workers
@@ -233,6 +235,7 @@ class Manager:
 
     def close(self, lease_timeout: float, kill: bool = False) -> None:
         """Begin to end everything; `lease_timeout` seconds from now leases are revoked."""
+        self.holdups.begin()
         by = time.monotonic() + lease_timeout
         if self._close_by is None or by < self._close_by:
             self._close_by = by
@@ -329,6 +332,7 @@ class Manager:
         if self._close_by is not None:
             dues.append(self._close_by - now)
             dues.append(self._close_by + _LAST_GRACE - now)
+            dues.append(self.holdups.tell_in(now))
         busy = self._acted or backoff or self.closing or self.staff.raise_at > now
         if not busy and self.fleet.count_staying() >= self.staff.target:
             self._quiet_seen = self._seen()  # before the rows: a lease that begins now is noticed
@@ -537,8 +541,10 @@ class Manager:
                 handle.state is S.STARTING
                 or now >= self._close_by + _LAST_GRACE
                 or (handle.state is S.IDLE and now >= self._close_by)
+                or (handle.state is S.IDLE and self.holdups.in_vain(handle))
             ):
                 self.care.revoke(handle, "the pool was closed")
+        self.holdups.tell(self.fleet.handles.values(), self._close_by)
         if not self.fleet.handles and self._keepers_ended():
             self._end()
 
