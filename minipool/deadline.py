@@ -15,14 +15,25 @@ from .errors import CheckoutTimeout
 
 
 class Deadline:
-    """The time that one caller has, from now on. Of no use to any other thread."""
+    """The time that one caller has, from now on. Of no use to any other thread.
 
-    __slots__ = ("_limit", "_pool", "_timeout", "end")
+    Time in which this process was stopped does not count (see `engine.standstill`).
+    """
+
+    __slots__ = ("_end", "_limit", "_pool", "_since", "_timeout")
 
     def __init__(self, pool: Any, timeout: float, limit: float | None = None) -> None:
         self._pool, self._timeout = pool, timeout
         self._limit = timeout if limit is None else min(limit, timeout)  # of each call
-        self.end = time.monotonic() + timeout  #: monotonic
+        self._since = time.monotonic()
+        self._end = self._since + timeout
+
+    @property
+    def end(self) -> float:
+        """When it is over, on the monotonic clock, as far as that is known now."""
+        desk = self._pool._desk
+        lost: float = 0.0 if desk is None else desk.manager.standstills.lost(self._since)
+        return self._end + lost
 
     def checkout(
         self, patience: float | None, session: str | None = None, affinity: str | None = None
@@ -52,7 +63,9 @@ class Deadline:
         Raises:
             CheckoutTimeout: such calls take longer than that; do not send it.
         """
-        left = self.end - time.monotonic()
+        left = self._end - time.monotonic()
+        if left <= MOST * self._limit:
+            left = self.end - time.monotonic()
         if left <= MOST * self._limit:
             desk = self._pool._desk
             needed = desk.pace.needed(self._limit)

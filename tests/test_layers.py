@@ -13,7 +13,7 @@ ROOMS = [
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health", "engine.sizing",
-    "engine.oom", "engine.popen", "engine.process", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
+    "engine.oom", "engine.popen", "engine.standstill", "engine.process", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
     "engine.launch", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
     "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.manager",
     "engine.pace", "engine.desk", "engine.tally",
