@@ -151,9 +151,7 @@ def line(output: IO[str]) -> list[object]:
 
 
 @pytest.mark.slow
-def test_no_deadline_comes_while_all_is_stopped(
-    program: subprocess.Popen[str], gate: Gate
-) -> None:
+def test_no_deadline_comes_while_all_is_stopped(program: subprocess.Popen[str], gate: Gate) -> None:
     """Not that of a call, a checkout, a probe, a start, a lease or an end."""
     assert program.stdin is not None and program.stdout is not None
     gate.wait_arrived(5)
