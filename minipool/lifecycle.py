@@ -11,7 +11,15 @@ from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.launch import Launcher
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
-from .opening import close_lent, give_up, note_pool, open_desk, ready_count, wait_started
+from .opening import (
+    PENDING,
+    close_lent,
+    give_up,
+    note_pool,
+    open_desk,
+    ready_count,
+    wait_started,
+)
 from .telemetry import Hooks
 
 if TYPE_CHECKING:
@@ -78,8 +86,11 @@ class Lifecycle:
             raise ValueError(f"workers={workers!r}: give a number from 1 to {most}, the most that "
                              f"{config.name} may have")  # fmt: skip
 
-    def _open(self, wait_for: int, explicit: bool = False) -> Desk:
-        """Return the desk, opened if need be, when so many workers are ready."""
+    def _open(self, wait_for: int, explicit: bool = False, limit: float | None = None) -> Desk:
+        """Return the desk, opened if need be, when so many workers are ready.
+
+        After `limit` seconds it is returned in any case, unless they are known not to come.
+        """
         desk = self._desk  # no lock, which a fork may have copied as held
         since = 0.0 if desk is None else time.monotonic()
         if desk is None:
@@ -92,7 +103,9 @@ class Lifecycle:
             return desk
         if wait_for > manager.staff.target:
             manager.command(lambda: manager.staff.want_at_least(wait_for))
-        failure = wait_started(desk, wait_for, since)
+        failure = wait_started(desk, wait_for, since, limit)
+        if failure is PENDING:
+            return desk
         if failure is None:
             self._failure, self._served_with = None, max(wait_for, self._served_with)
             return desk
@@ -330,9 +343,11 @@ class Lifecycle:
 
         return warm_up(self._opened(), commands, strategy, timeout, stage_timeout, command_timeout)
 
-    def _opened(self) -> Desk:
-        """Return the desk, opening the pool if this is its first use."""
-        desk = self._desk or self._open(wait_for=min(1, self.config.initial_size))
+    def _opened(self, limit: float | None = None) -> Desk:
+        """Return the desk, opening the pool if this is its first use, for so many seconds."""
+        desk = self._desk
+        if desk is None:
+            desk = self._open(wait_for=min(1, self.config.initial_size), limit=limit)
         desk.check_open()
         return desk
 

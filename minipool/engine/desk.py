@@ -24,6 +24,7 @@ from .handle import Handle
 from .manager import Crowded, Manager
 from .pace import Budget, Pace
 from .passage import passage, passages, waits
+from .shortage import shortage
 from .standstill import DefaultTimeout, TimeLimit
 from .states import WorkerState as S
 from .turnstile import Closed, Turnstile, Waiter
@@ -135,7 +136,8 @@ class Desk:
         if budget is None:
             return timeout
         left = timeout.left() if isinstance(timeout, TimeLimit) else timeout
-        return self.pace.patience(left, budget)
+        patience = self.pace.patience(left, budget)
+        return timeout if patience == left else patience
 
     def _colder(self, handle: Handle) -> Handle:
         """Exchange a worker for an idle one whose sessions are fewer or longer unused.
@@ -423,11 +425,11 @@ class Desk:
         starting = sum(handle.state is S.STARTING for handle in live)
         leaving = sum(handle.condemned for handle in live)
         counts = self._counts(live)
+        why, remedy = shortage(self.manager, counts["held_by_this_thread"], limit.waited)
         error = CheckoutTimeout(
             f"no worker of {self.config.name} came free within {timeout} s (size "
             f"{counts['size']}, leased {counts['leased']}{_leaving(leaving)}, starting {starting}, "
-            f"waiting {counts['waiting']}{_nested(counts['held_by_this_thread'])}); raise `size` "
-            f"or `checkout_timeout`, or look for a lease that is never given back",
+            f"waiting {counts['waiting']}): {why}; {remedy}",
             timeout=timeout, waited=limit.waited, **counts,
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure
@@ -510,10 +512,3 @@ def _warmth(handle: Handle) -> tuple[bool, int]:
 
 def _leaving(count: int) -> str:
     return f" ({count} of them on their way out)" if count else ""
-
-
-def _nested(mine: int) -> str:
-    if not mine:
-        return ""
-    leases = "1 lease" if mine == 1 else f"{mine} leases"
-    return f"; this thread already holds {leases}, and would wait for itself"
