@@ -53,7 +53,8 @@ class Desk:
         "_turnstile", "baggage", "call_timeout", "checkout_timeout", "config", "discarded",
         "errors", "faults", "hooks", "manager", "on_checkin", "on_checkout", "on_dropped",
         "on_exception", "on_queue", "on_start", "on_stop", "pace", "pool_name", "queued",
-        "sessions_lost", "sessions_moved", "sessions_new", "targets", "timeouts", "turned_away",
+        "sessions_lost", "sessions_moved", "sessions_new", "targets", "timed_out_ns", "timeouts",
+        "turned_away",
     )  # fmt: skip
 
     def __init__(self, manager: Manager, targets: wire.Targets) -> None:
@@ -90,6 +91,7 @@ class Desk:
         self._counting = threading.RLock()
         self.queued = 0
         self.timeouts = 0
+        self.timed_out_ns = 0  # when a checkout was in vain for the last time, monotonic
         self.turned_away = 0
         self.discarded = 0
         self.faults = 0
@@ -438,6 +440,7 @@ class Desk:
     def _counts(self, live: list[Handle]) -> dict[str, int]:
         """Count a checkout that was in vain; return what its error tells of the pool."""
         self.count("timeouts")
+        self.timed_out_ns = _monotonic_ns()
         leased = [handle for handle in live if handle.live_lease is not None]
         return {
             "size": self.manager.staff.target,
