@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from .engine.pace import MOST
+from .engine.standstill import LATE
 from .errors import CheckoutTimeout
 
 
@@ -44,8 +45,10 @@ class Deadline:
             CheckoutTimeout: there was none by then; `needed` is set if that ended the wait.
         """
         asked = time.monotonic()
+        # What was lost is asked for, which costs, where that can be anything: not at first.
+        end = self._end if asked - self._since < LATE else self.end
         try:
-            return self._pool._checkout_until((self.end, self._limit), patience, session, affinity)
+            return self._pool._checkout_until((end, self._limit), patience, session, affinity)
         except CheckoutTimeout as error:
             if patience is None or time.monotonic() - asked < patience:
                 error.needed = needed = self._pool._desk.pace.needed(self._limit)
