@@ -111,8 +111,9 @@ class Pool(Inspection, Generic[W]):
     ) -> Lease[W]:
         """Take a worker for yourself; use it as `with pool.checkout() as w: w.call(...)`.
 
-        `timeout` is how many seconds to wait for one (default: `checkout_timeout`; 0: not at all;
-        None: for ever). Callers are served in the order they came.
+        `timeout` is how many seconds to wait for one (0: not at all; None: for ever). The default is
+        `checkout_timeout`, whose clock stands still while no worker serves and one is starting.
+        Callers are served in the order they came.
 
         With `session`, its state goes along, whatever worker it is; a session has one lease at a
         time, and is begun by its first use (but see `strict_sessions`). `affinity` is which worker
