@@ -111,7 +111,7 @@ class Pool(Inspection, Generic[W]):
     ) -> Lease[W]:
         """Take a worker for yourself; use it as `with pool.checkout() as w: w.call(...)`.
 
-        `timeout` is how many seconds to wait for one (0: not at all; None: for ever). The default is
+        `timeout` is how many seconds to wait (0: not at all; None: for ever). The default is
         `checkout_timeout`, whose clock stands still while no worker serves and one is starting.
         Callers are served in the order they came.
 

@@ -154,6 +154,21 @@ def test_nobody_waits_for_a_manager_that_has_ended(account: Standstills, clock: 
     assert not account._gates
 
 
+@pytest.mark.parametrize("seconds", [0.0, 5.0, DefaultTimeout(0.0), DefaultTimeout(5.0)])
+def test_caller_that_has_time_or_must_not_wait_does_not_wait_for_the_manager(
+    account: Standstills, clock: Clock, seconds: float
+) -> None:
+    """A listener may hold it up: only whoever would give up else has a reason to."""
+    clock.now += 10.0
+    found: list[float | None] = []
+    caller = threading.Thread(target=lambda: found.append(account.limit(seconds).left()))
+    caller.start()
+    caller.join(20)
+
+    assert found == [seconds]
+    assert not account._gates
+
+
 def test_limit_goes_on_by_what_was_lost(account: Standstills, clock: Clock) -> None:
     limit, for_ever = account.limit(5.0), account.limit(None)
     rest(account, clock, 1.0, 10.0)
@@ -215,4 +230,4 @@ def test_stop_in_the_middle_of_a_start_counts_once(account: Standstills, clock: 
     account.rest(1.0, 1.0, counts=False)
 
     assert limit.left() == pytest.approx(5.0 - 1.5)
-    assert account.lost_or_starting(limit.since) == pytest.approx(10.0)
+    assert account.counted_or_starting(limit.since) == pytest.approx(10.0)

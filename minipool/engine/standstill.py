@@ -35,7 +35,7 @@ class DefaultTimeout(float):
 
 
 class Standstills:
-    """Stops and droughts of one pool. By the manager, but for `lost`, `lost_or_starting`, `limit`.
+    """Stops and droughts of one pool. The manager writes, any thread reads.
 
     `most` is how many seconds of droughts one wait is spared at most; None: no limit.
     """
@@ -99,13 +99,19 @@ class Standstills:
         return bool(self._stops)
 
     def lost(self, since: float) -> float:
-        """Return how many seconds since then the process did not run."""
-        self._catch_up()
+        """Return how many seconds since then the process did not run.
+
+        For a caller whose time is over, as it may wait for the manager.
+        """
+        self.catch_up()
+        return self.counted(since)
+
+    def counted(self, since: float) -> float:
+        """Return how many of these seconds the manager has counted. Never waits."""
         return _length(self._stops, since)
 
-    def lost_or_starting(self, since: float) -> float:
-        """Return how many seconds since then the process did not run, or nobody could serve."""
-        self._catch_up()
+    def counted_or_starting(self, since: float) -> float:
+        """As `counted`, and those in which no worker served and one was starting."""
         begun, now = self._starting_since, self._clock()  # before the droughts that have ended
         droughts = self._droughts if begun is None else (*self._droughts, (begun, now))
         stopped = _length(self._stops, since)
@@ -117,7 +123,7 @@ class Standstills:
         """Whether a drought is under way."""
         return self._starting_since is not None
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Wait for the manager, for a while, if it is late.
 
         The gate is put up before the last look, and the manager looks for gates after it has said
@@ -156,13 +162,20 @@ class TimeLimit:
         """Return how many seconds are left, 0 if none; None: it goes on for ever."""
         if self.seconds is None:
             return None
-        left = self.seconds + self.since - self._clock()
-        if not self._default:
-            return max(0.0, left + self._account.lost(self.since))
-        left += self._account.lost_or_starting(self.since)
-        if left > 0 and self._account.starting:
+        if self.seconds <= 0:
+            return 0.0
+        left = self._left(self.seconds)
+        if left <= 0:
+            self._account.catch_up()
+            left = self._left(self.seconds)
+        if left > 0 and self._default and self._account.starting:
             return max(_BREATH, left)  # it stands still: who looked more often would learn nothing
         return max(0.0, left)
+
+    def _left(self, seconds: float) -> float:
+        account = self._account
+        count = account.counted_or_starting if self._default else account.counted
+        return seconds + self.since - self._clock() + count(self.since)
 
     @property
     def waited(self) -> float:
