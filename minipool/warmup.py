@@ -17,6 +17,7 @@ from .commands import Command, commands_of
 from .engine.launch import packed_command
 from .engine.pace import MOST
 from .engine.passage import passage
+from .engine.standstill import TimeLimit
 from .engine.states import WorkerState
 from .errors import CallTimeout, CheckoutTimeout, WorkerError
 from .lease import Lease, seconds
@@ -82,7 +83,7 @@ def _clock(desk: Desk, timeout: float | None) -> Callable[[], float]:
     """Return what tells how many seconds are left of a time that begins now; None: infinity."""
     if timeout is None:
         return lambda: math.inf
-    limit = desk.limit(timeout)
+    limit = TimeLimit(desk.manager.standstills, timeout, time.monotonic(), time.monotonic)
     return lambda: limit.left() or 0.0
 
 
