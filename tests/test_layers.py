@@ -16,7 +16,7 @@ ROOMS = [
     "engine.oom", "engine.popen", "engine.standstill", "engine.process", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
     "engine.launch", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
     "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.manager",
-    "engine.pace", "engine.shortage", "engine.desk", "engine.tally",
+    "engine.pace", "engine.refusal", "engine.desk", "engine.tally",
     "store.host", "store.files", "store.open_files", "store.owners", "store.schema", "store.rows",
     "store.database", "store.sqlite_store", "records", "nearness", "housekeeping", "sessions", "status", "lease", "deadline", "warmup", "opening", "views",
     "signals", "lifecycle", "inspection", "pool", "signatures", "programs",

@@ -24,7 +24,7 @@ from .handle import Handle
 from .manager import Crowded, Manager
 from .pace import Budget, Pace
 from .passage import passage, passages, waits
-from .shortage import shortage
+from .refusal import refusal
 from .standstill import DefaultTimeout, TimeLimit
 from .states import WorkerState as S
 from .turnstile import Closed, Turnstile, Waiter
@@ -427,7 +427,7 @@ class Desk:
         starting = sum(handle.state is S.STARTING for handle in live)
         leaving = sum(handle.condemned for handle in live)
         counts = self._counts(live)
-        why, remedy = shortage(self.manager, counts["held_by_this_thread"], limit.waited)
+        why, remedy = refusal(self.manager, counts["held_by_this_thread"], limit.waited)
         error = CheckoutTimeout(
             f"no worker of {self.config.name} came free within {timeout} s (size "
             f"{counts['size']}, leased {counts['leased']}{_leaving(leaving)}, starting {starting}, "

@@ -14,7 +14,7 @@ import pytest
 from ears import Ear, wait_until
 from gates import Gate, pass_gate
 from minipool import CheckoutTimeout, Pool, PoolStartError, WorkerStartError
-from minipool.engine.shortage import shortage
+from minipool.engine.refusal import refusal
 from rogues import Stateful
 from troublemakers import FailsWhileFileExists, StopsAtGateInInit
 
@@ -207,7 +207,7 @@ def test_refusal_suspects_no_lease_that_is_younger_than_the_wait(pool: Pool[Stat
     """The workers went from hand to hand: more of them help, and nobody has to look for one."""
     leases = [pool.checkout() for _ in range(2)]
     assert pool._desk is not None
-    why, remedy = shortage(pool._desk.manager, mine=0, waited=LAST)
+    why, remedy = refusal(pool._desk.manager, mine=0, waited=LAST)
     for lease in leases:
         lease.release()
 

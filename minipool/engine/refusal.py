@@ -1,4 +1,4 @@
-"""Shortage: why no worker came free in time, and what helps against that.
+"""Refusal: why no worker came free in time, and what helps against that.
 
 By the thread of a caller that got none. It reads what others change, so the worst it can do is to
 tell of a moment that is over.
@@ -22,7 +22,7 @@ _TOLD = 3  # leases, those that are held longest
 _MORE = "raise `size` or `checkout_timeout`"
 
 
-def shortage(manager: Manager, mine: int, waited: float) -> tuple[str, str]:
+def refusal(manager: Manager, mine: int, waited: float) -> tuple[str, str]:
     """Return why nothing came free for a caller, and the remedy.
 
     `mine` is how many leases its own thread holds; `waited`, in seconds, how long it was there.
