@@ -33,8 +33,16 @@ class Deadline:
     def end(self) -> float:
         """When it is over, on the monotonic clock, as far as that is known now."""
         desk = self._pool._desk
-        lost: float = 0.0 if desk is None else desk.manager.standstills.lost(self._since)
+        lost: float = 0.0 if desk is None else desk.manager.standstills.counted(self._since)
         return self._end + lost
+
+    def _left(self, enough: float) -> float:
+        """Return how many seconds are left, with all that was lost, if that is not enough else."""
+        left = self.end - time.monotonic()
+        if left > enough:
+            return left
+        self._pool._desk.manager.standstills.catch_up()
+        return self.end - time.monotonic()
 
     def checkout(
         self, patience: float | None, session: str | None = None, affinity: str | None = None
@@ -68,15 +76,15 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= MOST * self._limit:
-            left = self.end - time.monotonic()
-        if left <= MOST * self._limit:
             desk = self._pool._desk
             needed = desk.pace.needed(self._limit)
+            left = self._left(needed)
             if left <= needed:
                 raise desk.too_late(self._timeout, left, needed)
         return min(left, self._limit)
 
     def allows(self, pause: float) -> bool:
         """Tell whether a call can be made again after a pause of so many seconds."""
-        left = self.end - time.monotonic() - pause
-        return left > 0 and left >= self._pool._desk.pace.needed(self._limit)
+        needed = self._pool._desk.pace.needed(self._limit)
+        left = self._left(needed + pause) - pause
+        return left > 0 and left >= needed

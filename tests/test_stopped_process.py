@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import IO, Iterator
 
@@ -14,6 +15,7 @@ import pytest
 
 import scripts
 from gates import Gate
+from minipool import LeaseRevoked, Pool
 
 PATIENCE = 20.0
 
@@ -150,6 +152,22 @@ def line(output: IO[str]) -> list[object]:
     assert select.select([output], [], [], PATIENCE)[0], "it says nothing"
     said: list[object] = json.loads(output.readline())
     return said
+
+
+def test_pool_that_is_terminated_after_a_stop_ends_at_once() -> None:
+    """However much of the time that it had for its leases a stop has spared it."""
+    pool = Pool(size=1).open()
+    assert pool._desk is not None
+    manager = pool._desk.manager
+    lease = pool.checkout()
+    now = time.monotonic()  # an hour after it began to close, in which it was stopped
+    manager._close_since, manager._close_by = now - 3600.0, now - 3600.0 + 20.0
+    manager.standstills._stops = ((now - 3600.0, now),)
+    pool.terminate()
+
+    assert manager.done
+    with pytest.raises(LeaseRevoked):
+        lease.call(len, ())
 
 
 @pytest.mark.slow

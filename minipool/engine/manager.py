@@ -243,12 +243,11 @@ class Manager:
     def close(self, lease_timeout: float, kill: bool = False) -> None:
         """Begin to end everything; `lease_timeout` seconds from now leases are revoked."""
         now = time.monotonic()
-        by = now + lease_timeout
-        if self._close_by is None or by < self._close_by:
+        by = now + lease_timeout - (_LAST_GRACE + 1 if kill else 0.0)
+        due, spared = self._close_by, self.standstills.counted(self._close_since)
+        if due is None or by < due + spared:
             self._close_since = now
             self._close_by = by
-        if kill:
-            self._close_by = min(self._close_by, by - _LAST_GRACE - 1)
         self.care.closing = True
         self.turnstile.closed = True  # before anybody can be told so
         self.bell.ring()
@@ -462,7 +461,7 @@ class Manager:
         return row._replace(since_ns=self._without_stops(row.since_ns))
 
     def _without_stops(self, since_ns: int) -> int:
-        return since_ns + int(self.standstills.lost(since_ns / 1e9) * health.SECOND_NS)
+        return since_ns + int(self.standstills.counted(since_ns / 1e9) * health.SECOND_NS)
 
     def _lost(self, handle: Handle) -> bool:
         """Tell whether a worker that is neither idle nor leased is nobody's."""
@@ -563,7 +562,7 @@ class Manager:
             line = reference()
             if line is not None:
                 line.close()
-        now = time.monotonic() - self.standstills.lost(self._close_since)
+        now = time.monotonic() - self.standstills.counted(self._close_since)
         for handle in tuple(self.fleet.handles.values()):
             handle.condemned = True
             if handle.state is S.SPARE:
