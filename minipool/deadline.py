@@ -11,18 +11,38 @@ import time
 from typing import Any
 
 from .engine.pace import MOST
+from .engine.standstill import LATE
 from .errors import CheckoutTimeout
 
 
 class Deadline:
-    """The time that one caller has, from now on. Of no use to any other thread."""
+    """The time that one caller has, from now on. Of no use to any other thread.
 
-    __slots__ = ("_limit", "_pool", "_timeout", "end")
+    Time in which this process was stopped does not count (see `engine.standstill`).
+    """
+
+    __slots__ = ("_end", "_limit", "_pool", "_since", "_timeout")
 
     def __init__(self, pool: Any, timeout: float, limit: float | None = None) -> None:
         self._pool, self._timeout = pool, timeout
         self._limit = timeout if limit is None else min(limit, timeout)  # of each call
-        self.end = time.monotonic() + timeout  #: monotonic
+        self._since = time.monotonic()
+        self._end = self._since + timeout
+
+    @property
+    def end(self) -> float:
+        """When it is over, on the monotonic clock, as far as that is known now."""
+        desk = self._pool._desk
+        lost: float = 0.0 if desk is None else desk.manager.standstills.counted(self._since)
+        return self._end + lost
+
+    def _left(self, enough: float) -> float:
+        """Return how many seconds are left, with all that was lost, if that is not enough else."""
+        left = self.end - time.monotonic()
+        if left > enough:
+            return left
+        self._pool._desk.manager.standstills.catch_up()
+        return self.end - time.monotonic()
 
     def checkout(
         self, patience: float | None, session: str | None = None, affinity: str | None = None
@@ -33,8 +53,10 @@ class Deadline:
             CheckoutTimeout: there was none by then; `needed` is set if that ended the wait.
         """
         asked = time.monotonic()
+        # What was lost is asked for, which costs, where that can be anything: not at first.
+        end = self._end if asked - self._since < LATE else self.end
         try:
-            return self._pool._checkout_until((self.end, self._limit), patience, session, affinity)
+            return self._pool._checkout_until((end, self._limit), patience, session, affinity)
         except CheckoutTimeout as error:
             if patience is None or time.monotonic() - asked < patience:
                 error.needed = needed = self._pool._desk.pace.needed(self._limit)
@@ -52,15 +74,17 @@ class Deadline:
         Raises:
             CheckoutTimeout: such calls take longer than that; do not send it.
         """
-        left = self.end - time.monotonic()
+        left = self._end - time.monotonic()
         if left <= MOST * self._limit:
             desk = self._pool._desk
             needed = desk.pace.needed(self._limit)
+            left = self._left(needed)
             if left <= needed:
                 raise desk.too_late(self._timeout, left, needed)
         return min(left, self._limit)
 
     def allows(self, pause: float) -> bool:
         """Tell whether a call can be made again after a pause of so many seconds."""
-        left = self.end - time.monotonic() - pause
-        return left > 0 and left >= self._pool._desk.pace.needed(self._limit)
+        needed = self._pool._desk.pace.needed(self._limit)
+        left = self._left(needed + pause) - pause
+        return left > 0 and left >= needed

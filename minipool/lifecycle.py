@@ -12,7 +12,15 @@ from .engine.holdups import Departure
 from .engine.launch import Launcher
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
-from .opening import close_lent, give_up, note_pool, open_desk, ready_count, wait_started
+from .opening import (
+    PENDING,
+    close_lent,
+    give_up,
+    note_pool,
+    open_desk,
+    ready_count,
+    wait_started,
+)
 from .telemetry import Hooks
 
 if TYPE_CHECKING:
@@ -87,8 +95,11 @@ class Lifecycle:
             raise ValueError(f"workers={workers!r}: give a number from 1 to {most}, the most that "
                              f"{config.name} may have")  # fmt: skip
 
-    def _open(self, wait_for: int, explicit: bool = False) -> Desk:
-        """Return the desk, opened if need be, when so many workers are ready."""
+    def _open(self, wait_for: int, explicit: bool = False, limit: float | None = None) -> Desk:
+        """Return the desk, opened if need be, when so many workers are ready.
+
+        After `limit` seconds it is returned in any case, unless they are known not to come.
+        """
         desk = self._desk  # no lock, which a fork may have copied as held
         since, me = 0.0 if desk is None else time.monotonic(), object()
         if desk is None:
@@ -101,7 +112,9 @@ class Lifecycle:
             return desk
         if wait_for > manager.staff.target:
             manager.command(lambda: manager.staff.want_at_least(wait_for))
-        failure = wait_started(desk, wait_for, since)
+        failure = wait_started(desk, wait_for, since, limit)
+        if failure is PENDING:
+            return desk
         if failure is None:
             self._failure, self._served_with = None, max(wait_for, self._served_with)
             return desk
@@ -390,9 +403,11 @@ class Lifecycle:
 
         return warm_up(self._opened(), commands, strategy, timeout, stage_timeout, command_timeout)
 
-    def _opened(self) -> Desk:
-        """Return the desk, opening the pool if this is its first use."""
-        desk = self._desk or self._open(wait_for=min(1, self.config.initial_size))
+    def _opened(self, limit: float | None = None) -> Desk:
+        """Return the desk, opening the pool if this is its first use, for so many seconds."""
+        desk = self._desk
+        if desk is None:
+            desk = self._open(wait_for=min(1, self.config.initial_size), limit=limit)
         desk.check_open()
         return desk
 

@@ -14,6 +14,7 @@ from .engine.conversation import MAX_WARM
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.passage import passage
+from .engine.standstill import TimeLimit
 from .engine.states import WorkerState
 from .errors import SessionLost
 from .records import Record
@@ -28,20 +29,18 @@ class Nearness:
         self._hints: dict[str, tuple[int, int]] = {}  # hint -> slot, generation used last
 
     @passage
-    def worker_for(self, record: Record, affinity: str, timeout: float | None) -> Handle:
+    def worker_for(self, record: Record, affinity: str, limit: TimeLimit) -> Handle:
         """Take the worker that suits the affinity, and note how that went."""
         known = record.at_slot >= 0
         warm = self.worker_of(record)
         handle: Handle | None = None
-        start = time.monotonic()
         if warm is not None and affinity != "any":
             wait = None if affinity == "strict" else self._config.affinity_wait
-            handle = self._desk.acquire_this(warm, timeout, wait)
+            handle = self._desk.acquire_this(warm, limit, wait)
             if handle is None and affinity == "strict":
                 self.tell_lost(record, start=None)
         if handle is None:
-            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
-            handle = self._desk.acquire(left)
+            handle = self._desk.acquire(limit)
         if warm is handle:
             record.affinity = "hit"
         elif not known:
@@ -107,7 +106,7 @@ class Nearness:
                 forgotten.missing()  # or it would answer that it has not got it
 
     @passage
-    def acquire(self, hint: str, timeout: float | None) -> Handle:
+    def acquire(self, hint: str, timeout: float | TimeLimit | None) -> Handle:
         """Take the worker that served this hint last, if it is idle; else any."""
         slot, generation = self._hints.get(checked_key(hint, "hint"), (-1, -1))
         handle = self._desk.try_acquire_this(slot, generation)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _GIVE_UP_TIME = 5.0  # seconds at most for the workers of an opening that failed to end
 _EXIT_GRACE = 2.0  # seconds that pools still open at exit have, all together
+PENDING = Exception("workers are starting, and nobody knows yet what will come of them")
 _LEAST_TO_LOG = 0.1  # seconds for what was logged, where the workers have taken all of that
 
 
@@ -127,12 +128,15 @@ def _store(config: PoolConfig) -> Any:
     return SQLiteStore(os.fspath(store))
 
 
-def wait_started(desk: Desk, count: int, since: float) -> BaseException | None:
+def wait_started(
+    desk: Desk, count: int, since: float, limit: float | None = None
+) -> BaseException | None:
     """Wait for the first workers; return why, as soon as it is known that they will not come.
 
     It is known when the class or a preload has raised, or so many starts have failed in a row
     that it is no chance, and those that are left are too few. `since`, a monotonic time, is when
-    the opening began: what failed before says nothing.
+    the opening began: what failed before says nothing. If nothing is known after `limit` seconds,
+    it is PENDING.
     """
     manager, enough = desk.manager, False
 
@@ -145,7 +149,11 @@ def wait_started(desk: Desk, count: int, since: float) -> BaseException | None:
     # Workers that do not get ready are failures after init_timeout each; this is the backstop.
     init_timeout = desk.config.init_timeout
     timeout = None if init_timeout is None else 2 * init_timeout + 1
-    manager.wait_for(settled, timeout)
+    if limit is not None and (timeout is None or limit < timeout):
+        if not manager.wait_for(settled, limit):
+            return PENDING
+    else:
+        manager.wait_for(settled, timeout)
     desk.check_open()
     if enough:
         return None

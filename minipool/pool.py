@@ -5,6 +5,7 @@ How it opens and ends is in `lifecycle`, what it tells of itself in `inspection`
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .engine.launch import Launcher
@@ -110,8 +111,9 @@ class Pool(Inspection, Generic[W]):
     ) -> Lease[W]:
         """Take a worker for yourself; use it as `with pool.checkout() as w: w.call(...)`.
 
-        `timeout` is how many seconds to wait for one (default: `checkout_timeout`; 0: not at all;
-        None: for ever). Callers are served in the order they came.
+        `timeout` is how many seconds to wait (0: not at all; None: for ever). The default is
+        `checkout_timeout`, whose clock stands still while no worker serves and one is starting.
+        Callers are served in the order they came.
 
         With `session`, its state goes along, whatever worker it is; a session has one lease at a
         time, and is begun by its first use (but see `strict_sessions`). `affinity` is which worker
@@ -130,7 +132,7 @@ class Pool(Inspection, Generic[W]):
         """
         desk = self._desk
         if desk is None:
-            desk = self._open(wait_for=min(1, self.config.initial_size))
+            return self._first_checkout(timeout, session, affinity, hint)
         limit = desk.checkout_timeout
         if timeout is not CHECKOUT_TIMEOUT:
             limit = seconds(timeout, "timeout")
@@ -144,17 +146,46 @@ class Pool(Inspection, Generic[W]):
         return lease(desk, desk.acquire(limit))
 
     @passage
+    def _first_checkout(
+        self,
+        timeout: float | None | str,
+        session: str | None,
+        affinity: str | None,
+        hint: str | None,
+    ) -> Lease[W]:
+        """Open the pool, then do as `checkout`; a timeout that was given is for both together."""
+        limit, begun = None, time.monotonic()
+        if timeout is not CHECKOUT_TIMEOUT:
+            limit = seconds(timeout, "timeout")
+        desk = self._opened(limit)
+        allowed: Any = desk.checkout_timeout
+        if timeout is not CHECKOUT_TIMEOUT:
+            allowed = desk.manager.standstills.limit(limit, begun)
+        if session is not None:
+            check_affinity(affinity, session, hint)
+            return self._lease(desk, self._sessions.acquire(session, affinity, allowed))
+        if hint is not None or affinity is not None:
+            check_affinity(affinity, session, hint)
+            return self._lease(desk, self._sessions.nearness.acquire(str(hint), allowed))
+        return self._lease(desk, desk.acquire(allowed))
+
+    @passage
     def _checkout_until(
         self, budget: Budget, timeout: float | None, session: str | None, affinity: str | None
     ) -> Lease[W]:
         """As `checkout`, for one call, which together with it must not take longer than that."""
         desk = self._desk
+        allowed: Any = timeout
         if desk is None:
-            desk = self._open(wait_for=min(1, self.config.initial_size))
+            begun = time.monotonic()
+            whole = budget[0] - begun
+            whole = whole if timeout is None else min(whole, timeout)
+            desk = self._opened(max(0.0, whole))
+            allowed = desk.manager.standstills.limit(whole if timeout is None else timeout, begun)
         if session is not None:
-            handle = self._sessions.acquire(session, affinity, timeout, budget)
+            handle = self._sessions.acquire(session, affinity, allowed, budget)
         else:
-            handle = desk.acquire(timeout, budget)
+            handle = desk.acquire(allowed, budget)
         return self._lease(desk, handle)
 
     if TYPE_CHECKING:
@@ -237,10 +268,10 @@ class Pool(Inspection, Generic[W]):
         Raises:
             CheckoutTimeout, SessionBusy: it was in use all the time, or elsewhere; it goes on.
         """
-        desk = self._opened()
-        limit = desk.checkout_timeout
-        if timeout is not CHECKOUT_TIMEOUT:
-            limit = seconds(timeout, "timeout")
+        limit = None if timeout is CHECKOUT_TIMEOUT else seconds(timeout, "timeout")
+        desk = self._opened(limit)
+        if timeout is CHECKOUT_TIMEOUT:
+            limit = desk.checkout_timeout
         self._sessions.end(session_id, limit)
 
     def session_state(self, session_id: str) -> dict[str, Any]:

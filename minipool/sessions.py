@@ -22,6 +22,7 @@ from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.pace import Budget
 from .engine.passage import passage
+from .engine.standstill import TimeLimit
 from .engine.table import LEASED_SINCE_NS, SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
 from .errors import (
@@ -310,7 +311,7 @@ class Sessions:
         self,
         key: str,
         affinity: str | None,
-        timeout: float | None,
+        timeout: float | TimeLimit | None,
         budget: Budget | None = None,
     ) -> Handle:
         """Take a session and a worker for it; both are the caller's until `give_back`.
@@ -332,16 +333,14 @@ class Sessions:
                     handle.row[SESSION_HITS] += 1
                     return handle
                 record = None
-        if budget is not None:
-            timeout = self._desk.pace.patience(timeout, budget)
-        return self._acquire_slowly(key, record, affinity, timeout)
+        timeout = self._desk.patience(timeout, budget)
+        return self._acquire_slowly(key, record, affinity, self._desk.limit(timeout))
 
     @passage
     def _acquire_slowly(
-        self, key: str, record: Record | None, affinity: str, timeout: float | None
+        self, key: str, record: Record | None, affinity: str, limit: TimeLimit
     ) -> Handle:
         """Take a session, if the caller does not own it already, and whatever worker suits it."""
-        start = time.monotonic()
         key = checked_key(key)
         before = None if record is not None else self._owned.get(key)
         stake = Stake()
@@ -350,19 +349,17 @@ class Sessions:
                 self._own(record, stake)
             self._desk.check_open()
             if record is None:
-                record = self._take(key, timeout, stake)
+                record = self._take(key, limit, stake)
             record.strict = affinity == "strict"
             if record.strict:
-                self.nearness.tell_lost(record, start)
-            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
-            handle = self.nearness.worker_for(record, affinity, left)
+                self.nearness.tell_lost(record, limit.since)
+            handle = self.nearness.worker_for(record, affinity, limit)
             leased = self._lease(record, handle)
         except BaseException:
             self._let_go(key, before)
             raise
         if not leased:
-            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - start))
-            return self.acquire(key, affinity, left)
+            return self.acquire(key, affinity, limit)
         self._owned.pop(key, None)
         if record.affinity == "hit":
             handle.row[SESSION_HITS] += 1
@@ -426,7 +423,7 @@ class Sessions:
     def _take(
         self,
         key: str,
-        timeout: float | None,
+        timeout: float | TimeLimit | None,
         stake: Stake,
         create: bool = True,
         stays: bool = True,
@@ -438,15 +435,14 @@ class Sessions:
         """
         if self._manager.here:
             timeout = 0.0  # a hook in the manager's thread waits for nobody
-        deadline = None if timeout is None else time.monotonic() + timeout
+        limit = self._desk.limit(timeout)
         while True:
             if key not in self._line.current:
                 made = self._begin(key, stake, create, stays)
                 if made is not None:
                     return made
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                token = self._line.take(left, wants=key)
+                token = self._line.take(limit.left(), key, None, limit.left)
             except Closed:
                 self._desk.check_open()
                 continue  # it was ended while we waited
@@ -455,7 +451,7 @@ class Sessions:
                 self._own(owned, stake)
                 return owned
             if key in self._line.current:
-                raise self._busy(key, timeout)
+                raise self._busy(key, limit.seconds)
 
     def _begin(self, key: str, stake: Stake, create: bool, stays: bool) -> Record | None:
         create = create and not self._config.strict_sessions
@@ -468,6 +464,7 @@ class Sessions:
             return SessionBusy(
                 f"session {key!r} is in use; wait for it with a timeout", session_id=key
             )
+        timeout = None if timeout is None else float(timeout)
         self._desk.count("timeouts")
         return CheckoutTimeout(
             f"session {key!r} was in use for all of {timeout} s; its lease is held too long, or "

@@ -238,9 +238,32 @@ def health_report(
             f"the circuit breaker is {fleet.breaker.state}; the next start is tried in "
             f"{fleet.breaker.retry_in:.1f} s"
         )
+    stuck = _stuck(desk, fleet.usable(), target)
+    if stuck is not None:
+        reasons.append(stuck)
     waiting = len(manager.turnstile.waiters)
     if waiting:
         reasons.append(f"{waiting} callers are waiting for a worker")
     unhealthy = target > 0 and not serving
     status = "unhealthy" if unhealthy else "degraded" if reasons else "healthy"
     return HealthReport(status, tuple(reasons), infos)
+
+
+def _stuck(desk: Desk, serving: list[Handle], target: int) -> str | None:
+    """Tell that none of those that serve has come free since before a caller was refused."""
+    began, calling = [], 0
+    for handle in serving:
+        row = handle.row
+        leased, called = row[t.LEASED_SINCE_NS], row[t.CALL_STARTED_NS]
+        if not leased or handle.live_lease is None:
+            return None
+        in_call = called >= leased and t.running(row)
+        calling += in_call
+        began.append(called if in_call else leased)
+    if not began or max(began) >= desk.timed_out_ns:
+        return None
+    seconds = (time.monotonic_ns() - max(began)) / 1e9
+    what = "in one call" if calling == len(serving) else "leased to the same callers"
+    return (
+        f"{len(serving)} of {target} workers have been {what} for {seconds:.0f} s, callers time out"
+    )

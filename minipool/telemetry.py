@@ -223,6 +223,7 @@ class Hooks(Dict[str, List[Listener]]):
 
     def __init__(self, pool_name: str, names: Iterable[str] = EVENTS) -> None:
         super().__init__((name, []) for name in names)
+        self.emitted = 0  # events that somebody heard; not exact
         self._pool_name = pool_name
 
     def __missing__(self, name: str) -> List[Listener]:
@@ -235,6 +236,7 @@ class Hooks(Dict[str, List[Listener]]):
         """
         listeners = self[name]
         if listeners:
+            self.emitted += 1
             metadata["pool"] = self._pool_name
             tell(name, listeners, measurements or {}, metadata)
 

@@ -119,7 +119,8 @@ class PoolOptions(Generic[W]):
         if deadline is not None:
             lease = deadline.checkout(patience, session, affinity)
         else:
-            lease = self._pool.checkout(timeout=patience, session=session, affinity=affinity)
+            given = patience if self._own_timeout else CHECKOUT_TIMEOUT
+            lease = self._pool.checkout(timeout=given, session=session, affinity=affinity)
         try:
             left = timeout if deadline is None else deadline.left()
             # A policy counts the attempts that may have begun; what had not is made again anyhow.

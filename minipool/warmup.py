@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .commands import Command, commands_of
 from .engine.launch import packed_command
 from .engine.pace import MOST
 from .engine.passage import passage
+from .engine.standstill import TimeLimit
 from .engine.states import WorkerState
 from .errors import CallTimeout, CheckoutTimeout, WorkerError
 from .lease import Lease, seconds
@@ -60,17 +61,17 @@ def warm_up(
     """Make some calls on every worker there is; see `Pool.warm_up`."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: give one of {STRATEGIES}")
-    whole, stage = _limit(timeout, "timeout"), _limit(stage_timeout, "stage_timeout")
-    each = _limit(command_timeout, "command_timeout")
+    timeout, stage = seconds(timeout, "timeout"), seconds(stage_timeout, "stage_timeout")
+    each = seconds(command_timeout, "command_timeout")
     commands = commands_of(given)
     for command in commands:
         packed_command(desk.targets, desk.config.codec, command)  # refuses what cannot be sent
-    start = time.monotonic()
+    start, whole = time.monotonic(), _clock(desk, timeout)
     slots = sorted(handle.slot for handle in desk.manager.fleet.staying())
-    run = _WarmUp(desk, commands, each)
+    run = _WarmUp(desk, commands, math.inf if each is None else each)
     for stage_slots in _stages(slots, strategy):
-        stage_end = time.monotonic() + stage if strategy == "staged" else math.inf
-        run.stage(stage_slots, min(start + whole, stage_end))
+        its_own = _clock(desk, stage if strategy == "staged" else None)
+        run.stage(stage_slots, _shorter(whole, its_own))
     desk.check_open()
     report = run.report(slots, time.monotonic() - start)
     numbers = {name: getattr(report, name) for name in ("seconds", "workers", "succeeded")}
@@ -78,9 +79,16 @@ def warm_up(
     return report
 
 
-def _limit(value: float | None, name: str) -> float:
-    limit = seconds(value, name)
-    return math.inf if limit is None else limit
+def _clock(desk: Desk, timeout: float | None) -> Callable[[], float]:
+    """Return what tells how many seconds are left of a time that begins now; None: infinity."""
+    if timeout is None:
+        return lambda: math.inf
+    limit = TimeLimit(desk.manager.standstills, timeout, time.monotonic(), time.monotonic)
+    return lambda: limit.left() or 0.0
+
+
+def _shorter(one: Callable[[], float], other: Callable[[], float]) -> Callable[[], float]:
+    return lambda: min(one(), other())
 
 
 def _stages(slots: Sequence[int], strategy: str) -> list[Sequence[int]]:
@@ -103,16 +111,19 @@ class _WarmUp:
         self._through: List[int] = []  # they had their turn, however it went
         self._over = False  # nobody waits for it any more
 
-    def stage(self, slots: Sequence[int], end: float) -> None:
-        """Warm up some workers at once, until the monotonic time `end`."""
-        self._whole = min(self._limit, end - time.monotonic())
+    def stage(self, slots: Sequence[int], left: Callable[[], float]) -> None:
+        """Warm up some workers at once, while any seconds are left."""
+        self._whole = min(self._limit, left())
         if len(slots) == 1 or self._desk.manager.here:  # a hook cannot wait for a helper
             for slot in slots:
-                self._warm_up(slot, end)
+                self._warm_up(slot, left)
             return
         helpers = [
             threading.Thread(
-                target=self._warm_up, args=(slot, end), name=f"minipool-warm-up-{slot}", daemon=True
+                target=self._warm_up,
+                args=(slot, left),
+                name=f"minipool-warm-up-{slot}",
+                daemon=True,
             )
             for slot in slots
         ]
@@ -120,17 +131,17 @@ class _WarmUp:
             for helper in helpers:
                 helper.start()
             for helper in helpers:
-                helper.join(min(threading.TIMEOUT_MAX, max(0.0, end - time.monotonic()) + _MARGIN))
+                helper.join(min(threading.TIMEOUT_MAX, left() + _MARGIN))
         except BaseException:
             self._over = True
             raise
 
-    def _warm_up(self, slot: int, end: float) -> None:
+    def _warm_up(self, slot: int, left: Callable[[], float]) -> None:
         """Take the worker of a slot, and make all calls there."""
         well = False
         try:
-            with self._take(slot, end) as lease:
-                made = [self._make(i, slot, lease, end) for i in range(len(self._commands))]
+            with self._take(slot, left) as lease:
+                made = [self._make(i, slot, lease, left) for i in range(len(self._commands))]
                 well = all(made)
         except CheckoutTimeout:
             return  # the time is over
@@ -143,14 +154,14 @@ class _WarmUp:
         if well:
             self._warm.append(slot)
 
-    def _make(self, index: int, slot: int, lease: Lease[Any], end: float) -> bool:
+    def _make(self, index: int, slot: int, lease: Lease[Any], left: Callable[[], float]) -> bool:
         """Make one call; return whether it succeeded.
 
         Raises:
             CheckoutTimeout: the time is over. WorkerError: the worker is gone.
         """
         command, start = self._commands[index], time.monotonic()
-        limit = min(self._limit, end - start)
+        limit = min(self._limit, left())
         # What is left of the time would be the end of a worker that is well.
         hasty = limit < MOST * self._whole and limit < self._desk.pace.needed(self._whole)
         if limit <= 0 or hasty or self._over:
@@ -169,7 +180,7 @@ class _WarmUp:
         return True
 
     @passage
-    def _take(self, slot: int, end: float) -> Lease[Any]:
+    def _take(self, slot: int, left: Callable[[], float]) -> Lease[Any]:
         """Take the worker that is in a slot, or the next one there, once it is free."""
         desk, manager = self._desk, self._desk.manager
         handles, fleet, staff = manager.fleet.handles, manager.fleet, manager.staff
@@ -183,8 +194,8 @@ class _WarmUp:
 
         while True:
             desk.check_open()
-            left = max(0.0, end - time.monotonic())
-            patience = None if left == math.inf else left
+            seconds_left = left()
+            patience = None if seconds_left == math.inf else seconds_left
             manager.wait_for(lambda: in_service() or given_up() or manager.closing, patience)
             handle = handles.get(slot)
             if handle is not None and in_service():
@@ -193,7 +204,7 @@ class _WarmUp:
                     return Lease(desk, taken)
             elif given_up():
                 raise LookupError(f"worker {slot} was let go, and nobody took its place")
-            if time.monotonic() >= end:
+            if left() <= 0:
                 raise self._too_late(slot)
 
     def _too_late(self, slot: int) -> CheckoutTimeout:

@@ -45,13 +45,17 @@ from stepwise import (
 Phase = Callable[[Any, Any], Steps]
 
 
-def take(timeout: float | None = None, wants: int | None = None) -> Phase:
+def take(
+    timeout: float | None = None,
+    wants: int | None = None,
+    more: Callable[[], float] | None = None,
+) -> Phase:
     """Take a slot; it is the thread's from then on."""
 
     def phase(turnstile: Any, held: Any) -> Steps:
         yield ("begin",)
         try:
-            token = yield from turnstile.take(timeout, wants)
+            token = yield from turnstile.take(timeout, wants, None, more)
         except turnstile.Closed:
             return None
         yield ("end", token)

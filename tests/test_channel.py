@@ -392,6 +392,47 @@ def test_silence_times_out_when_it_should(pipe: Pipe, timeout: float) -> None:
     assert timeout <= time.monotonic() - start < timeout + LAST / 2
 
 
+def test_reply_that_comes_in_time_that_was_lost_is_taken(pipe: Pipe) -> None:
+    """The process was stopped, so the call may take as much longer, however often that happens."""
+    asked: list[float] = []
+
+    def lost(since: float) -> float:
+        asked.append(since)
+        if len(asked) == 2:
+            pipe.raw.recv(CHUNK)
+            pipe.raw.sendall(frame(1, wire.RETURNED, b"late"))
+        return len(asked) * 0.01
+
+    pipe.end.lost = lost
+    pipe.started_ns = time.monotonic_ns()
+
+    assert pipe.exchange(timeout=0.01) == (wire.RETURNED, b"late")
+    assert asked == [pipe.started_ns / 1e9] * 2
+
+
+def test_time_that_was_lost_before_is_given_once(pipe: Pipe) -> None:
+    pipe.end.lost = lambda since: 0.02
+
+    with pytest.raises(TimedOut):
+        pipe.exchange(timeout=0.01)
+
+
+def test_request_that_is_taken_in_time_that_was_lost_is_sent(pipe: Pipe) -> None:
+    """One that does not fit into the pipe at once."""
+    body = bytes(5_000_001)
+
+    def lost(since: float) -> float:
+        if not served:
+            served.append(True)
+            pipe.serve(pipe.kind)
+        return LAST
+
+    served: list[bool] = []
+    pipe.end.lost = lost
+
+    assert pipe.exchange(body, timeout=0.01) == (wire.RETURNED, body)
+
+
 def test_signals_do_not_shorten_the_wait(pipe: Pipe) -> None:
     """A handler that returns is no reason to give up: the reply is waited for to the end."""
     came = []

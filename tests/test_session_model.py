@@ -227,6 +227,17 @@ class SteppedWaiter(Waiter):
         return Watched.schedule.wait(self._gate, limited)
 
 
+class Limit:
+    """How long a caller waits. When that is over is the schedule's choice, and the last word."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self._rest = seconds, seconds
+
+    def left(self) -> float | None:
+        left, self._rest = self._rest, None if self.seconds is None else 0.0
+        return left
+
+
 class Stage:
     """Sessions without a pool, and what the threads of one run do with session "a"."""
 
@@ -240,6 +251,7 @@ class Stage:
         desk: Any = types.SimpleNamespace(
             manager=manager, config=PoolConfig(size=1, **options), hooks=Hooks("stage"),
             check_open=lambda: None, check_process=lambda: None, count=lambda name: None,
+            limit=Limit,
         )  # fmt: skip
         self.sessions: Any = Sessions(desk)
         line: Turnstile = self.sessions._line

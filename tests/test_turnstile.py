@@ -624,3 +624,44 @@ def test_waiter_sleeps_no_longer_than_asked() -> None:
     assert waiter.wait(0.001) is False
     waiter.wake()
     assert waiter.wait(None) is True
+
+
+# -- time that does not count --------------------------------------------------------------------
+
+
+def test_wait_that_is_given_more_time_goes_on_at_its_place() -> None:
+    """Whoever is asked for it when the time is over may be the one that brings a slot."""
+    watched = Watched(0)
+    turnstile = watched.turnstile
+    turnstile.admit(0, 1)
+    second: list[Taker] = []
+
+    def more() -> float:
+        if not second:
+            second.append(Taker(watched, 20))
+            return 0.01
+        turnstile.publish(0, 1)
+        return 20.0
+
+    assert turnstile.take(0.01, None, None, more) == (0, 1)
+    turnstile.publish(0, 1)
+    assert second[0].outcome() == (0, 1)
+
+
+@pytest.mark.parametrize("nothing", [0.0, None])
+def test_wait_that_is_given_no_more_time_is_over(nothing: float | None) -> None:
+    watched = Watched(0)
+
+    assert watched.turnstile.take(0.01, None, None, lambda: nothing) is None
+    assert not watched.turnstile.waiters
+
+
+def test_interrupt_as_more_time_is_asked_for_leaves_nobody_in_the_line() -> None:
+    watched = Watched(0)
+
+    def more() -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watched.turnstile.take(0.01, None, None, more)
+    assert not watched.turnstile.waiters

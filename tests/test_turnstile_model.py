@@ -272,6 +272,15 @@ def test_protocol_without_one_of_its_steps_breaks_a_promise(name: str) -> None:
     print(f"{name}: {broken.value}")
 
 
+def test_wait_that_goes_on_is_where_it_was(code: Instrumented) -> None:
+    """To be given more time changes nothing: the same state again, explored with the others."""
+    given = take(0.5, None, lambda: 0.5)
+
+    with pytest.raises(Violation, match="all this can happen again and again") as broken:
+        Explorer(Scenario([[release], [given, release]], [A], ()), code).run()
+    assert str(broken.value).splitlines()[-1].strip() == "1: 0.5 s are over"
+
+
 def test_unknown_shared_state_is_refused() -> None:
     """A new word of shared memory cannot slip by the rewriting."""
     dirty = "        self._dirty[slot] = True\n        while"

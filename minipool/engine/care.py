@@ -223,6 +223,7 @@ class Care:
             self._turnstile.dismiss(handle.slot)
         code = handle.process.exitcode(0)
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
+        patience += int(self._fleet.standstills.counted(handle.ended_ns / 1e9) * health.SECOND_NS)
         if code is None and patience > 0 and handle.process.unknown is None:
             return
         handle.process.give_up()

@@ -17,7 +17,7 @@ import os
 import select
 import struct
 import time
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 from . import wire
 from .descriptors import close_all, closer
@@ -88,6 +88,29 @@ class End:
     def __init__(self, limit: int) -> None:
         self._limit = limit  # bytes in a frame; one that claims more is garbage
         self._got = bytearray()  # what came and was not yet taken
+        self._began = 0.0  # the call under way, monotonic; known once it is not answered at once
+        self._due: float | None = None  # when it is to be answered, as it was when it began
+        #: Returns how many seconds since then counted against no deadline; see `standstill`.
+        self.lost: Callable[[float], float] = _nothing
+
+    def _deadline(self, timeout: float | None, start: int) -> float | None:
+        """Return by when the call under way is to be answered, on the monotonic clock."""
+        self._began = start / 1e9
+        self._due = None if timeout is None else self._began + timeout
+        return self._due
+
+    def _extended(self, deadline: float) -> float:
+        """Return until when the call under way may take, now that its deadline is over.
+
+        Raises:
+            TimedOut: no longer.
+        """
+        if self._due is None or deadline < self._due:
+            raise TimedOut  # it was no wait for the reply
+        later = self._due + self.lost(self._began)
+        if later <= deadline:
+            raise TimedOut
+        return later
 
     def _receive_piece(self, most: int, deadline: float | None) -> bytes:
         """Wait for some bytes; b"" is the end of the pipe."""
@@ -216,7 +239,7 @@ class FastEnd(End):
         """
         size = _REQUEST_HEADER + len(name) + len(body)
         if size > SMALL:
-            deadline = deadline_of(timeout, start)
+            deadline = self._deadline(timeout, start)
             self._check(size)
             head = wire.REQUEST.pack(0, call_id, kind, len(name))[4:]
             length = wire.LENGTH.pack(size) if size <= wire.SHORT_FRAME else long_length(size)
@@ -229,9 +252,9 @@ class FastEnd(End):
             frame = _pack_request(size, call_id, kind, len(name)) + name + body
             sent = _write(self._out, frame)
             if sent != size + 4:  # a pipe of a user who has very many is small
-                self._send_long((frame[sent:],), deadline_of(timeout, start))
+                self._send_long((frame[sent:],), self._deadline(timeout, start))
             if not poll(self._look):  # at least one look is over
-                return self._reply_to(call_id, deadline_of(timeout, start))
+                return self._reply_to(call_id, self._deadline(timeout, start))
             reply = _read(self.fd, self._most)
             size, got_id, status = _unpack_reply(reply)
         except OSError:  # it is dead, and has said nothing
@@ -241,7 +264,7 @@ class FastEnd(End):
         if size + 4 != len(reply) or got_id != call_id:
             self._most = CHUNK
             self._add(reply)
-            return self._reply_to(call_id, deadline_of(timeout, start))
+            return self._reply_to(call_id, self._deadline(timeout, start))
         return status, reply[_REPLY_HEADER:]
 
     def _reply_to(self, call_id: int, deadline: float | None) -> tuple[int, bytes | memoryview]:
@@ -318,8 +341,8 @@ class FastEnd(End):
                 raise PeerGone from None
             if self._dead:
                 raise PeerGone
-            if left is not None and left <= LOOK:
-                raise TimedOut
+            if deadline is not None and left is not None and left <= LOOK:
+                deadline = self._extended(deadline)
 
     def _send_long(self, parts: Iterable[bytes], deadline: float | None) -> None:
         """Write what may not fit the pipe's buffer, watching the worker and the clock."""
@@ -340,8 +363,8 @@ class FastEnd(End):
                     events = poll.poll(0 if self._dead else _look_ms(left))
                     if self._dead or any(fd == self._death_fd for fd, _ in events):
                         raise PeerGone from None
-                    if not events and left is not None and left <= LOOK:
-                        raise TimedOut from None
+                    if not events and deadline is not None and left is not None and left <= LOOK:
+                        deadline = self._extended(deadline)
                 except OSError:
                     raise PeerGone from None
 
@@ -395,8 +418,8 @@ def long_length(size: int) -> bytes:
     return wire.LONG_LENGTH.pack(-1, size)
 
 
-def deadline_of(timeout: float | None, start: int) -> float | None:
-    return None if timeout is None else start / 1e9 + timeout
+def _nothing(since: float) -> float:
+    return 0.0
 
 
 def pair(context: Any, portable: bool) -> tuple[Any, Any]:

@@ -24,6 +24,8 @@ from .handle import Handle
 from .manager import Crowded, Manager
 from .pace import Budget, Pace
 from .passage import passage, passages, waits
+from .refusal import refusal
+from .standstill import DefaultTimeout, TimeLimit
 from .states import WorkerState as S
 from .turnstile import Closed, Turnstile, Waiter
 
@@ -47,11 +49,12 @@ class Desk:
     """Gives out workers and takes them back, for one pool. Any thread may call it."""
 
     __slots__ = (  # more attributes than CPython keeps quick in a dict
-        "__weakref__", "_counting", "_handles", "_origins", "_publish", "_try_take", "_turnstile",
-        "baggage", "call_timeout", "checkout_timeout", "config", "discarded", "errors", "faults",
-        "hooks", "manager", "on_checkin", "on_checkout", "on_dropped", "on_exception", "on_queue",
-        "on_start", "on_stop", "pace", "pool_name", "queued", "sessions_lost", "sessions_moved",
-        "sessions_new", "targets", "timeouts", "turned_away",
+        "__weakref__", "_counting", "_handles", "_limit", "_origins", "_publish", "_try_take",
+        "_turnstile", "baggage", "call_timeout", "checkout_timeout", "config", "discarded",
+        "errors", "faults", "hooks", "manager", "on_checkin", "on_checkout", "on_dropped",
+        "on_exception", "on_queue", "on_start", "on_stop", "pace", "pool_name", "queued",
+        "sessions_lost", "sessions_moved", "sessions_new", "targets", "timed_out_ns", "timeouts",
+        "turned_away",
     )  # fmt: skip
 
     def __init__(self, manager: Manager, targets: wire.Targets) -> None:
@@ -60,7 +63,9 @@ class Desk:
         self.hooks = manager.hooks
         self.config = manager.config
         self.pool_name = manager.config.name
-        self.checkout_timeout = manager.config.checkout_timeout
+        timeout = manager.config.checkout_timeout
+        self.checkout_timeout: float | None
+        self.checkout_timeout = None if timeout is None else DefaultTimeout(timeout)
         self.call_timeout = manager.config.call_timeout
         self.baggage = manager.fleet.baggage
         self.pace = Pace(manager.fleet.counted_rows)
@@ -77,6 +82,7 @@ class Desk:
         )
         # Made once: to bind the method anew is a cost of every lease. Weakly, as handles keep it.
         self.on_dropped = functools.partial(_dropped, weakref.ref(self))
+        self._limit = manager.standstills.limit
         self._turnstile = manager.turnstile
         self._try_take = manager.turnstile.try_take
         self._publish = manager.turnstile.publish
@@ -85,6 +91,7 @@ class Desk:
         self._counting = threading.RLock()
         self.queued = 0
         self.timeouts = 0
+        self.timed_out_ns = 0  # when a checkout was in vain for the last time, monotonic
         self.turned_away = 0
         self.discarded = 0
         self.faults = 0
@@ -93,7 +100,11 @@ class Desk:
 
     # -- taking ------------------------------------------------------------------------------
 
-    def acquire(self, timeout: float | None, budget: Budget | None = None) -> Handle:
+    def limit(self, timeout: float | TimeLimit | None) -> TimeLimit:
+        """Return what limits a wait that begins now, or began when that limit was made."""
+        return timeout if isinstance(timeout, TimeLimit) else self._limit(timeout)
+
+    def acquire(self, timeout: float | TimeLimit | None, budget: Budget | None = None) -> Handle:
         """Take a worker that is ready and well; the caller owns it until `give_back`.
 
         With `budget` the caller leaves the line while there is time for its call.
@@ -104,14 +115,14 @@ class Desk:
         take = self._try_take  # CPython 3.11 is slow to call an attribute that is no method
         token = take()
         if token is None:
-            return self._acquire_slowly(self._patience(timeout, budget))
+            return self._acquire_slowly(self.patience(timeout, budget))
         handle: Handle = token[1]
         if handle.sessions and self._turnstile.idle:
             handle = self._colder(handle)
         now = _monotonic_ns()
         if now - handle.idle_since_ns > _TRUSTED_NS and handle.channel.disturbed():
             self._refuse(handle)
-            return self._acquire_slowly(self._patience(timeout, budget))
+            return self._acquire_slowly(self.patience(timeout, budget))
         handle.thread = _get_ident()
         row = handle.row
         row[t.LEASED_SINCE_NS] = now
@@ -120,8 +131,15 @@ class Desk:
             self._mark(handle, 0.0)
         return handle
 
-    def _patience(self, timeout: float | None, budget: Budget | None) -> float | None:
-        return timeout if budget is None else self.pace.patience(timeout, budget)
+    def patience(
+        self, timeout: float | TimeLimit | None, budget: Budget | None
+    ) -> float | TimeLimit | None:
+        """Return how long a caller waits; with `budget`, while there is time for its call."""
+        if budget is None:
+            return timeout
+        left = timeout.left() if isinstance(timeout, TimeLimit) else timeout
+        patience = self.pace.patience(left, budget)
+        return timeout if patience == left else patience
 
     def _colder(self, handle: Handle) -> Handle:
         """Exchange a worker for an idle one whose sessions are fewer or longer unused.
@@ -163,7 +181,7 @@ class Desk:
         return handle
 
     def acquire_this(
-        self, wanted: Handle, timeout: float | None, widen_after: float | None
+        self, wanted: Handle, timeout: float | TimeLimit | None, widen_after: float | None
     ) -> Handle | None:
         """Take that very worker, or, `widen_after` seconds later (None: never), any.
 
@@ -190,25 +208,27 @@ class Desk:
         return handle
 
     def _acquire_slowly(
-        self, timeout: float | None, wants: int | None = None, widen_after: float | None = None
+        self,
+        timeout: float | TimeLimit | None,
+        wants: int | None = None,
+        widen_after: float | None = None,
     ) -> Handle:
         """Queue for a worker, again if what comes turns out to be dead."""
         self.check_open()
-        start = time.monotonic()
         waiting = len(self._turnstile.waiters)
         if self.config.max_waiting is not None and waiting >= self.config.max_waiting:
             raise self._too_many(waiting)
         if self.manager.here:
             timeout = 0.0  # a hook in the manager's thread waits for nobody but itself
-        if timeout is None or timeout > 0:  # else it does not queue
+        limit = self.limit(timeout)
+        if limit.seconds is None or limit.seconds > 0:  # else it does not queue
             self.count("queued")
             if self.on_queue:
                 self.hooks.emit("queue.depth", {"depth": waiting + 1})
         while True:
-            left = None if timeout is None else timeout - (time.monotonic() - start)
             self._check_circuit()
             try:
-                token = self._turnstile.take(left, wants, widen_after)
+                token = self._turnstile.take(limit.left(), wants, widen_after, limit.left)
             except Crowded:
                 raise self._too_many(len(self._turnstile.waiters)) from None
             except Closed:
@@ -221,10 +241,10 @@ class Desk:
                 if wants is None:
                     self.manager.wish()  # with timeout 0 nobody queued, but somebody wanted one
                 self.check_open()
-                raise self._timed_out(timeout, time.monotonic() - start)
+                raise self._timed_out(limit)
             handle: Handle = token[1]
             if not handle.channel.disturbed():
-                return self._take_over(handle, time.monotonic() - start)
+                return self._take_over(handle, limit.waited)
             self._refuse(handle)
 
     def _take_over(self, handle: Handle, waited: float) -> Handle:
@@ -401,17 +421,18 @@ class Desk:
             max_waiting=self.config.max_waiting,
         )
 
-    def _timed_out(self, timeout: float | None, waited: float) -> CheckoutTimeout:
+    def _timed_out(self, limit: TimeLimit) -> CheckoutTimeout:
+        timeout = None if limit.seconds is None else float(limit.seconds)
         live = self.manager.fleet.live()
         starting = sum(handle.state is S.STARTING for handle in live)
         leaving = sum(handle.condemned for handle in live)
         counts = self._counts(live)
+        why, remedy = refusal(self.manager, counts["held_by_this_thread"], limit.waited)
         error = CheckoutTimeout(
             f"no worker of {self.config.name} came free within {timeout} s (size "
             f"{counts['size']}, leased {counts['leased']}{_leaving(leaving)}, starting {starting}, "
-            f"waiting {counts['waiting']}{_nested(counts['held_by_this_thread'])}); raise `size` "
-            f"or `checkout_timeout`, or look for a lease that is never given back",
-            timeout=timeout, waited=waited, **counts,
+            f"waiting {counts['waiting']}): {why}; {remedy}",
+            timeout=timeout, waited=limit.waited, **counts,
         )  # fmt: skip
         error.__cause__ = self.manager.fleet.last_failure
         return error
@@ -419,6 +440,7 @@ class Desk:
     def _counts(self, live: list[Handle]) -> dict[str, int]:
         """Count a checkout that was in vain; return what its error tells of the pool."""
         self.count("timeouts")
+        self.timed_out_ns = _monotonic_ns()
         leased = [handle for handle in live if handle.live_lease is not None]
         return {
             "size": self.manager.staff.target,
@@ -493,10 +515,3 @@ def _warmth(handle: Handle) -> tuple[bool, int]:
 
 def _leaving(count: int) -> str:
     return f" ({count} of them on their way out)" if count else ""
-
-
-def _nested(mine: int) -> str:
-    if not mine:
-        return ""
-    leases = "1 lease" if mine == 1 else f"{mine} leases"
-    return f"; this thread already holds {leases}, and would wait for itself"

@@ -25,6 +25,7 @@ from .health import SECOND_NS
 from .inquest import Death, hold, reason_of
 from .launch import Launcher
 from .process import signal_name
+from .standstill import Standstills
 from .states import WorkerState as S
 from .verdict import MANY, Verdict, by_chance
 
@@ -56,6 +57,7 @@ class Fleet:
         #: and stay: see `settle`.
         self.unsettled: dict[int, Handle] = {}
         self.next_expiry_ns = 0  # of those others; 0: none
+        self.standstills = Standstills(config.init_timeout)
         self.table = t.Table(config.name or "", portable=launcher.portable)
         if self.table.fd is None:
             launcher.portable = True  # the end that takes the worker's words out of its replies
@@ -151,6 +153,23 @@ class Fleet:
         since = time.monotonic_ns() - SECOND_NS
         handles = tuple(self.unsettled.values())
         return sum(handle.state is S.LOST and handle.since_ns > since for handle in handles)
+
+    @property
+    def prepared(self) -> int:
+        """How many workers it was begun to start."""
+        return self._generation
+
+    @property
+    def starting_alone(self) -> bool:
+        """Whether no worker serves and one is starting. By the manager's thread.
+
+        Those that are settled are in service, so that one look at the others tells it.
+        """
+        unsettled = self.unsettled.values()
+        booting = [h for h in unsettled if h.state is S.STARTING and not (h.reserve or h.condemned)]
+        if not booting or len(self.handles) > len(self.unsettled):
+            return False
+        return not self.usable()
 
     @property
     def failures_in_a_row(self) -> int:
@@ -287,6 +306,7 @@ class Fleet:
     def serve(self, handle: Handle) -> None:
         """Note that a worker is in service from now on."""
         handle.reserve = False
+        handle.channel.lost = self.standstills.lost
         handle.serving_ns = handle.idle_since_ns = time.monotonic_ns()
 
     def spare(self, handle: Handle) -> None:

@@ -376,7 +376,8 @@ class Handle:
             raise self._nonsense(ValueError("it lacks the state that came along"), name)
         session.missing()
         self.calls_sent -= 1  # that was no call: what is sent now is still the same
-        left = None if timeout is None else max(0.0, timeout - took_ns / 1e9)
+        took = took_ns / 1e9 - self.channel.lost((_monotonic_ns() - took_ns) / 1e9)
+        left = None if timeout is None else max(0.0, timeout - took)
         self._repeating = True
         try:
             return self.request(kind & ~wire.FLAGS, name, args, kwargs, left)

@@ -98,6 +98,7 @@ class Manager:
         self.bell = Bell()
         self.turnstile = Turnstile(config.strategy, self._queued, self.refused, swept=True)
         self.fleet = Fleet(launcher, config, hooks, breaker=breaker)
+        self.standstills = self.fleet.standstills
         self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused, self.order)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)
         if self.fleet.breaker is not None:
@@ -123,6 +124,8 @@ class Manager:
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
         self.holdups = Holdups(config.name or "")  # of its close
+        self._close_since = 0.0  # when that was set
+        self._outside = (0, 0)  # what may have held up the last turn
         self._suspects = Suspects()  # workers that nobody seems to have
         self._poller = Poller()
         self._whole = True  # the turn has looked, or is to look, at all workers
@@ -222,10 +225,17 @@ class Manager:
         """Wait until something that the manager changes is so; False if time ran out first."""
         if self.here:
             return condition()  # nothing will change while its thread waits here
-        if timeout is not None:
-            timeout = min(timeout, threading.TIMEOUT_MAX)
-        with self._changed:
-            return self._changed.wait_for(lambda: condition() or self.done, timeout)
+        limit = self.standstills.limit(timeout)
+        left = limit.left()
+        while True:
+            if left is not None:
+                left = min(left, threading.TIMEOUT_MAX)
+            with self._changed:
+                if self._changed.wait_for(lambda: condition() or self.done, left):
+                    return True
+            left = limit.left()
+            if not left:
+                return condition() or self.done
 
     def wait_done(self, timeout: float) -> bool:
         """Wait until everything has ended. Not in a log handler, for which the end would wait."""
@@ -236,11 +246,12 @@ class Manager:
     def close(self, lease_timeout: float, kill: bool = False) -> None:
         """Begin to end everything; `lease_timeout` seconds from now leases are revoked."""
         self.holdups.begin()
-        by = time.monotonic() + lease_timeout
-        if self._close_by is None or by < self._close_by:
+        now = time.monotonic()
+        by = now + lease_timeout - (_LAST_GRACE + 1 if kill else 0.0)
+        due, spared = self._close_by, self.standstills.counted(self._close_since)
+        if due is None or by < due + spared:
+            self._close_since = now
             self._close_by = by
-        if kill:
-            self._close_by = min(self._close_by, by - _LAST_GRACE - 1)
         self.care.closing = True
         self.turnstile.closed = True  # before anybody can be told so
         self.bell.ring()
@@ -257,6 +268,7 @@ class Manager:
         """Let go of everything in a process that was forked from the owner. Takes no lock."""
         self.turnstile.closed = True
         self.turnstile.idle.clear()
+        self.standstills.end()
         self.fleet.abandon()
         if self._launcher.lifeline is not None:
             self._launcher.lifeline.abandon()
@@ -280,10 +292,12 @@ class Manager:
                 self._whole, self._poller = True, Poller()
                 self._orders.append(_nothing)
                 # Not at full speed; a bell that no turn gets to silence would have it so.
+                self.standstills.rest(self.config.tick, self.config.tick, counts=False)
                 ready([] if failed else [self.bell.reader], self.config.tick)
                 failed = True
         self.bell.close()
         OOM_KILLS.end()
+        self.standstills.end()
         with self._changed:
             self._changed.notify_all()
         self._relay.close(_LOG_PATIENCE)
@@ -298,7 +312,14 @@ class Manager:
                     self._poller.drop(slot)
         for handle in handles.values():
             self._watch(handle)
-        return self._poller.wait(self._patience())
+        patience, outside = self._patience(), self._outside
+        self._outside = self.hooks.emitted, self.fleet.prepared
+        self.standstills.note_starting(self.fleet.starting_alone)
+        self.standstills.rest(patience, self.config.tick, counts=self._outside == outside)
+        heard = self._poller.wait(patience)
+        self._outside = self.hooks.emitted, self.fleet.prepared
+        self.standstills.turn()
+        return heard
 
     def _watch(self, handle: Handle) -> None:
         channel = handle.channel
@@ -431,7 +452,23 @@ class Manager:
             handles = [one for one in handles if one.state not in _AT_REST or one.expires_ns]
         weigh = self.config.kill_rss is not None
         lost = self._lost if sweep else lambda handle: False
-        return [_row(handle, handle.slot in idle, lost, weigh) for handle in handles]
+        rows = [_row(handle, handle.slot in idle, lost, weigh) for handle in handles]
+        return [self._spared(row) for row in rows] if self.standstills.stopped else rows
+
+    def _spared(self, row: health.Row) -> health.Row:
+        """Return a row whose worker is as young as if the process had never been stopped.
+
+        But not what is due at rest, such as the next probe: that is no deadline.
+        """
+        if row.state in _AT_REST:
+            since = row.leased_since_ns
+            if since is None:
+                return row
+            return row._replace(leased_since_ns=self._without_stops(since))
+        return row._replace(since_ns=self._without_stops(row.since_ns))
+
+    def _without_stops(self, since_ns: int) -> int:
+        return since_ns + int(self.standstills.counted(since_ns / 1e9) * health.SECOND_NS)
 
     def _lost(self, handle: Handle) -> bool:
         """Tell whether a worker that is neither idle nor leased is nobody's."""
@@ -532,7 +569,7 @@ class Manager:
             line = reference()
             if line is not None:
                 line.close()
-        now = time.monotonic()
+        now = time.monotonic() - self.standstills.counted(self._close_since)
         for handle in tuple(self.fleet.handles.values()):
             handle.condemned = True
             if handle.state is S.SPARE:

@@ -25,7 +25,6 @@ from .channel import (
     PeerGone,
     TimedOut,
     Unsent,
-    deadline_of,
     long_length,
 )
 
@@ -49,7 +48,7 @@ class PortableEnd(End):
     def exchange(
         self, call_id: int, kind: int, name: bytes, body: bytes, timeout: float | None, start: int
     ) -> tuple[int, bytes | memoryview]:
-        deadline = deadline_of(timeout, start)
+        deadline = self._deadline(timeout, start)
         try:
             payload = wire.REQUEST.pack(0, call_id, kind, len(name))[4:] + name + body
         except MemoryError:
@@ -131,8 +130,10 @@ class PortableEnd(End):
 
         If it does not end in time the worker is killed, which ends the send as well.
         """
-        if not self._send_aside(payload).wait(_left(deadline)):
-            raise TimedOut
+        sent = self._send_aside(payload)
+        while not sent.wait(_left(deadline)):
+            if deadline is not None:
+                deadline = self._extended(deadline)
 
     def _send_aside(self, payload: bytes) -> threading.Event:
         """Send from a thread of its own; return what tells of its end, good or bad."""
@@ -165,8 +166,8 @@ class PortableEnd(End):
                 ready = connection.wait(
                     [self._conn, self._sentinel], LOOK if left is None else min(left, LOOK)
                 )
-                if not ready and left is not None and left <= LOOK:
-                    raise TimedOut
+                if not ready and deadline is not None and left is not None and left <= LOOK:
+                    deadline = self._extended(deadline)
             if self._conn not in ready and not self._conn.poll(0):
                 raise PeerGone
             if sys.platform != "win32":  # there a message comes whole, here it may never end

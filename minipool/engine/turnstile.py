@@ -197,16 +197,22 @@ class Turnstile:
         return None if self.closed else self._pop_valid(wants)
 
     def take(
-        self, timeout: float | None, wants: Any = None, widen_after: float | None = None
+        self,
+        timeout: float | None,
+        wants: Any = None,
+        widen_after: float | None = None,
+        more: Callable[[], float | None] | None = None,
     ) -> Token | None:
         """Take a slot, queueing for it; None when the time ran out. `timeout` 0 does not wait.
 
         With `wants` only that very slot will do; after `widen_after` seconds any other as well,
-        without losing the place in the line.
+        without losing the place in the line. `more` is asked when the time has run out: the wait
+        goes on, at the same place, for as many seconds as it returns.
 
         Raises:
             Closed: nothing was taken.
-            BaseException: whatever a signal handler or `on_queue` raised; nothing was taken.
+            BaseException: whatever a signal handler, `on_queue` or `more` raised; nothing was
+                taken.
         """
         if self.closed:
             raise Closed
@@ -223,7 +229,7 @@ class Turnstile:
             self._join(waiter, widen_after is not None)
             self._on_queue(waiter)
             if widen_after is None or not self._wait_narrowly(waiter, until, widen_after):
-                self._wait(waiter, until)
+                self._wait(waiter, until, more)
             token = self._outcome(waiter)
         except BaseException:
             self.leave(waiter)
@@ -267,7 +273,12 @@ class Turnstile:
         self._leave_lines(waiter)
         self.waiters.pop(waiter.ticket, None)
 
-    def _wait(self, waiter: Waiter, until: float | None) -> bool:
+    def _wait(
+        self,
+        waiter: Waiter,
+        until: float | None,
+        more: Callable[[], float | None] | None = None,
+    ) -> bool:
         """Wait until the waiter was settled; False if the time ran out first."""
         seat = None
         look = _looks(self._look)
@@ -276,9 +287,13 @@ class Turnstile:
             looks = look is not None and (left is None or look < left)
             if waiter.wait(look if looks else left):
                 return True
-            if not looks:
+            if looks:
+                seat = self.sweep(seat)
+                continue
+            seconds = None if more is None else more()
+            if not seconds:
                 return False
-            seat = self.sweep(seat)
+            until = time.monotonic() + seconds
 
     def _wait_narrowly(self, waiter: Waiter, until: float | None, seconds: float) -> bool:
         """Wait for the one slot wanted, for a while; then let any do. True: it was settled."""
