@@ -22,6 +22,7 @@ from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.pace import Budget
 from .engine.passage import passage
+from .engine.refusal import hold_of
 from .engine.standstill import TimeLimit
 from .engine.table import LEASED_SINCE_NS, SESSION_HITS
 from .engine.turnstile import Closed, Turnstile
@@ -466,9 +467,12 @@ class Sessions:
             )
         timeout = None if timeout is None else float(timeout)
         self._desk.count("timeouts")
+        record = self._records.get(key)
+        hold = None if record is None or record.holder is None else hold_of(record.holder)
+        by = "" if hold is None else f" ({hold[1]})"
         return CheckoutTimeout(
-            f"session {key!r} was in use for all of {timeout} s; its lease is held too long, or "
-            f"never given back; sessions are serial",
+            f"session {key!r} was in use for all of {timeout} s{by}; its lease is held too long, "
+            f"or never given back; sessions are serial",
             timeout=timeout, waited=timeout, size=self._manager.staff.target, leased=0, waiting=0,
             held_by_this_thread=0,
         )  # fmt: skip

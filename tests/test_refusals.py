@@ -203,6 +203,13 @@ def test_refusal_tells_which_threads_have_the_workers_and_since_when(
     assert "raise `size`" in told and "never given back" in told
 
 
+def test_refusal_of_a_session_tells_who_has_it(pool: Pool[Stateful]) -> None:
+    with pool.checkout(session="one"):
+        told = refused(pool, session="one")
+
+    assert re.search(r"in use for all of 0.05 s \(worker \d for \d+\.\d s, by thread 'MainT", told)
+
+
 def test_refusal_suspects_no_lease_that_is_younger_than_the_wait(pool: Pool[Stateful]) -> None:
     """The workers went from hand to hand: more of them help, and nobody has to look for one."""
     leases = [pool.checkout() for _ in range(2)]

@@ -69,23 +69,24 @@ def _nobody_serves(manager: Manager) -> tuple[str, str]:
 
 
 def _holds(serving: list[Handle]) -> list[tuple[float, str]]:
-    """Return for how long each worker that is leased has been, and by whom, in words."""
-    now, names = time.monotonic_ns(), _thread_names()
-    held = []
-    for handle in serving:
-        since = handle.row[t.LEASED_SINCE_NS]
-        if not since or handle.live_lease is None:
-            continue
-        seconds = max(0, now - since) / 1e9
-        name = names.get(handle.thread)
-        by = f"thread {name!r}" if name is not None else "a thread that has ended"
-        call = handle.in_call
-        doing = f", in {call.decode(errors='replace')!r}" if isinstance(call, bytes) else ""
-        held.append((seconds, f"worker {handle.slot} for {seconds:.1f} s, by {by}{doing}"))
-    return held
+    return [hold for hold in map(hold_of, serving) if hold is not None]
 
 
-def _thread_names() -> dict[int, str]:
-    """Return the names of all threads, without a lock: a signal handler may ask for them."""
+def hold_of(handle: Handle) -> tuple[float, str] | None:
+    """Return for how many seconds a worker is leased, and by whom, in words; None: it is not."""
+    since = handle.row[t.LEASED_SINCE_NS]
+    if not since or handle.live_lease is None:
+        return None
+    seconds = max(0, time.monotonic_ns() - since) / 1e9
+    name = _thread_name(handle.thread)
+    by = f"thread {name!r}" if name is not None else "a thread that has ended"
+    call = handle.in_call
+    doing = f", in {call.decode(errors='replace')!r}" if isinstance(call, bytes) else ""
+    return seconds, f"worker {handle.slot} for {seconds:.1f} s, by {by}{doing}"
+
+
+def _thread_name(ident: int) -> str | None:
+    """Return the name of a thread, without a lock: a signal handler may ask for it."""
     active: dict[int, Any] = getattr(threading, "_active", {})
-    return {ident: thread.name for ident, thread in active.copy().items()}
+    thread = active.get(ident)
+    return None if thread is None else thread.name
