@@ -15,8 +15,10 @@ from ..telemetry import DEBUG, INFO, WARNING, Hooks, logger, remark
 from . import health, wire
 from . import table as t
 from .channel import Garbled, PeerGone
+from .child import LEFT
 from .fleet import Fleet
 from .handle import PROBE_ID, Handle
+from .health import SENT_SIGTERM
 from .inquest import ending_of
 from .states import WorkerEvent as E
 from .states import WorkerState as S
@@ -147,6 +149,9 @@ class Care:
         if handle.state is S.STARTING:
             handle.reserve = False
             return True
+        if handle.left:
+            self.let_leave(handle, SENT_SIGTERM)
+            return False
         if handle.channel.disturbed():
             self.condemn(handle, "dead, or talking, when it was a spare")
             return False
@@ -222,6 +227,8 @@ class Care:
             self._lose(handle)
             self._turnstile.dismiss(handle.slot)
         code = handle.process.exitcode(0)
+        if code == LEFT:
+            handle.tainted, handle.condemned = handle.tainted or SENT_SIGTERM, True
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
         if code is None and patience > 0 and handle.process.unknown is None:
             return
@@ -249,6 +256,12 @@ class Care:
         handle.condemned = True
         handle.move(E.TOLD_TO_STOP)
         handle.send_stop(self.sessions_end and self.closing)
+
+    def let_leave(self, handle: Handle, reason: str) -> None:
+        """See off an idle worker or spare that ends by itself, unless somebody has taken it."""
+        if handle.state is S.SPARE or self._turnstile.claim(handle.slot, handle):
+            handle.tainted = handle.tainted or reason
+            self.retire(handle)
 
     def dismiss(self, handle: Handle, reason: str) -> None:
         """Let go a worker that is out of service."""

@@ -28,6 +28,7 @@ from .assignment import Assignment, Setup
 from .blackbox import LAST_WORDS, SHOW
 from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, Unsent, pair
 from .child import main
+from .health import SENT_SIGTERM
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 
@@ -60,8 +61,7 @@ class Handle:
         "last_begun_id", "leak_warned", "lease", "origin", "permit", "pid", "probe_failures",
         "probed_ns", "process", "ready_ns", "reserve", "revoked", "row", "serving_ns", "session",
         "session_ended_ns", "sessions", "sessions_over", "since_ns", "slot", "spawned_ns",
-        "start_error", "state", "tainted", "terminated", "thread", "transcript", "unsettled",
-        "worn",
+        "start_error", "state", "tainted", "thread", "transcript", "unsettled", "worn",
     )  # fmt: skip
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -87,7 +87,6 @@ class Handle:
         self.probe_failures = 0
         self.probed_ns = 0
         self.leak_warned = 0  # the number of the lease that was reported as leaked
-        self.terminated = False  # has been sent SIGTERM
         self.condemned = False  # its end is wanted, however it comes
         self.abandoned = False  # this process is a fork of the owner
         self.start_error: BaseException | None = None  # what its constructor raised
@@ -316,8 +315,10 @@ class Handle:
             raise self._unsent(name) from None
         self.in_call = False
         took = _monotonic_ns() - start
-        if status == wire.NOT_HERE and session is not None:
-            return self._repeat(session, kind, name, args, kwargs, timeout, took)
+        if status:
+            status = self._heard_of_leaving(status)
+            if status == wire.NOT_HERE and session is not None:
+                return self._repeat(session, kind, name, args, kwargs, timeout, took)
         octave = took.bit_length()  # `table.bucket`, written out: it is on the way of every call
         if 9 <= octave <= 38:
             self.row[t.CALL_TIMES - 72 + (octave << 3) + ((took >> (octave - 4)) & 7)] += 1
@@ -331,6 +332,18 @@ class Handle:
             return loads(reply)
         except Exception as problem:
             raise wire.unreadable_result(problem) from problem
+
+    def _heard_of_leaving(self, status: int) -> int:
+        """Return the status without the flag of a worker that leaves once its lease is over."""
+        if status & wire.LEAVING:
+            self.worn = self.worn or SENT_SIGTERM
+            self.tainted = self.tainted or self.worn
+        return status & ~wire.LEAVING
+
+    @property
+    def left(self) -> bool:
+        """Whether SIGTERM has made it leave: it ends by itself, and takes no call any more."""
+        return bool(self.row[t.PHASE] == t.PHASE_STOPPING)
 
     def _committed(self, session: Any, reply: bytes | memoryview, name: bytes) -> Any:
         end = 4 + int.from_bytes(reply[:4], "big")

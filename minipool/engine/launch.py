@@ -256,7 +256,8 @@ def _preload(context: Any, modules: tuple[str, ...]) -> None:
 
     server: Any = forkserver._forkserver
     _forget_strange_server(server)
-    wanted = [name for name in (main_name(), *modules) if name not in server._preload_modules]
+    first = [name for name in (preloaded_name(),) if name not in server._preload_modules]
+    wanted = [name for name in modules if name not in server._preload_modules]
     running = getattr(server, "_forkserver_pid", None) is not None
     if running and any(name in wanted for name in modules):
         import warnings
@@ -267,8 +268,8 @@ def _preload(context: Any, modules: tuple[str, ...]) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    if wanted and not running:
-        context.set_forkserver_preload([*server._preload_modules, *wanted])
+    if (first or wanted) and not running:
+        context.set_forkserver_preload([*first, *server._preload_modules, *wanted])
 
 
 def _forget_strange_server(server: Any) -> None:
@@ -285,6 +286,11 @@ def _forget_strange_server(server: Any) -> None:
     server.__init__()
     server._preload_modules = modules
     os.close(alive_fd)
+
+
+def preloaded_name() -> str:
+    """Return the name of the module that the fork server imports before all else."""
+    return f"{main_name().rpartition('.')[0]}.preloaded"
 
 
 def main_name() -> str:

@@ -506,9 +506,8 @@ class Manager:
             self.care.condemn(handle, action.reason, last_words=True)
         elif isinstance(action, health.Recycle):
             handle.worn = action.reason
-        elif isinstance(action, health.Terminate):
-            handle.terminated = True
-            handle.kill(15)
+        elif isinstance(action, health.Retire):
+            self.care.let_leave(handle, action.reason)
         elif isinstance(action, health.Revoke):
             self.care.revoke(handle, action.reason, action.tenure)
         elif isinstance(action, health.WarnLeak) and action.tenure is not None:
@@ -604,7 +603,8 @@ def _row(handle: Handle, idle: bool, lost: Callable[[Handle], bool], weigh: bool
         tenure=tenure,
         lost=gone and lost(handle),
         leak_warned=handle.leak_warned == tenure.lease,
-        terminated=handle.terminated,
+        leaving=handle.row[t.PHASE] == t.PHASE_LEAVING,
+        left=handle.left,
         worn=handle.worn is not None,
         expires_ns=handle.expires_ns,
         # A busy worker cannot say it itself; one that /proc hides (hidepid=2) says it later.
