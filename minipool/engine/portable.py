@@ -28,6 +28,7 @@ from .channel import (
     deadline_of,
     long_length,
 )
+from .sigpipe import unsignalled
 
 _FITS = 4096  # bytes; an idle worker's pipe has room for them on every platform
 _FOREVER = 2e6  # seconds; what `connection.wait` can take in milliseconds
@@ -122,7 +123,7 @@ class PortableEnd(End):
 
     def _send(self, payload: bytes) -> None:
         try:
-            self._conn.send_bytes(payload)
+            unsignalled(self._conn.send_bytes, payload)
         except (OSError, ValueError):
             raise PeerGone from None
 
@@ -140,7 +141,7 @@ class PortableEnd(End):
 
         def send() -> None:
             try:
-                self._conn.send_bytes(payload)
+                unsignalled(self._conn.send_bytes, payload)
             except (OSError, ValueError):
                 pass  # the wait for the reply finds the worker dead
             finally:

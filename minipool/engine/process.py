@@ -27,6 +27,7 @@ from typing import Any, Callable
 from . import popen
 from .blackbox import LAST_WORDS
 from .oom import OOM_KILLS
+from .sigpipe import unsignalled
 from .wire import close_all
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
@@ -76,7 +77,7 @@ class WorkerProcess:
         _expect_room()
         popen.use_for(self._process)
         try:
-            _start_unlisted(self._process)
+            unsignalled(_start_unlisted, self._process)
         except OSError as error:
             _close_lost_pipes(error)
             raise
