@@ -214,6 +214,35 @@ class Care:
         self._lose(handle)
         if not (last_words and handle.ask_last_words()):
             handle.kill()
+        if handle.process.refused:
+            self._cut_off(handle)
+
+    def _cut_off(self, handle: Handle) -> None:
+        """Go on without a worker that cannot be killed; it keeps its slot until it ends."""
+        if not handle.cut:
+            handle.cut = True
+            remark(
+                WARNING,
+                "worker %d (pid %s) of %s cannot be killed, and is cut off: %s",
+                handle.slot, handle.pid, self._config.name, handle.process.refused,
+            )  # fmt: skip
+        handle.cut_off()
+
+    def give_up(self, handle: Handle) -> None:
+        """Forget a worker that was to be killed and is still there, so that the pool can end.
+
+        It ends with its lifeline, or when the kernel lets go of it.
+        """
+        if not handle.process.refused:
+            remark(
+                WARNING,
+                "worker %d (pid %s) of %s was sent SIGKILL and does not end; it is given up",
+                handle.slot, handle.pid, self._config.name,
+            )  # fmt: skip
+        handle.channel.hang_up()
+        self._turnstile.dismiss(handle.slot)
+        handle.process.give_up("it could not be killed")
+        self._fleet.bury(handle, None, handle.start_error)
 
     def ended(self, handle: Handle) -> None:
         """Deal with a process that has ended, once its exit code is known or given up."""

@@ -15,8 +15,9 @@ import os
 from typing import Any, Callable
 
 _OWN = (_signal.SIGINT, _signal.SIGTERM)
-# Inherited by programs: those that ask for a password handle the signals that a terminal stops
-# with, so that the kernel sends them again and again; where they are blocked, a read just fails.
+# A worker's group is never a terminal's foreground, so that a read would stop it, and a write too
+# after `stty tostop`. To ignore them is not enough for programs that it runs: one that asks for a
+# password handles them and tries again, for ever. Where they are blocked, the read just fails.
 _OF_TERMINALS = ("SIGTTIN", "SIGTTOU")
 
 _leave: Callable[[int, Any], None] | None = None

@@ -21,7 +21,7 @@ from ..telemetry import Hooks
 from . import table as t
 from .handle import Handle
 from .health import SECOND_NS
-from .inquest import Death, hold, reason_of
+from .inquest import Death, hold, reason_of, with_stop
 from .launch import Launcher
 from .process import describe_exit, signal_name
 from .states import WorkerState as S
@@ -462,7 +462,7 @@ def _start_error(
     elif handle is not None and handle.ready_ns:
         what = f"ended {ended} as soon as it was ready"
     elif handle is not None and handle.tainted:
-        what = f"did not start: {handle.tainted}"
+        what = f"did not start: {with_stop(handle, handle.tainted)}"
     else:
         what = (
             f"ended {ended} before it could say anything; its standard error "

@@ -44,6 +44,7 @@ _TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it 
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _KEEPERS_GRACE = 2.5  # seconds that what waits for the outside may take to end, after the workers
 _LOG_PATIENCE = 0.9  # seconds that log handlers have at the end; `close` waits a little longer
+_GIVE_UP_NS = 3 * health.SECOND_NS  # from SIGKILL to the end: the kernel frees all memory first
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
 
 
@@ -535,8 +536,17 @@ class Manager:
                 or (handle.state is S.IDLE and now >= self._close_by)
             ):
                 self.care.revoke(handle, "the pool was closed")
+            if handle.state is S.LOST and not handle.ended_ns and self._outlives(handle):
+                self.care.give_up(handle)
         if not self.fleet.handles and self._keepers_ended():
             self._end()
+
+    def _outlives(self, handle: Handle) -> bool:
+        """Tell whether a worker that was to be killed is not to be waited for."""
+        if handle.process.has_ended():
+            return False
+        late = time.monotonic_ns() - handle.since_ns > _GIVE_UP_NS
+        return late or handle.process.refused is not None
 
     def _keepers_ended(self) -> bool:
         """End what waits for the outside; True once it has ended, or has taken too long."""

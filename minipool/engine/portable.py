@@ -41,7 +41,7 @@ class PortableEnd(End):
         super().__init__(limit)
         self._conn = conn
         self._open = [conn]  # whoever pops it closes it
-        self._closed = self._sending = False
+        self._closed = self._sending = self._dead = False
         self.fd = conn  # what `connection.wait` takes in place of a descriptor
         self._sentinel = sentinel
         #: Called with the words that a worker without a shared table sends along.
@@ -107,7 +107,7 @@ class PortableEnd(End):
                 self.on_words(frame[wire.REPLY.size :])
 
     def hang_up(self) -> None:
-        pass  # `_receive` watches the sentinel itself
+        self._dead = True
 
     def disturbed(self) -> bool:
         try:
@@ -166,6 +166,8 @@ class PortableEnd(End):
                 ready = connection.wait(
                     [self._conn, self._sentinel], LOOK if left is None else min(left, LOOK)
                 )
+                if not ready and self._dead:
+                    raise PeerGone
                 if not ready and left is not None and left <= LOOK:
                     raise TimedOut
             if self._conn not in ready and not self._conn.poll(0):
