@@ -346,8 +346,8 @@ class Lease(Generic[W]):
     def _taken_away(self, handle: Handle, target: Any) -> LeaseRevoked:
         return LeaseRevoked(
             f"cannot call {target!r}: the lease of worker {handle.slot} was revoked: "
-            f"{handle.revoked}; take a new one",
-            reason=handle.revoked,
+            f"{handle.why_revoked}; take a new one",
+            reason=handle.why_revoked,
         )
 
     def _busy(self, target: Any) -> LeaseError:

@@ -5,6 +5,9 @@ waits for nothing; it begins the close and returns, and the interrupted call may
 last worker is gone, the manager sends the same signal once more, and now the handler makes way:
 what the signal did before it was installed happens. If the pool has ended by then, the handler
 makes way at once; who of the two passes the signal on, is settled by the pop of a list.
+
+The kernel lets no signal have its default in the first process of a container (PID 1), so there
+the handler ends the process itself, as shells tell such an end: with 128 and the signal's number.
 """
 
 from __future__ import annotations
@@ -13,6 +16,10 @@ import os
 import signal
 import threading
 from typing import Any, Callable, Optional
+
+# They end nothing by default. No system has all of them.
+_NAMES = ("CHLD", "CONT", "URG", "WINCH", "TSTP", "TTIN", "TTOU", "INFO")
+_HARMLESS = [getattr(signal, f"SIG{name}", None) for name in _NAMES]
 
 Ask = Callable[[bool], bool]  # begin to end, with True at once; return whether that is over
 
@@ -69,6 +76,8 @@ class SignalHandlers:
             former(signum, frame)
         elif former != signal.SIG_IGN:
             os.kill(os.getpid(), signum)
+            if os.getpid() == 1 and signum not in _HARMLESS:
+                os._exit(128 + signum)  # to the first process of a container nothing has happened
 
     def ended(self, *event: Any) -> None:
         """Hear that the pool has ended; if a signal asked for it, let it have its course."""

@@ -167,7 +167,7 @@ def test_death_in_mid_call_is_told_at_once(start_method: str, gate: Gate) -> Non
     ("target", "args", "name"),
     [
         (rogues.kill_self, (signal.SIGKILL,), "SIGKILL"),
-        (rogues.kill_self, (signal.SIGTERM,), "SIGTERM"),
+        (rogues.kill_self, (signal.SIGHUP,), "SIGHUP"),
         (rogues.kill_self, (signal.SIGABRT,), "SIGABRT"),
         (rogues.segfault, (), "SIGSEGV"),
     ],

@@ -10,18 +10,18 @@ import pytest
 from minipool.engine import sizing
 from minipool.engine.health import (
     DYING_NS,
-    KILL_AFTER,
     QUIET_NS,
     SECOND_NS,
+    SENT_SIGTERM,
     CountFailure,
     Limits,
     Lost,
     Probe,
     Recycle,
     Replace,
+    Retire,
     Revoke,
     Row,
-    Terminate,
     WarnLeak,
     due_in,
     plan,
@@ -31,7 +31,6 @@ from minipool.engine.sizing import Member, Situation, Wish
 from minipool.engine.states import WorkerState as S
 
 NOW = 1_000 * SECOND_NS
-KILL_NS = int(KILL_AFTER * SECOND_NS)
 
 
 def ago(seconds: float) -> int:
@@ -110,8 +109,7 @@ def test_without_limits_nothing_is_ever_overdue() -> None:
         (lambda s: row(S.STARTING, s), 30, Limits(init_ns=30 * SECOND_NS), Replace),
         (lambda s: row(S.PROBING, s), 5, Limits(), CountFailure),
         (lambda s: row(S.PROBING, s, probe_failures=2), 5, Limits(), Replace),
-        (lambda s: row(S.STOPPING, s), 30, Limits(), Terminate),
-        (lambda s: row(S.STOPPING, s, terminated=True), 30 + KILL_AFTER, Limits(), Replace),
+        (lambda s: row(S.STOPPING, s), 30, Limits(), Replace),
         (lambda s: row(S.LOST, s), DYING_NS / SECOND_NS, Limits(), Replace),
         (lambda s: leased(since=s), 60, Limits(lease_ns=60 * SECOND_NS), Revoke),
         (lambda s: leased(since=s), 10, Limits(leak_ns=10 * SECOND_NS), WarnLeak),
@@ -138,13 +136,25 @@ def test_reasons_tell_the_limit_that_was_broken() -> None:
     """Whoever reads the log finds the option and its value."""
     (start,) = planned([row(S.STARTING, 31)], Limits(init_ns=30 * SECOND_NS))
     (probe,) = planned([row(S.PROBING, 6, probe_failures=2)], Limits())
-    (stop,) = planned([row(S.STOPPING, 32, terminated=True)], Limits())
+    (stop,) = planned([row(S.STOPPING, 32)], Limits())
     (lease,) = planned([leased(since=2)], Limits(lease_ns=SECOND_NS))
 
     assert "30 s" in start.reason
     assert "3 health checks in a row" in probe.reason
-    assert "SIGTERM" in stop.reason
+    assert "within 30 s" in stop.reason
     assert "lease_timeout=1 s" in lease.reason
+
+
+def test_worker_that_was_sent_sigterm_is_recycled() -> None:
+    """One that ends by itself is seen off; the manager's looks do not rest till then."""
+    asked, ending = {"leaving": True}, {"left": True}
+    for one in (idle(**asked), leased(**asked), spare(**asked)):
+        assert planned([one], Limits()) == [Recycle(0, SENT_SIGTERM)]
+    for one in (idle(**ending), spare(**ending)):
+        assert planned([one], Limits()) == [Retire(0, SENT_SIGTERM)]
+    assert planned([leased(**ending), idle(**asked, worn=True)], Limits()) == []
+    assert quiet_until([idle(**asked)], NOW, Limits()) == NOW
+    assert quiet_until([idle(**ending)], NOW, Limits()) == NOW
 
 
 def test_leak_is_warned_of_once() -> None:
@@ -211,7 +221,7 @@ def test_due_in_names_the_first_moment_that_matters() -> None:
     """The manager sleeps until the earliest border of what is under way, and no longer."""
     limits = Limits(init_ns=30 * SECOND_NS)
     starting, probing = row(S.STARTING, 28), row(S.PROBING, 4, slot=1)
-    stopping = row(S.STOPPING, 30.5, slot=2, terminated=True)
+    stopping = row(S.STOPPING, 29.5, slot=2)
 
     assert due_in([starting], NOW, limits) == 2 * SECOND_NS
     assert due_in([starting, probing], NOW, limits) == SECOND_NS

@@ -66,7 +66,7 @@ class Struck:
         """Receive; return what strikes once the end waits, for the first byte or for more."""
 
         def strike(signum: int, frame: Any) -> None:
-            if frame.f_code.co_name == ("_receive_rest" if half_read else "receive"):
+            if frame.f_code.co_name == ("_read_on" if half_read else "receive"):
                 raise LookupError("struck")
 
         before = signal.signal(signal.SIGALRM, strike)

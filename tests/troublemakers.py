@@ -118,10 +118,6 @@ class NotesItsEnd:
 
 
 class HangsInClose:
-    def __init__(self, ignored: tuple[int, ...] = ()) -> None:
-        for signum in ignored:
-            signal.signal(signum, signal.SIG_IGN)
-
     def close(self) -> None:
         while True:
             signal.pause()

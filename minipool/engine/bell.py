@@ -47,8 +47,8 @@ class Bell:
     def close(self) -> None:
         if sys.platform != "win32":
             self._file.close()
+        self._conn.close()  # first: a ring that is under way finds a reader, or no pipe at all
         self.reader.close()
-        self._conn.close()
 
 
 def ready(sources: list[Any], timeout: float) -> set[Any]:

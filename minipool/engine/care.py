@@ -15,8 +15,10 @@ from ..telemetry import DEBUG, INFO, WARNING, Hooks, logger, remark
 from . import health, wire
 from . import table as t
 from .channel import Garbled, PeerGone
+from .child import LEFT
 from .fleet import Fleet
 from .handle import PROBE_ID, Handle
+from .health import SENT_SIGTERM
 from .inquest import ending_of
 from .states import WorkerEvent as E
 from .states import WorkerState as S
@@ -147,6 +149,9 @@ class Care:
         if handle.state is S.STARTING:
             handle.reserve = False
             return True
+        if handle.left:
+            self.let_leave(handle, SENT_SIGTERM)
+            return False
         if handle.channel.disturbed():
             self.condemn(handle, "dead, or talking, when it was a spare")
             return False
@@ -209,6 +214,35 @@ class Care:
         self._lose(handle)
         if not (last_words and handle.ask_last_words()):
             handle.kill()
+        if handle.process.refused:
+            self._cut_off(handle)
+
+    def _cut_off(self, handle: Handle) -> None:
+        """Go on without a worker that cannot be killed; it keeps its slot until it ends."""
+        if not handle.cut:
+            handle.cut = True
+            remark(
+                WARNING,
+                "worker %d (pid %s) of %s cannot be killed, and is cut off: %s",
+                handle.slot, handle.pid, self._config.name, handle.process.refused,
+            )  # fmt: skip
+        handle.cut_off()
+
+    def give_up(self, handle: Handle) -> None:
+        """Forget a worker that was to be killed and is still there, so that the pool can end.
+
+        It ends with its lifeline, or when the kernel lets go of it.
+        """
+        if not handle.process.refused:
+            remark(
+                WARNING,
+                "worker %d (pid %s) of %s was sent SIGKILL and does not end; it is given up",
+                handle.slot, handle.pid, self._config.name,
+            )  # fmt: skip
+        handle.channel.hang_up()
+        self._turnstile.dismiss(handle.slot)
+        handle.process.give_up("it could not be killed")
+        self._fleet.bury(handle, None, handle.start_error)
 
     def ended(self, handle: Handle) -> None:
         """Deal with a process that has ended, once its exit code is known or given up."""
@@ -222,6 +256,8 @@ class Care:
             self._lose(handle)
             self._turnstile.dismiss(handle.slot)
         code = handle.process.exitcode(0)
+        if code == LEFT:
+            handle.tainted, handle.condemned = handle.tainted or SENT_SIGTERM, True
         patience = handle.ended_ns + _EXITCODE_PATIENCE_NS - time.monotonic_ns()
         patience += int(self._fleet.standstills.counted(handle.ended_ns / 1e9) * health.SECOND_NS)
         if code is None and patience > 0 and handle.process.unknown is None:
@@ -250,6 +286,12 @@ class Care:
         handle.condemned = True
         handle.move(E.TOLD_TO_STOP)
         handle.send_stop(self.sessions_end and self.closing)
+
+    def let_leave(self, handle: Handle, reason: str) -> None:
+        """See off an idle worker or spare that ends by itself, unless somebody has taken it."""
+        if handle.state is S.SPARE or self._turnstile.claim(handle.slot, handle):
+            handle.tainted = handle.tainted or reason
+            self.retire(handle)
 
     def dismiss(self, handle: Handle, reason: str) -> None:
         """Let go a worker that is out of service."""

@@ -19,7 +19,7 @@ import struct
 import time
 from typing import Any, Callable, Iterable
 
-from . import wire
+from . import sigpipe, wire
 from .descriptors import close_all, closer
 
 SMALL = 32 * 1024  # up to here one write takes all, as a rule: a pipe has room for twice as much
@@ -71,10 +71,10 @@ class _Ends:
 
     __slots__ = ("__del__", "reader", "writer")
 
-    def __init__(self, reader: int, writer: int) -> None:
+    def __init__(self, reader: int, writer: int, *more: int) -> None:
         self.reader, self.writer = reader, writer
         # In C, and so in one step: where code in Python begins, an interrupt may come in.
-        self.__del__ = closer(reader, writer)
+        self.__del__ = closer(reader, writer, *more)
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
 
@@ -299,6 +299,9 @@ class FastEnd(End):
         Raises:
             PeerGone: the worker is dead; nothing is left.
         """
+        if self.unsent and self._has_gone():
+            self.unsent.clear()
+            raise PeerGone
         while self.unsent:
             part = self.unsent.popleft()  # first: whatever strikes here, nothing is sent twice
             try:
@@ -312,6 +315,13 @@ class FastEnd(End):
             if rest:
                 self.unsent.appendleft(rest)
                 self._widen_once()
+
+    def _has_gone(self) -> bool:
+        """Tell whether nobody reads what is sent: a write would not tell, see `sigpipe`."""
+        if self._dead:
+            return True
+        events = self._poll(0)
+        return any(fd == self._death_fd or event & select.POLLHUP for fd, event in events)
 
     def _piece_now(self) -> bytes | None:
         try:
@@ -433,8 +443,13 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     except OSError:
         close_all(requests)
         raise
+    try:
+        out = sigpipe.lasting(*requests)
+    except OSError:
+        close_all((*requests, *replies))
+        raise
     theirs = wire.Ends(wire.Descriptor(requests[0]), wire.Descriptor(replies[1]))
-    return _Ends(replies[0], requests[1]), theirs
+    return _Ends(replies[0], *out), theirs
 
 
 def widen(fd: int) -> None:

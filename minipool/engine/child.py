@@ -11,12 +11,11 @@ import _signal  # without the enums of `signal`: a forked child pays for each pa
 import contextlib
 import os
 import pickle
-import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
-from . import blackbox, wire
+from . import blackbox, dispositions, wire
 from . import table as t
 from .assignment import Assignment, Setup, unpacked
 from .channel import Unreceived
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from .baggage import Baggage  # imported by the workers that are given some
     from .voice import Voice
 
+LEFT = 143  # the exit code of a worker that SIGTERM has made leave, as a shell tells that signal
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _FUNCTION_ALONE, _METHOD_ALONE = wire.FUNCTION | wire.ALONE, wire.METHOD | wire.ALONE
 _OF_THE_PIPE = (FastWorkerEnd.__module__, "multiprocessing.connection")
@@ -89,11 +89,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     stage = FETCHING
     conn = keep_standard_streams(conn, setup)
     group = lead_a_group() and setup.kill_group
-    _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
-    _signal.signal(signal.SIGTERM, _signal.SIG_DFL)
-    _signal.set_wakeup_fd(-1)  # forked, it would write into the parent's event loop
-    if hasattr(_signal, "pthread_sigmask"):
-        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    dispositions.begin()
     die_with_parent(setup.lifeline, group)
     if setup.box is not None:
         blackbox.install(setup.box.fd)
@@ -142,6 +138,8 @@ class _Worker:
         self._functions: dict[bytes, Callable[..., Any]] = {}
         self._baggage: Baggage | None = None
         self._voice: Voice | None = None
+        self._leaving = False  # SIGTERM has come
+        self._parent_knows = False  # of that, and will tell it to stop
 
     def start(self, setup: Setup, assignment: Assignment) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
@@ -182,6 +180,7 @@ class _Worker:
                 raise SystemExit(1)
         stage = None
         words[t.PHASE] = t.PHASE_SERVING
+        dispositions.leave_on_sigterm(self._asked_to_leave)
         words[t.READY_GENERATION] = setup.generation
         if not self._shared:  # else it is told a moment later, and nobody waits for it
             self._refresh(time.monotonic_ns())
@@ -199,6 +198,12 @@ class _Worker:
         while True:
             try:
                 return self._answer_requests()
+            except BlockingIOError as error:
+                if not (self._leaving and self._end.was_waiting(error.__traceback__)):
+                    raise
+                if self._may_leave():
+                    self._leave()
+                self._end.wait_on()
             except Unreceived as problem:
                 self._reply(problem.call_id, *self._failure(_no_room(problem.size)))
             except Exception as error:
@@ -237,10 +242,33 @@ class _Worker:
             if end > refresh_at:
                 self._refresh(end)
                 refresh_at = end + _REFRESH_NS
+            if self._leaving:
+                self._parent_knows, status = True, status | wire.LEAVING
             if shared:
                 send(call_id, status, result)
             else:
                 self._reply(call_id, status, result)
+
+    def _asked_to_leave(self) -> None:
+        """Hear SIGTERM. The parent is told with the next reply; one that is idle just leaves.
+
+        A wait for a request ends by this; a request that is there is taken all the same.
+        """
+        if not self._leaving:
+            self._leaving = True
+            self._words[t.PHASE] = t.PHASE_LEAVING
+        self._end.stop_waiting()
+
+    def _may_leave(self) -> bool:
+        """Tell whether nobody has leased this worker, as far as it can know."""
+        return not (self._parent_knows or (self._shared and self._words[t.LEASED_SINCE_NS]))
+
+    def _leave(self) -> NoReturn:
+        """End by SIGTERM, between two calls: whoever sends one now hears that it has not begun."""
+        self._words[t.PHASE] = t.PHASE_STOPPING
+        self._end.let_go()
+        self.close()
+        raise SystemExit(LEFT)
 
     def _run(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
         """Run one call; return the status and body of its reply. Raises nothing."""

@@ -21,6 +21,7 @@ from ..telemetry import logger, warn
 from . import table as t
 from . import wire
 from .handle import Handle
+from .health import SENT_SIGTERM
 from .manager import Crowded, Manager
 from .pace import Budget, Pace
 from .passage import passage, passages, waits
@@ -275,6 +276,9 @@ class Desk:
 
     def _refuse(self, handle: Handle) -> None:
         """Hand a worker that cannot be used to the manager, who replaces it."""
+        if handle.left:  # it is closing its object, and is given the time for that
+            handle.tainted = handle.tainted or SENT_SIGTERM
+            return self.manager.refused(handle.slot, handle)
         handle.tainted = handle.tainted or "dead, or talking, when it was idle"
         handle.in_call = handle.failed = True  # so that it is killed and not asked to stop
         self.manager.refused(handle.slot, handle)

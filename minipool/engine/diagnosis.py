@@ -7,6 +7,7 @@ import sys
 from multiprocessing import spawn
 from typing import TYPE_CHECKING
 
+from .inquest import with_stop
 from .process import describe_exit
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def of_start(
         return f"ended {ended} as soon as it was ready"
     if handle is not None and handle.tainted:
         silent = handle.killed_for is not None and not (handle.box and handle.box.last())
-        return f"did not start: {handle.tainted}{_silence(launcher) if silent else ''}"
+        return f"did not start: {with_stop(handle, handle.tainted)}{_silence(launcher) if silent else ''}"
     said = f"ended {ended} before it could say anything; its standard error tells why"
     if exitcode is not None and exitcode < 0:
         return f"{said}{_last_place(handle)}"

@@ -53,9 +53,10 @@ def preload(context: Any, own: str, modules: tuple[str, ...], patience: float | 
     server: Any = forkserver._forkserver
     _forget_strange_server(server)
     _Known.own, _Known.patience = (own,), patience
-    wanted = [name for name in (own, *modules) if name not in server._preload_modules]
+    first = [name for name in (own,) if name not in server._preload_modules]
+    wanted = [name for name in modules if name not in server._preload_modules]
     running = getattr(server, "_forkserver_pid", None) is not None
-    if running and any(name in wanted for name in modules):
+    if running and wanted:
         warnings.warn(
             f"preload={modules!r} comes too late: this process's fork server is already running, "
             f"so each worker imports them by itself; open this pool before other processes are "
@@ -63,8 +64,8 @@ def preload(context: Any, own: str, modules: tuple[str, ...], patience: float | 
             RuntimeWarning,
             stacklevel=2,
         )
-    if wanted and not running:
-        context.set_forkserver_preload([*server._preload_modules, *wanted])
+    if (first or wanted) and not running:
+        context.set_forkserver_preload([*first, *server._preload_modules, *wanted])
 
 
 def _forget_strange_server(server: Any) -> None:

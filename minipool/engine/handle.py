@@ -30,6 +30,7 @@ from .blackbox import LAST_WORDS, SHOW
 from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, Unsent, pair
 from .child import main
 from .deadend import DeadEnd
+from .health import SENT_SIGTERM
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 from .traces import OF_THE_USERS
@@ -58,13 +59,12 @@ class Handle:
     __slots__ = (  # more attributes than CPython keeps quick in a dict
         "__weakref__", "_assignment", "_dumps", "_exchange", "_limit", "_loads", "_noted_id",
         "_portable", "_repeating", "_telling", "_theirs", "abandoned", "box", "calls_before",
-        "calls_sent", "channel", "condemned", "conn", "death", "ended_ns", "expires_ns",
+        "calls_sent", "channel", "condemned", "conn", "cut", "death", "ended_ns", "expires_ns",
         "explaining", "failed", "generation", "idle_since_ns", "in_call", "killed_for",
         "last_begun_id", "leak_warned", "lease", "origin", "permit", "pid", "probe_failures",
         "probed_ns", "process", "ready_ns", "reserve", "revoked", "row", "serving_ns", "session",
         "session_ended_ns", "sessions", "sessions_over", "since_ns", "slot", "spawned_ns",
-        "start_error", "state", "tainted", "terminated", "thread", "transcript", "unsettled",
-        "worn",
+        "start_error", "state", "tainted", "thread", "transcript", "unsettled", "worn",
     )  # fmt: skip
 
     def __init__(self, slot: int, generation: int, row: memoryview, codec: Any) -> None:
@@ -90,8 +90,8 @@ class Handle:
         self.probe_failures = 0
         self.probed_ns = 0
         self.leak_warned = 0  # the number of the lease that was reported as leaked
-        self.terminated = False  # has been sent SIGTERM
         self.condemned = False  # its end is wanted, however it comes
+        self.cut = False  # it cannot be killed, and that was told
         self.abandoned = False  # this process is a fork of the owner
         self.start_error: BaseException | None = None  # what its constructor raised
         self.explaining = False  # that is being found out
@@ -230,6 +230,11 @@ class Handle:
             self.box.close()
         self.hang_up_for_good()
 
+    @property
+    def why_revoked(self) -> str | None:
+        """Why it was taken away from its lease, and what had stopped it, if anything had."""
+        return self.revoked and inquest.with_stop(self, self.revoked)
+
     def hang_up_for_good(self) -> None:
         """Close the pipe of a buried worker, once no thread can be waiting at it any more.
 
@@ -242,6 +247,16 @@ class Handle:
         """
         busy = self.in_call and not self.failed
         if self.state is WorkerState.VACANT and self.live_lease is None and not busy:
+            self.channel.close()
+
+    def cut_off(self) -> None:
+        """Talk no more to a worker that cannot be killed: it ends with its call, or with the pool.
+
+        A caller that waits for it hears of it in a second.
+        """
+        self.channel.hang_up()
+        busy = self.in_call and not self.failed
+        if self.live_lease is None and not busy:
             self.channel.close()
 
     def end_lease(self, now: int) -> float:
@@ -329,8 +344,10 @@ class Handle:
             raise self._unsent(name) from None
         self.in_call = False
         took = _monotonic_ns() - start
-        if status == wire.NOT_HERE and session is not None:
-            return self._repeat(session, kind, name, args, kwargs, timeout, took)
+        if status:
+            status = self._heard_of_leaving(status)
+            if status == wire.NOT_HERE and session is not None:
+                return self._repeat(session, kind, name, args, kwargs, timeout, took)
         octave = took.bit_length()  # `table.bucket`, written out: it is on the way of every call
         if 9 <= octave <= 38:
             self.row[t.CALL_TIMES - 72 + (octave << 3) + ((took >> (octave - 4)) & 7)] += 1
@@ -344,6 +361,18 @@ class Handle:
             return loads(reply)
         except OF_THE_USERS as problem:
             raise wire.unreadable_result(problem) from problem
+
+    def _heard_of_leaving(self, status: int) -> int:
+        """Return the status without the flag of a worker that leaves once its lease is over."""
+        if status & wire.LEAVING:
+            self.worn = self.worn or SENT_SIGTERM
+            self.tainted = self.tainted or self.worn
+        return status & ~wire.LEAVING
+
+    @property
+    def left(self) -> bool:
+        """Whether SIGTERM has made it leave: it ends by itself, and takes no call any more."""
+        return bool(self.row[t.PHASE] == t.PHASE_STOPPING)
 
     def _committed(self, session: Any, reply: bytes | memoryview, name: bytes) -> Any:
         end = 4 + int.from_bytes(reply[:4], "big")
@@ -468,12 +497,15 @@ class Handle:
         error = self._fault(problem, target, timeout)
         self.failed = True
         self.hang_up_for_good()
+        if self.process.refused:
+            self.cut_off()
         error.sent_ns = start
         return error
 
     def _fault(self, problem: Exception, target: str, timeout: float | None) -> WorkerError:
         """Return the error that tells of a broken exchange, whose worker was killed."""
-        self.process.exitcode(_END)
+        if not self.process.refused:
+            self.process.exitcode(_END)
         if isinstance(problem, PeerGone):
             return inquest.obituary(self, target, self._had_begun())
         if isinstance(problem, TimedOut):
@@ -517,7 +549,10 @@ class Handle:
 
     def ask_last_words(self) -> bool:
         """Ask the worker to tell where it is, of which it dies; False if it cannot be asked."""
-        return self.box is not None and self.box.ask(self.kill, LAST_WORDS) is not None
+        asked = self.box is not None and self.box.ask(self.kill, LAST_WORDS) is not None
+        if asked and self.process.stopped:
+            self.kill(signal.SIGCONT)  # it goes on with what was sent before this
+        return asked
 
     def show(self, times: int) -> object:
         """Ask a worker in service for its stacks, which its black box will take.

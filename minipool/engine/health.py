@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from ..config import PoolConfig
 
 SECOND_NS = 1_000_000_000
+SENT_SIGTERM = "it was sent SIGTERM"
 DYING_NS = SECOND_NS // 4  # from the end of a worker's pipe to the end of its process
 QUIET_NS = 10 * SECOND_NS  # a look is due at last, whatever the reasons to skip it
-KILL_AFTER = 1.0  # seconds between SIGTERM and SIGKILL for a worker that will not stop
 
 
 class Tenure(NamedTuple):
@@ -39,7 +39,8 @@ class Row(NamedTuple):
     tenure: Tenure = Tenure(0, 0)
     lost: bool = False  # neither idle nor leased, nor on its way to somebody, for two sweeps
     leak_warned: bool = False
-    terminated: bool = False  # has been sent SIGTERM
+    leaving: bool = False  # was sent SIGTERM, and goes on until it is told to stop
+    left: bool = False  # was sent SIGTERM, and is ending
     worn: bool = False  # known to be so
     expires_ns: int = 0  # when it reaches its max_lifetime; 0: never
     rss_bytes: int = 0
@@ -119,8 +120,8 @@ class Recycle(Action):
     """Replace the worker as soon as another is ready to take its place."""
 
 
-class Terminate(Action):
-    """Send SIGTERM to a worker that was asked to stop and did not."""
+class Retire(Action):
+    """Claim the idle worker, or spare, that ends by itself."""
 
 
 class Revoke(Action):
@@ -155,8 +156,7 @@ def due_in(rows: Sequence[Row], now: int, limits: Limits) -> Optional[int]:
         elif row.state is S.PROBING:
             dues.append(row.since_ns + limits.probe_timeout_ns)
         elif row.state is S.STOPPING:
-            grace = int(KILL_AFTER * SECOND_NS) if row.terminated else 0
-            dues.append(row.since_ns + limits.stop_ns + grace)
+            dues.append(row.since_ns + limits.stop_ns)
         elif row.state is S.LOST and now - row.since_ns <= DYING_NS:
             dues.append(row.since_ns + DYING_NS)
         if row.expires_ns and not row.worn and row.state not in (S.STOPPING, S.LOST):
@@ -173,7 +173,12 @@ def quiet_until(rows: Sequence[Row], now: int, limits: Limits, last_shrink_ns: i
         return now
     dues = [now + QUIET_NS]
     for row in rows:
-        if row.worn or not (row.state is S.SPARE or (row.state is S.IDLE and row.idle)):
+        if (
+            row.worn
+            or row.leaving
+            or row.left
+            or not (row.state is S.SPARE or (row.state is S.IDLE and row.idle))
+        ):
             return now
         dues += (row.since_ns + limits.overflow_idle_ns, row.expires_ns)
         if limits.probe_every_ns is not None:
@@ -192,15 +197,15 @@ def _plan_row(row: Row, now: int, limits: Limits) -> Optional[Action]:
         if age > limits.probe_timeout_ns:
             return _failed_probe(row, limits)
     elif row.state is S.STOPPING:
-        if row.terminated and age > limits.stop_ns + KILL_AFTER * SECOND_NS:
-            return Replace(row.slot, "did not stop, not even on SIGTERM")
-        if not row.terminated and age > limits.stop_ns:
-            return Terminate(row.slot)
+        if age > limits.stop_ns:
+            return Replace(row.slot, f"did not stop within {limits.stop_ns / SECOND_NS:g} s")
     elif row.state is S.LOST:
         if age > DYING_NS:
             return Replace(row.slot, "its pipe ended, but not its process")
     elif row.state is S.IDLE and not row.idle:
         return _plan_lease(row, now, limits)
+    elif row.left and row.state in (S.IDLE, S.SPARE):
+        return Retire(row.slot, SENT_SIGTERM)
     return None
 
 
@@ -233,6 +238,8 @@ def _plan_wear(row: Row, now: int, limits: Limits) -> Optional[Action]:
         return Replace(row.slot, f"it uses {_mb(row.rss_bytes)}, over kill_rss={limits.kill_rss}")
     if row.worn:
         return None
+    if row.leaving:
+        return Recycle(row.slot, SENT_SIGTERM)
     if row.expires_ns and now > row.expires_ns:
         return Recycle(row.slot, "it has reached its max_lifetime")
     if limits.max_rss is not None and row.rss_bytes > limits.max_rss:

@@ -83,14 +83,20 @@ def _word(words: list[int], word: int) -> int:
 def reason_of(handle: Any) -> str:
     """Return why a worker was killed by minipool, or how it ended by itself."""
     ours = handle.process.killed and (handle.killed_for or handle.tainted)
-    return ours or describe(handle.process)
+    return with_stop(handle, ours) if ours else describe(handle.process)
+
+
+def with_stop(handle: Any, reason: str) -> str:
+    """Return why a worker was killed, and that it could not go on by itself if it was stopped."""
+    stopped = handle.process.stopped
+    return f"{reason} ({stopped})" if stopped and stopped not in reason else reason
 
 
 def ending_of(handle: Any) -> str:
     """Say in words how a worker ended, and in the midst of what or by which order of the pool."""
     how = describe(handle.process)
     if handle.process.killed:
-        return f"{how} ({handle.killed_for or handle.tainted})"
+        return f"{how} ({with_stop(handle, handle.killed_for or handle.tainted)})"
     call = _running_call(handle)
     return f"{how} between calls" if call is None else f"{how} during {call!r}"
 
@@ -131,11 +137,18 @@ def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
 def verdict(handle: Any, target: str, started: bool, timeout: Optional[float]) -> CallTimeout:
     """Describe the end of a worker that was killed because it was too late."""
     handle.death = death = hold(handle, started)
+    refused, stopped = handle.process.refused, handle.process.stopped
     begun = "it was killed" if started else "it had not begun; its worker was killed"
+    if refused:
+        begun = f"it could not be killed, and is cut off: {refused}"
+    advice = (
+        f"{stopped}: find out what does so, and let it go on with SIGCONT"
+        if stopped
+        else "raise the timeout (`call_timeout`, or that of `options()`), or make the call shorter"
+    )
     error = CallTimeout(
         f"{target!r} did not end within {_brief(timeout)} s on worker {handle.slot} "
-        f"(pid {handle.pid}); {begun}; raise the timeout (`call_timeout`, or that of `options()`), "
-        f"or make the call shorter",
+        f"(pid {handle.pid}); {begun}; {advice}",
         worker_id=handle.slot, pid=handle.pid, timeout=timeout, started=started, target=target,
         stack=death.stack, output=death.output,
     )  # fmt: skip

@@ -88,7 +88,7 @@ class Launcher:
         if self.method == "forkserver":
             from .fork_server import preload  # where there is one
 
-            preload(self.context, main_name(), self.config.preload, self.config.init_timeout)
+            preload(self.context, preloaded_name(), self.config.preload, self.config.init_timeout)
         self.lifeline = Lifeline()
 
     def close(self) -> None:
@@ -277,6 +277,11 @@ def _check_importable(worker: str) -> None:
             f"worker {worker!r}: there is no module {module!r} on sys.path; install it, or correct "
             f"the name"
         )
+
+
+def preloaded_name() -> str:
+    """Return the name of the module that the fork server imports before all else."""
+    return f"{main_name().rpartition('.')[0]}.preloaded"
 
 
 def main_name() -> str:

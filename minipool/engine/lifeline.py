@@ -13,7 +13,6 @@ the group.
 
 from __future__ import annotations
 
-import _signal  # without the enums of `signal`: a forked child pays for each page it touches
 import contextlib
 import os
 import signal
@@ -62,8 +61,6 @@ def lead_a_group() -> bool:
         return False
     with contextlib.suppress(OSError):  # it leads one already
         os.setpgid(0, 0)
-    # The group is never a terminal's foreground; `stty tostop` would stop a worker that prints.
-    _signal.signal(_signal.SIGTTOU, _signal.SIG_IGN)
     return os.getpgrp() == os.getpid()
 
 

@@ -45,6 +45,7 @@ _TICKS_AT_REST = 3  # so that onlookers hear of the manager before they take it 
 _COMMAND_TIMEOUT = 1.0  # seconds; a hook may hold the manager up, and wait for us in turn
 _KEEPERS_GRACE = 2.5  # seconds that what waits for the outside may take to end, after the workers
 _LOG_PATIENCE = 0.9  # seconds that log handlers have at the end; `close` waits a little longer
+_GIVE_UP_NS = 3 * health.SECOND_NS  # from SIGKILL to the end: the kernel frees all memory first
 _LAST_GRACE = 2.0  # seconds workers have to stop in, after a close that ran out of time
 
 
@@ -550,9 +551,8 @@ class Manager:
             self.care.condemn(handle, action.reason, last_words=True)
         elif isinstance(action, health.Recycle):
             handle.worn = action.reason
-        elif isinstance(action, health.Terminate):
-            handle.terminated = True
-            handle.kill(15)
+        elif isinstance(action, health.Retire):
+            self.care.let_leave(handle, action.reason)
         elif isinstance(action, health.Revoke):
             self.care.revoke(handle, action.reason, action.tenure)
         elif isinstance(action, health.WarnLeak) and action.tenure is not None:
@@ -581,9 +581,18 @@ class Manager:
                 or (handle.state is S.IDLE and self.holdups.in_vain(handle))
             ):
                 self.care.revoke(handle, "the pool was closed")
+            if handle.state is S.LOST and not handle.ended_ns and self._outlives(handle):
+                self.care.give_up(handle)
         self.holdups.tell(self.fleet.handles.values(), self._close_by)
         if not self.fleet.handles and self._keepers_ended():
             self._end()
+
+    def _outlives(self, handle: Handle) -> bool:
+        """Tell whether a worker that was to be killed is not to be waited for."""
+        if handle.process.has_ended():
+            return False
+        late = time.monotonic_ns() - handle.since_ns > _GIVE_UP_NS
+        return late or handle.process.refused is not None
 
     def _keepers_ended(self) -> bool:
         """End what waits for the outside; True once it has ended, or has taken too long."""
@@ -654,7 +663,8 @@ def _row(handle: Handle, idle: bool, lost: Callable[[Handle], bool], weigh: bool
         tenure=tenure,
         lost=gone and lost(handle),
         leak_warned=handle.leak_warned == tenure.lease,
-        terminated=handle.terminated,
+        leaving=handle.row[t.PHASE] == t.PHASE_LEAVING,
+        left=handle.left,
         worn=handle.worn is not None,
         expires_ns=handle.expires_ns,
         # A busy worker cannot say it itself; one that /proc hides (hidepid=2) says it later.

@@ -27,6 +27,7 @@ from .channel import (
     Unsent,
     long_length,
 )
+from .sigpipe import unsignalled
 
 _FITS = 4096  # bytes; an idle worker's pipe has room for them on every platform
 _FOREVER = 2e6  # seconds; what `connection.wait` can take in milliseconds
@@ -39,7 +40,7 @@ class PortableEnd(End):
         super().__init__(limit)
         self._conn = conn
         self._open = [conn]  # whoever pops it closes it
-        self._closed = self._sending = False
+        self._closed = self._sending = self._dead = False
         self.fd = conn  # what `connection.wait` takes in place of a descriptor
         self._sentinel = sentinel
         #: Called with the words that a worker without a shared table sends along.
@@ -105,7 +106,7 @@ class PortableEnd(End):
                 self.on_words(frame[wire.REPLY.size :])
 
     def hang_up(self) -> None:
-        pass  # `_receive` watches the sentinel itself
+        self._dead = True
 
     def disturbed(self) -> bool:
         try:
@@ -121,7 +122,7 @@ class PortableEnd(End):
 
     def _send(self, payload: bytes) -> None:
         try:
-            self._conn.send_bytes(payload)
+            unsignalled(self._conn.send_bytes, payload)
         except (OSError, ValueError):
             raise PeerGone from None
 
@@ -141,7 +142,7 @@ class PortableEnd(End):
 
         def send() -> None:
             try:
-                self._conn.send_bytes(payload)
+                unsignalled(self._conn.send_bytes, payload)
             except (OSError, ValueError):
                 pass  # the wait for the reply finds the worker dead
             finally:
@@ -166,6 +167,8 @@ class PortableEnd(End):
                 ready = connection.wait(
                     [self._conn, self._sentinel], LOOK if left is None else min(left, LOOK)
                 )
+                if not ready and self._dead:
+                    raise PeerGone
                 if not ready and deadline is not None and left is not None and left <= LOOK:
                     deadline = self._extended(deadline)
             if self._conn not in ready and not self._conn.poll(0):

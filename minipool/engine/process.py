@@ -28,6 +28,7 @@ from . import popen
 from .blackbox import LAST_WORDS
 from .descriptors import close_all
 from .oom import OOM_KILLS
+from .sigpipe import unsignalled
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _DESCRIPTORS = 10  # more than any start method needs at once
@@ -36,6 +37,7 @@ _UNSENT = _EXIT_STATUS.pack(-(1 << 63))  # no process ends with that
 _SERVER_GONE = "the fork server is gone"
 _SERVER_SILENT = "the fork server has not sent it"
 _TAKEN = "something else in this program has reaped the process, or SIGCHLD is ignored"
+_STOPPED = {b"T": "a signal such as SIGSTOP had stopped it", b"t": "a debugger had stopped it"}
 REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a server may pass on
 
 
@@ -60,6 +62,8 @@ class WorkerProcess:
         self._closed = False
         self._vanished = False  # it had ended, and was reaped, before we could ask for a pidfd
         self.unknown: str | None = None  # why its exit code will never be known
+        self.stopped: str | None = None  # in words, if it was so when it was to be ended
+        self.refused: str | None = None  # why this process could not kill it
         self._shot = False  # we have sent a signal that ends it, and it was alive
         self._starved: bool | None = None  # None: not known yet
         self._process: Any = context.Process(target=target, args=args, name=name)
@@ -76,7 +80,7 @@ class WorkerProcess:
         _expect_room()
         popen.use_for(self._process)
         try:
-            _start_unlisted(self._process)
+            unsignalled(_start_unlisted, self._process)
         except OSError as error:
             _close_lost_pipes(error)
             raise
@@ -107,26 +111,32 @@ class WorkerProcess:
     def kill(self, signum: int = signal.SIGKILL) -> bool:
         """Send a signal, if the process is still there. Never hits another: no stored pid.
 
-        False: it has ended, or this signal cannot be sent here.
+        False: it has ended, or this signal cannot be sent here; `refused` says so if this process
+        has not the right to.
         """
-        if self._pidfd is None and signum not in (signal.SIGTERM, signal.SIGKILL):
+        if self._pidfd is None and signum != signal.SIGKILL:
             return False
         with self._reaping, contextlib.suppress(OSError, ValueError):
-            ended = self.has_ended()
+            ended, shot = self.has_ended(), self._shot
             if signum in (signal.SIGKILL, LAST_WORDS) and not ended:
+                self.stopped = self.stopped or _how_stopped(self.pid)
                 self._shot = True
             if signum == signal.SIGKILL:
                 self._kill_group()  # first: afterwards its leader may be reaped
-            if self._pidfd is not None:
-                signal.pidfd_send_signal(self._pidfd, signum)
-            elif ended:
-                return False  # its pid may be another's
-            elif signum == signal.SIGTERM:
-                self._process.terminate()
-            else:
-                self._process.kill()
-            return True
+            try:
+                return self._send(signum, ended)
+            except PermissionError:
+                self._shot, self.refused = shot, _why_refused(self.pid)
         return False
+
+    def _send(self, signum: int, ended: bool) -> bool:
+        if self._pidfd is not None:
+            signal.pidfd_send_signal(self._pidfd, signum)
+        elif ended:
+            return False  # its pid may be another's
+        else:
+            os.kill(self._process.pid, signum)
+        return True
 
     @property
     def killed(self) -> bool:
@@ -231,10 +241,10 @@ class WorkerProcess:
             return None
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
-    def give_up(self) -> None:
-        """Wait no longer for the exit code of a process that has ended."""
+    def give_up(self, why: str = _SERVER_SILENT) -> None:
+        """Wait no longer for the exit code of a process that has ended, or cannot be ended."""
         if self.exitcode(0) is None and self.unknown is None:
-            self.unknown = _SERVER_SILENT
+            self.unknown = why
 
     @property
     def starved(self) -> bool:
@@ -330,6 +340,29 @@ def _pidfd(pid: int | None) -> int | None:
         raise
     except (AttributeError, OSError):
         return None
+
+
+def _how_stopped(pid: int | None) -> str | None:
+    """Say what has stopped a process; None if it is not, or the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state = file.read().rpartition(b")")[2].split()[:1]
+    except OSError:
+        return None
+    return _STOPPED.get(b"".join(state))
+
+
+def _why_refused(pid: int | None) -> str:
+    """Say why a signal was not sent."""
+    ours = os.geteuid() if hasattr(os, "geteuid") else "?"
+    try:
+        theirs: int | str = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        theirs = "another"
+    return (
+        f"this process runs as user {ours} and may send no signal to it, which runs as user "
+        f"{theirs}; give up rights before the pool is opened"
+    )
 
 
 def signal_name(exitcode: int | None) -> str | None:

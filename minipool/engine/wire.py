@@ -48,6 +48,7 @@ RETURNED, RAISED, RAISED_AND_TAINTED, REFUSED, BEGUN, READY, START_FAILED = rang
 # NOT_HERE: nothing has run, because the worker lacks the session's state.
 COMMITTED, NOT_HERE = range(7, 9)
 ERRORS = (RAISED, RAISED_AND_TAINTED, REFUSED)  # what may be told of a call that did not return
+LEAVING = 0x40  # flag: the worker was sent SIGTERM, and waits to be told to stop
 WITH_WORDS = 0x80  # flag: the worker's words lie between header and body (no shared table)
 WORDS = struct.Struct("=9q")
 

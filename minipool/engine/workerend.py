@@ -58,6 +58,23 @@ class _WorkerEnd:
                 return "frame" not in frame.f_locals
         return False
 
+    def stop_waiting(self) -> None:
+        """Have a wait for a request end in BlockingIOError. For a signal handler."""
+        if self._fd >= 0:
+            os.set_blocking(self._fd, False)
+
+    def wait_on(self) -> None:
+        """Have `receive` wait again."""
+        os.set_blocking(self._fd, True)
+
+    def _read_on(self, most: int) -> bytes:
+        """Read more of what has begun to come, for which the worker waits in any case."""
+        while True:
+            try:
+                return os.read(self._fd, most)
+            except BlockingIOError:
+                self.wait_on()
+
     def let_go(self) -> None:
         """Close the pipe in a process that was forked; what wants to use it from now on raises."""
         raise NotImplementedError
@@ -81,7 +98,7 @@ class _WorkerEnd:
                 head, size = length_of(buffer, self._limit)
                 if size is not None and came >= head + size:
                     return _parsed(memoryview(buffer)[head - 4 :])
-                piece = os.read(self._fd, min(PIECE, head + (size or 0) - came))
+                piece = self._read_on(min(PIECE, head + (size or 0) - came))
                 if not piece:
                     raise EOFError
                 came += len(piece)  # first, as there may be no room to keep it
@@ -98,7 +115,7 @@ class _WorkerEnd:
         head, size = length_of(begin, self._limit)
         left = head + (size or 0) - came
         while left > 0:
-            piece = os.read(self._fd, min(SMALL, left))
+            piece = self._read_on(min(SMALL, left))
             if not piece:
                 raise EOFError
             left -= len(piece)
@@ -195,11 +212,12 @@ def _frames(trace: TracebackType | None) -> Iterator[FrameType]:
 
 def _refusal(status: int, body: bytes, size: int, limit: int) -> tuple[int, bytes]:
     """Return status and body of what is sent in place of a reply that is too long."""
-    flag, status = status & wire.WITH_WORDS, status & ~wire.WITH_WORDS
-    words = body[: wire.WORDS.size] if flag else b""
+    flags = status & (wire.WITH_WORDS | wire.LEAVING)
+    status ^= flags
+    words = body[: wire.WORDS.size] if flags & wire.WITH_WORDS else b""
     if status not in (*wire.ERRORS, wire.START_FAILED):
         status = wire.REFUSED
-    return status | flag, words + wire.pack_error(wire.too_long_result(size, limit))
+    return status | flags, words + wire.pack_error(wire.too_long_result(size, limit))
 
 
 def _parsed(frame: memoryview) -> tuple[int, int, bytes, memoryview]:

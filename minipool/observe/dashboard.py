@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 
+from ..engine.sigpipe import block_here, unsignalled
 from ..telemetry import logger
 from .board import Board
 from .news import News
@@ -75,7 +76,7 @@ class Dashboard:
         """Hang up on everybody and end; no thread, socket or descriptor is left."""
         with self._closing:
             if not self._news.over:
-                self._clapper.send(b"!")  # first: it is closed by who finds the news over
+                unsignalled(self._clapper.send, b"!")  # first: it is closed once the news are over
                 self._news.end()
         if threading.current_thread() is not self._thread:
             self._thread.join(PATIENCE)
@@ -99,6 +100,7 @@ class Dashboard:
     # -- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
+        block_here()  # visitors hang up as they like; their threads are started from this one
         with contextlib.ExitStack() as leaving:
             leaving.callback(self._clapper.close)
             leaving.callback(self._bell.close)

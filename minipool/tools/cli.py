@@ -8,8 +8,10 @@ else.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 from types import ModuleType
-from typing import Sequence
+from typing import Any, Sequence
 
 from .. import __version__
 from ..observe import top
@@ -18,6 +20,7 @@ from . import bench, dashboard
 COMMANDS: dict[str, ModuleType] = {"bench": bench, "top": top, "dashboard": dashboard}
 
 _INTERRUPTED = 130  # what a shell reports for a command that SIGINT ended
+_TERMINATED = 143  # the same of SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,10 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    if os.getpid() == 1:  # of a container, where the kernel sends no signal its default
+        signal.signal(signal.SIGTERM, _end)
     try:
         return int(COMMANDS[arguments.command].run(arguments))
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _end(signum: int, frame: Any) -> None:
+    raise SystemExit(_TERMINATED)
 
 
 def _parser() -> argparse.ArgumentParser:
