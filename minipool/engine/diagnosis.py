@@ -26,7 +26,8 @@ def of_start(
         return f"ended {ended} as soon as it was ready"
     if handle is not None and handle.tainted:
         silent = handle.killed_for is not None and not (handle.box and handle.box.last())
-        return f"did not start: {with_stop(handle, handle.tainted)}{_silence(launcher) if silent else ''}"
+        why = with_stop(handle, handle.tainted)
+        return f"did not start: {why}{_silence(launcher) if silent else ''}"
     said = f"ended {ended} before it could say anything; its standard error tells why"
     if exitcode is not None and exitcode < 0:
         return f"{said}{_last_place(handle)}"
