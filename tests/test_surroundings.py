@@ -151,7 +151,7 @@ MOVED = """
     import sys
     sys.path.insert(0, sys.argv[2])
     from beside import Beside
-    from beside.package.deep import Deep
+    from beside.package.deep import Deep, reach
     sys.path.remove(sys.argv[2])
     from minipool import Pool, PoolStartError
 
@@ -162,13 +162,18 @@ MOVED = """
                     print(pool.call("answer"))
             except PoolStartError as error:
                 print(error)
+        with Pool(size=1, start_method=method) as pool:
+            try:
+                print(pool.call(reach))
+            except ModuleNotFoundError as error:
+                print(f"ModuleNotFoundError: {error}")
 
     if __name__ == "__main__":
         main(*sys.argv[1:])
 """
 
 
-def test_class_whose_directory_has_left_the_path_is_told_so(
+def test_class_or_function_whose_directory_has_left_the_path_is_told_so(
     start_method: str, tmp_path: Path
 ) -> None:
     """As by programs that take it off once they have imported what is there."""
@@ -176,7 +181,9 @@ def test_class_whose_directory_has_left_the_path_is_told_so(
     package.mkdir(parents=True)
     (package.parent / "__init__.py").write_text("class Beside:\n    def answer(self): return 42\n")
     (package / "__init__.py").write_text("")
-    (package / "deep.py").write_text("class Deep:\n    def answer(self): return 42\n")
+    (package / "deep.py").write_text(
+        "class Deep:\n    def answer(self): return 42\ndef reach(): return 42\n"
+    )
     folder = str(tmp_path / "apart")
     script = MOVED
     if start_method != "fork":  # workers import the script too, and find what they need meanwhile
@@ -186,13 +193,13 @@ def test_class_whose_directory_has_left_the_path_is_told_so(
     exitcode, out, err = scripts.run(tmp_path, script, start_method, folder)
     assert (exitcode, err) == (0, "")
     if start_method == "fork":
-        assert out == "42\n42\n"
+        assert out == "42\n42\n42\n"
         return
     for line in out.splitlines():
         assert "ModuleNotFoundError: No module named 'beside'" in line
-        assert f"imported it from {folder!r}, which is not (any more) on sys.path" in line
+        assert f"has imported it from {folder!r}, which is not (any more) on sys.path" in line
         assert "PYTHONPATH" in line
-    assert out.count("\n") == 2
+    assert out.count("\n") == 3
 
 
 DEBUGGED = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from multiprocessing import spawn
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ def of_start(
     """Say why a worker did not start. `cause` is what it, or the attempt to start it, raised."""
     ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
     if cause is not None:
-        return f"did not start: {type(cause).__name__}: {cause}{_where_it_was_found(cause)}"
+        return f"did not start: {type(cause).__name__}: {cause}"
     if handle is not None and handle.ready_ns:
         return f"ended {ended} as soon as it was ready"
     if handle is not None and handle.tainted:
@@ -69,31 +68,3 @@ def _silence(launcher: Launcher) -> str:
 
 def _executable() -> str:
     return os.fsdecode(spawn.get_executable() or "")
-
-
-def _where_it_was_found(cause: BaseException) -> str:
-    """Say how a module that a worker did not find was found here; empty if it was not."""
-    if not isinstance(cause, ModuleNotFoundError) or not cause.name:
-        return ""
-    module = sys.modules.get(cause.name)
-    path = getattr(module, "__file__", None)
-    if not path:
-        return ""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.basename(path).startswith("__init__."):
-        folder = os.path.dirname(folder)
-    for _ in range(cause.name.count(".")):
-        folder = os.path.dirname(folder)
-    if any(_same(folder, entry) for entry in sys.path):
-        return ""
-    return (
-        f"; this process has imported it from {folder!r}, which is not (any more) on sys.path, as "
-        f"workers get it: put it there, or into PYTHONPATH, or install the module"
-    )
-
-
-def _same(folder: str, entry: str) -> bool:
-    try:
-        return os.path.realpath(folder) == os.path.realpath(entry)
-    except (TypeError, ValueError):  # what is no path
-        return False

@@ -117,10 +117,10 @@ def _in_time(launch: Callable[[], T]) -> T:
         if not answered.wait(patience):
             _kill(pid)
 
-    if patience is not None:
-        with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
-            threading.Thread(target=watch, name="minipool-server-watch", daemon=True).start()
     try:
+        if patience is not None:
+            with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
+                threading.Thread(target=watch, name="minipool-server-watch", daemon=True).start()
         made = launch()
         _Known.answered = pid
         return made

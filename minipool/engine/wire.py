@@ -367,6 +367,10 @@ def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
             return _stand_in(envelope, f"does not unpickle here: {_named(problem)}")
         if isinstance(error, BaseException):
             error.__cause__ = RemoteTraceback(envelope["traceback"])
+            if isinstance(error, ModuleNotFoundError):
+                from .whereabouts import add_whereabouts
+
+                add_whereabouts(error)
             return error
     if exits:
         return _stand_in(envelope, "is not passed on, because it would end the caller")
