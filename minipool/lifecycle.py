@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Iterable
 
+from ._sync import Guard
 from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.launch import Launcher
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
@@ -33,7 +33,7 @@ class Lifecycle:
         self.config = launcher.config
         self.hooks = Hooks(self.config.name or "")
         self._launcher = launcher
-        self._opening = threading.RLock()
+        self._opening = Guard()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
         self._failure: BaseException | None = None  # of the last opening, until one succeeds
@@ -129,24 +129,9 @@ class Lifecycle:
         return could_not_start(self.config.name, failure, AGAIN)
 
     def _open_now(self, explicit: bool = False) -> Desk:
-        with self._opening:
-            if self._desk is not None:
-                return self._desk
-            if self._closed:
-                raise closed_error(self.config.name, self._failure)
-            try:
-                desk, self._sessions = open_desk(
-                    self._launcher, self.config, self.hooks, self._breaker, explicit
-                )
-            except Exception as problem:
-                self._failure = problem
-                self._closed = self._closed or explicit
-                if isinstance(problem, MinipoolError):
-                    raise
-                what_then = ANEW if explicit else AGAIN
-                raise could_not_start(self.config.name, problem, what_then) from problem
-            self._breaker = desk.manager.fleet.breaker
-            self._desk = desk
+        desk, opened = self._opening.run(self._make_desk, explicit)
+        if not opened:
+            return desk
         note_pool(self)
         if self._closed:  # by a signal handler, which the lock does not keep out
             desk.manager.close(0.0, kill=True)
@@ -154,6 +139,27 @@ class Lifecycle:
             self._told = True
             self.hooks.emit("pool.init", {"size": self.config.size})
         return desk
+
+    def _make_desk(self, explicit: bool) -> tuple[Desk, bool]:
+        """Return the desk, and whether it was made now."""
+        if self._desk is not None:
+            return self._desk, False
+        if self._closed:
+            raise closed_error(self.config.name, self._failure)
+        try:
+            desk, self._sessions = open_desk(
+                self._launcher, self.config, self.hooks, self._breaker, explicit
+            )
+        except Exception as problem:
+            self._failure = problem
+            self._closed = self._closed or explicit
+            if isinstance(problem, MinipoolError):
+                raise
+            what_then = ANEW if explicit else AGAIN
+            raise could_not_start(self.config.name, problem, what_then) from problem
+        self._breaker = desk.manager.fleet.breaker
+        self._desk = desk
+        return desk, True
 
     def wait_ready(self, workers: int | None = None, timeout: float | None = None) -> None:
         """Open the pool, and wait until so many workers (None: all of the size) are ready.
@@ -201,9 +207,7 @@ class Lifecycle:
     def _end(self, grace: float, kill: bool) -> None:
         if self._desk is not None:
             self._desk.check_process()  # before the lock, which a fork may have copied as held
-        with self._opening:
-            self._closed = True
-            desk = self._desk
+        desk = self._opening.run(self._note_closed)
         if desk is None:
             if self._failure is not None:  # a store of the user's own was kept for the next try
                 close_lent(self.config)
@@ -214,6 +218,10 @@ class Lifecycle:
             manager.join(1.0)
             if self._signals is not None:
                 self._signals.restore()
+
+    def _note_closed(self) -> Desk | None:
+        self._closed = True
+        return self._desk
 
     def __enter__(self) -> Self:
         if self._desk is None:

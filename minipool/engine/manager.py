@@ -17,6 +17,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
+from .._sync import Notice
 from ..breaker import CLOSED, CircuitBreaker
 from ..telemetry import Hooks, log_through, logger
 from . import health
@@ -116,7 +117,7 @@ class Manager:
         self.closed_ns: int | None = None
         self._launcher = launcher
         self._limits = health.limits_of(config)
-        self._changed = threading.Condition()
+        self._changed = Notice()
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
@@ -219,10 +220,7 @@ class Manager:
         """Wait until something that the manager changes is so; False if time ran out first."""
         if self.here:
             return condition()  # nothing will change while its thread waits here
-        if timeout is not None:
-            timeout = min(timeout, threading.TIMEOUT_MAX)
-        with self._changed:
-            return self._changed.wait_for(lambda: condition() or self.done, timeout)
+        return self._changed.wait_for(lambda: condition() or self.done, timeout)
 
     def wait_done(self, timeout: float) -> bool:
         """Wait until everything has ended. Not in a log handler, for which the end would wait."""
@@ -278,8 +276,7 @@ class Manager:
                 # Not at full speed; a bell that no turn gets to silence would have it so.
                 ready([] if failed else [self.bell.reader], self.config.tick)
                 failed = True
-        with self._changed:
-            self._changed.notify_all()
+        self._changed.post()
         self._relay.close(_LOG_PATIENCE)
 
     def _wait(self) -> dict[Any, int]:
@@ -356,8 +353,7 @@ class Manager:
             self._sweep([], time.monotonic_ns())
         else:
             self._deal_with(heard)
-        with self._changed:
-            self._changed.notify_all()
+        self._changed.post()
 
     def _deal_with(self, heard: dict[Any, int]) -> None:
         """Do what there is to do: a turn.

@@ -15,6 +15,7 @@ import time
 from multiprocessing import connection
 from typing import Any, Callable
 
+from .._sync import Latch
 from . import wire
 from .channel import (
     CHUNK,
@@ -134,9 +135,9 @@ class PortableEnd(End):
         if not self._send_aside(payload).wait(_left(deadline)):
             raise TimedOut
 
-    def _send_aside(self, payload: bytes) -> threading.Event:
+    def _send_aside(self, payload: bytes) -> Latch:
         """Send from a thread of its own; return what tells of its end, good or bad."""
-        done = threading.Event()
+        done = Latch()
 
         def send() -> None:
             try:
