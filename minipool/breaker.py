@@ -15,10 +15,10 @@ trials in flight are those of resilience4j, the eras answer App-vNext/Polly#216.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, List, TypeVar
 
+from ._sync import Guard, guarded
 from .backoff import at_least
 from .errors import CircuitOpen, MinipoolError, WorkerError, is_answer
 from .telemetry import logger
@@ -68,7 +68,7 @@ class CircuitBreaker:
         self.failures = 0  # in a row
         self.opened = 0  # how often, in all
         self._clock = clock
-        self._changing = threading.RLock()  # a signal handler may come in between
+        self._changing = Guard()
         self._era = object()
         self._successes = self._in_flight = 0
         self._retry_at = 0.0
@@ -85,22 +85,26 @@ class CircuitBreaker:
         """Return leave to try once; None if the breaker is open, or enough trials are under way."""
         if self.state == OPEN and self.retry_in > 0:
             return None
-        changed = False
-        with self._changing:
-            if self.state == OPEN:
-                changed = self._become(HALF_OPEN)
-            half_open, now = self.state == HALF_OPEN, self._clock()
-            if half_open and self._in_flight >= self.trials:
-                if now < self._patient_until:
-                    return None
-                self._become(HALF_OPEN)  # those in flight hang: their verdicts count no more
-            permit = Permit(self, self._era)
-            # No call between these, so that no interrupt: what flies is counted, and lands.
-            self._patient_until = now + (self.retry_after if self.retry_after > 1 else 1.0)
-            permit.in_flight = True
-            self._in_flight += half_open
+        permit, changed = self._permit()
         self._tell(changed)
         return permit
+
+    @guarded("_changing")
+    def _permit(self) -> tuple[Permit | None, bool]:
+        changed = False
+        if self.state == OPEN:
+            changed = self._become(HALF_OPEN)
+        half_open, now = self.state == HALF_OPEN, self._clock()
+        if half_open and self._in_flight >= self.trials:
+            if now < self._patient_until:
+                return None, False
+            self._become(HALF_OPEN)  # those in flight hang: their verdicts count no more
+        permit = Permit(self, self._era)
+        # No call between these, so that no interrupt: what flies is counted, and lands.
+        self._patient_until = now + (self.retry_after if self.retry_after > 1 else 1.0)
+        permit.in_flight = True
+        self._in_flight += half_open
+        return permit, changed
 
     def call(self, function: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
         """Call a function, unless the breaker is open; count how it went.
@@ -146,10 +150,12 @@ class CircuitBreaker:
 
     def reset(self) -> None:
         """Close it now, whatever has failed before."""
-        with self._changing:
-            self.failures, self.cause = 0, None
-            changed = self._become(CLOSED)
-        self._tell(changed)
+        self._tell(self._reset())
+
+    @guarded("_changing")
+    def _reset(self) -> bool:
+        self.failures, self.cause = 0, None
+        return self._become(CLOSED)
 
     def _become(self, state: str) -> bool:
         """Change the state; what was begun before counts no more."""
@@ -162,36 +168,42 @@ class CircuitBreaker:
         return changed
 
     def _succeeded(self, permit: Permit, count: int) -> None:
-        changed = False
-        with self._changing:
-            if permit.era is not self._era:
-                return
-            self._land(permit)
-            if self.state == CLOSED:
-                self.failures, self.cause = 0, None
-                return
-            self._successes += count
-            if self._successes >= self.successes_to_close:
-                self.failures, self.cause = 0, None
-                changed = self._become(CLOSED)
-        self._tell(changed)
+        self._tell(self._note_success(permit, count))
+
+    @guarded("_changing")
+    def _note_success(self, permit: Permit, count: int) -> bool:
+        """Return whether the state has changed."""
+        if permit.era is not self._era:
+            return False
+        self._land(permit)
+        if self.state == CLOSED:
+            self.failures, self.cause = 0, None
+            return False
+        self._successes += count
+        if self._successes < self.successes_to_close:
+            return False
+        self.failures, self.cause = 0, None
+        return self._become(CLOSED)
 
     def _failed(self, permit: Permit, cause: BaseException | None) -> None:
-        changed = False
-        with self._changing:
-            if permit.era is not self._era:
-                return
-            self._land(permit)
-            self.failures, self.cause = self.failures + 1, cause
-            if self.failures >= self.failures_to_open:  # a trial's, too: they count until it closes
-                changed = self._become(OPEN)
-        self._tell(changed)
+        self._tell(self._note_failure(permit, cause))
 
+    @guarded("_changing")
+    def _note_failure(self, permit: Permit, cause: BaseException | None) -> bool:
+        """Return whether the state has changed."""
+        if permit.era is not self._era:
+            return False
+        self._land(permit)
+        self.failures, self.cause = self.failures + 1, cause
+        if self.failures < self.failures_to_open:  # a trial's, too: they count until it closes
+            return False
+        return self._become(OPEN)
+
+    @guarded("_changing")
     def _land(self, permit: Permit) -> None:
-        with self._changing:
-            if permit.in_flight and permit.era is self._era:
-                permit.in_flight = False
-                self._in_flight -= self.state == HALF_OPEN
+        if permit.in_flight and permit.era is self._era:
+            permit.in_flight = False
+            self._in_flight -= self.state == HALF_OPEN
 
     def _tell(self, changed: bool) -> None:
         if not changed:
@@ -231,4 +243,5 @@ class Permit:
         self._breaker._land(self)
 
     def __del__(self) -> None:
-        self.give_up()
+        if getattr(self, "in_flight", False):  # else it was struck as it was made, or has landed
+            self.give_up()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from .engine.handle import Handle
@@ -93,18 +92,18 @@ class Inspection(Lifecycle):
 
     def _probe_all(self, manager: Manager) -> None:
         asked: list[Handle] = []
-        placed = threading.Event()
+        placed: list[bool] = []
 
         def probe_idle() -> None:
             # A token may be left over from a worker that is gone: `probe` claims it first.
             for handle in manager.turnstile.idle.copy().values():
                 manager.care.probe(handle)
                 asked.append(handle)
-            placed.set()
+            placed.append(True)
 
         manager.order(probe_idle)
         if not manager.here:
-            manager.wait_for(placed.is_set, self.config.health_check_timeout)
+            manager.wait_for(lambda: bool(placed), self.config.health_check_timeout)
             manager.wait_for(
                 lambda: not any(handle.state is WorkerState.PROBING for handle in asked),
                 self.config.health_check_timeout + 0.5,

@@ -7,6 +7,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Iterable
 
+from ._sync import Guard
 from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.holdups import Departure
 from .engine.launch import Launcher
@@ -44,7 +45,7 @@ class Lifecycle:
         self.config = launcher.config
         self.hooks = Hooks(self.config.name or "")
         self._launcher = launcher
-        self._opening = threading.RLock()
+        self._opening = Guard()
         self._desk: Desk | None = None  # None: not opened yet
         self._closed = False
         self._opener: object | None = None  # whose failure ends the pool; None: nobody's
@@ -153,25 +154,9 @@ class Lifecycle:
 
     def _open_now(self, opener: object | None = None) -> Desk:
         """Return the desk, opened if need be; then `opener` waits for it, or nobody does."""
-        with self._opening:
-            if self._desk is not None:
-                return self._desk
-            if self._closed:
-                raise closed_error(self.config.name, self._failure)
-            try:
-                desk, self._sessions = open_desk(
-                    self._launcher, self.config, self.hooks, self._breaker
-                )
-            except Exception as problem:  # nothing was opened, so there is nothing to close
-                self._failure = problem
-                if isinstance(problem, MinipoolError):
-                    raise
-                raise could_not_start(self.config.name, problem, AGAIN) from problem
-            self._breaker = desk.manager.fleet.breaker
-            self._opener = opener
-            if opener is None:  # nobody waits to see more of it
-                self._failure = None
-            self._desk = desk
+        desk, opened = self._opening.run(self._make_desk, opener)
+        if not opened:
+            return desk
         note_pool(self)
         if self._closed:  # by a signal handler, which the lock does not keep out
             desk.manager.close(0.0, kill=True)
@@ -179,6 +164,26 @@ class Lifecycle:
             self._told = True
             self.hooks.emit("pool.init", {"size": self.config.size})
         return desk
+
+    def _make_desk(self, opener: object | None) -> tuple[Desk, bool]:
+        """Return the desk, and whether it was made now."""
+        if self._desk is not None:
+            return self._desk, False
+        if self._closed:
+            raise closed_error(self.config.name, self._failure)
+        try:
+            desk, self._sessions = open_desk(self._launcher, self.config, self.hooks, self._breaker)
+        except Exception as problem:  # nothing was opened, so there is nothing to close
+            self._failure = problem
+            if isinstance(problem, MinipoolError):
+                raise
+            raise could_not_start(self.config.name, problem, AGAIN) from problem
+        self._breaker = desk.manager.fleet.breaker
+        self._opener = opener
+        if opener is None:  # nobody waits to see more of it
+            self._failure = None
+        self._desk = desk
+        return desk, True
 
     def wait_ready(self, workers: int | None = None, timeout: float | None = None) -> None:
         """Open the pool, and wait until so many workers (None: all of the size) are ready.
@@ -232,9 +237,7 @@ class Lifecycle:
         try:
             if self._desk is not None:
                 self._desk.check_process()  # before the lock, which a fork may have copied as held
-            with self._opening:
-                self._closed = True
-                desk = self._desk
+            desk = self._opening.run(self._note_closed)
             if desk is not None:
                 self._close_and_wait(desk.manager, grace, kill, *left_by)
             elif self._failure is not None:  # a store of the user's own was kept for the next try
@@ -256,6 +259,10 @@ class Lifecycle:
             manager.join(1.0)
             if self._signals is not None:
                 self._signals.restore()
+
+    def _note_closed(self) -> Desk | None:
+        self._closed = True
+        return self._desk
 
     def _wait_for_no_lease(self) -> None:
         """End the pool soon, as whoever closes it has no more patience; wait for that, once."""

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
-    "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
+    "_sync", "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
     "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.traces", "engine.whereabouts", "engine.wire", "engine.sigpipe", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.dispositions",

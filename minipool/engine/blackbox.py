@@ -20,10 +20,10 @@ from __future__ import annotations
 import _signal
 import os
 import signal
-import threading
 import time
 from typing import Any, Callable, Iterable
 
+from .._sync import Guard, guarded
 from .descriptors import close_all
 from .wire import Descriptor
 
@@ -34,7 +34,7 @@ _PIECE, _MOST = 1 << 16, 1 << 20  # bytes; a pipe holds one piece, unless it is 
 _FATAL = "Fatal Python error"
 _LINES = 8  # of a short form
 _OURS = f'{os.sep}engine{os.sep}child.py"'  # as it stands in stacks
-_asking = threading.RLock()  # of two who ask one worker, neither would get the whole answer
+_asking = Guard()  # of two who ask one worker, neither would get the whole answer
 
 
 # -- in the worker -------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class BlackBox:
         self.ended = False  # nothing more will come
         self._said = b""
         self._question: object = None  # to which what was said is the answer
-        self._reading = threading.RLock()  # a signal handler may come in between
+        self._reading = Guard()
 
     def lend(self) -> Descriptor | None:
         """Return the worker's end, which is the caller's to close once the worker is started."""
@@ -102,13 +102,19 @@ class BlackBox:
         """
         if not signum:
             return None
-        with self._reading:
-            self._listen()
-            if _FATAL.encode() in self._said:
-                return None
-            self._said = b""
-            self._question = question = object()
-        return question if all(kill(signum) for _ in range(times)) else None
+        question = self._forget()
+        asked = question is not None and all(kill(signum) for _ in range(times))
+        return question if asked else None
+
+    @guarded("_reading")
+    def _forget(self) -> object:
+        """Drop what was said; return the question that comes next. None: it has crashed."""
+        self._listen()
+        if _FATAL.encode() in self._said:
+            return None
+        self._said = b""
+        self._question = question = object()
+        return question
 
     def take_back(self, question: object) -> None:
         """Take what was said for no answer any more: it does not tell of the worker's end."""
@@ -120,8 +126,7 @@ class BlackBox:
 
         The last are those of its end. Unless it has ended, they may be only half there.
         """
-        with self._reading:
-            self._listen()
+        self._listen()
         said = self._said.decode(errors="replace")
         _, fatal, crash = said.rpartition(_FATAL)
         if fatal:
@@ -132,6 +137,7 @@ class BlackBox:
         """Return the stacks of a worker that has ended; empty if it had no time to write them."""
         return "".join(self.stacks()[-1:])
 
+    @guarded("_reading")
     def _listen(self) -> None:
         """Read what is there."""
         for _ in range(0, _MOST, _PIECE):
@@ -144,19 +150,19 @@ class BlackBox:
                 return
             self._said += piece
 
+    @guarded("_reading")
     def watch(self, watched: list[int]) -> bool:
         """Add a descriptor that tells of news, the caller's to close; False if there is none."""
-        with self._reading:
-            if self._fd is None:
-                return False
-            watched.extend(map(os.dup, (self._fd,)))  # one step, as `close_all` is
-            return True
+        if self._fd is None:
+            return False
+        watched.extend(map(os.dup, (self._fd,)))  # one step, as `close_all` is
+        return True
 
+    @guarded("_reading")
     def close(self) -> None:
         """Close the pipe, after a last reading. What was read stays readable."""
-        with self._reading:
-            self._listen()
-            self.abandon()
+        self._listen()
+        self.abandon()
 
     def abandon(self) -> None:
         """Close the pipe without a look: a process that was forked from the owner must not read."""
@@ -194,33 +200,36 @@ def stacks_of(handles: Iterable[Any]) -> dict[int, str]:
 
     Who does not answer in time has an empty text.
     """
+    return _asking.run(_stacks_of, handles)
+
+
+def _stacks_of(handles: Iterable[Any]) -> dict[int, str]:
     from multiprocessing import connection
 
     deadline = time.monotonic() + PATIENCE
     found: dict[int, str] = {}
     asked: dict[int, tuple[int, BlackBox, object]] = {}
     watched: list[int] = []  # ours to close
-    with _asking:
-        try:
-            for handle in handles:
-                found[handle.slot] = ""
-                question = handle.show(times=2)
-                if question is not None and handle.box.watch(watched):
-                    asked[watched[-1]] = handle.slot, handle.box, question
-            while asked:
-                left = max(0.0, deadline - time.monotonic())
-                ready = set(connection.wait(list(asked), left))
-                for fd in [fd for fd in asked if fd in ready or not ready]:
-                    slot, box, question = asked[fd]
-                    stacks = box.stacks()
-                    if len(stacks) > 1 or box.ended or not ready:
-                        found[slot] = "".join(stacks[:1])
-                        box.take_back(question)
-                        del asked[fd]
-        finally:
-            close_all(watched)
-            for _, box, question in asked.values():  # an interrupt came
-                box.take_back(question)
+    try:
+        for handle in handles:
+            found[handle.slot] = ""
+            question = handle.show(times=2)
+            if question is not None and handle.box.watch(watched):
+                asked[watched[-1]] = handle.slot, handle.box, question
+        while asked:
+            left = max(0.0, deadline - time.monotonic())
+            ready = set(connection.wait(list(asked), left))
+            for fd in [fd for fd in asked if fd in ready or not ready]:
+                slot, box, question = asked[fd]
+                stacks = box.stacks()
+                if len(stacks) > 1 or box.ended or not ready:
+                    found[slot] = "".join(stacks[:1])
+                    box.take_back(question)
+                    del asked[fd]
+    finally:
+        close_all(watched)
+        for _, box, question in asked.values():  # an interrupt came
+            box.take_back(question)
     return found
 
 

@@ -16,6 +16,7 @@ import weakref
 from itertools import islice
 from typing import Any
 
+from .._sync import Guard, guarded
 from ..errors import CheckoutTimeout, PoolClosed, PoolForked, PoolStartError, TooManyWaiters
 from ..telemetry import logger, warn
 from . import table as t
@@ -88,8 +89,7 @@ class Desk:
         self._try_take = manager.turnstile.try_take
         self._publish = manager.turnstile.publish
         self._handles = manager.fleet.handles
-        # The slow ways are counted under a lock; RLock, as a signal handler may come in between.
-        self._counting = threading.RLock()
+        self._counting = Guard()  # of the slow ways
         self.queued = 0
         self.timeouts = 0
         self.timed_out_ns = 0  # when a checkout was in vain for the last time, monotonic
@@ -374,17 +374,17 @@ class Desk:
 
     # -- telling -----------------------------------------------------------------------------
 
+    @guarded("_counting")
     def count(self, name: str) -> None:
         """Add one to a counter of things that are slow or rare."""
-        with self._counting:
-            setattr(self, name, getattr(self, name) + 1)
+        setattr(self, name, getattr(self, name) + 1)
 
+    @guarded("_counting")
     def count_fault(self, error: BaseException) -> None:
         """Count a call that got no reply."""
         name = type(error).__name__
-        with self._counting:
-            self.faults += 1
-            self.errors[name] = self.errors.get(name, 0) + 1
+        self.faults += 1
+        self.errors[name] = self.errors.get(name, 0) + 1
 
     @property
     def forked(self) -> bool:

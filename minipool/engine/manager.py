@@ -17,6 +17,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Callable
 
+from .._sync import Notice
 from ..breaker import CLOSED, CircuitBreaker
 from ..telemetry import Hooks, log_through, logger
 from . import health
@@ -120,7 +121,7 @@ class Manager:
         self.closed_ns: int | None = None
         self._launcher = launcher
         self._limits = health.limits_of(config)
-        self._changed = threading.Condition()
+        self._changed = Notice()
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
         self._close_by: float | None = None  # monotonic; None: not closing
@@ -228,15 +229,11 @@ class Manager:
             return condition()  # nothing will change while its thread waits here
         limit = self.standstills.limit(timeout)
         left = limit.left()
-        while True:
-            if left is not None:
-                left = min(left, threading.TIMEOUT_MAX)
-            with self._changed:
-                if self._changed.wait_for(lambda: condition() or self.done, left):
-                    return True
+        while not self._changed.wait_for(lambda: condition() or self.done, left):
             left = limit.left()
             if not left:
                 return condition() or self.done
+        return True
 
     def wait_done(self, timeout: float) -> bool:
         """Wait until everything has ended. Not in a log handler, for which the end would wait."""
@@ -299,8 +296,7 @@ class Manager:
         self.bell.close()
         OOM_KILLS.end()
         self.standstills.end()
-        with self._changed:
-            self._changed.notify_all()
+        self._changed.post()
         self._relay.close(_LOG_PATIENCE)
 
     def _wait(self) -> dict[Any, int]:
@@ -385,8 +381,7 @@ class Manager:
             self._sweep([], time.monotonic_ns())
         else:
             self._deal_with(heard)
-        with self._changed:
-            self._changed.notify_all()
+        self._changed.post()
 
     def _deal_with(self, heard: dict[Any, int]) -> None:
         """Do what there is to do: a turn.

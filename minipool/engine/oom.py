@@ -7,10 +7,12 @@ within the last moment, and each count explains one death. In the parent; any th
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
 import time
 from typing import Callable
+
+from .._sync import Guard, guarded
 
 _MOMENT = 1.0  # seconds; what was counted before the last but one look is old
 _ROOT = "/sys/fs/cgroup"
@@ -26,8 +28,8 @@ class OomKills:
     ) -> None:
         self._path = path
         self._clock = clock
-        self._explaining = threading.RLock()
-        self._fd = -1
+        self._explaining = Guard()
+        self._fds: list[int] = []  # of the counter; it stays open while somebody looks
         self._watchers = 0  # managers that look
         self._before = self._latest = 0
         self._looked = float("-inf")
@@ -35,58 +37,60 @@ class OomKills:
     def look(self) -> None:
         """Note how it stands. Called once a tick, so that what is old explains nothing."""
         now = self._clock()
-        if now - self._looked < _MOMENT:
-            return
-        with self._explaining:
-            first = self._looked == float("-inf")
-            self._looked = now
-            count = self._count()
-            self._before = count if first else max(self._before, self._latest)
-            self._latest = count
+        if now - self._looked >= _MOMENT:
+            self._note(now)
 
+    @guarded("_explaining")
+    def _note(self, now: float) -> None:
+        first = self._looked == float("-inf")
+        self._looked = now
+        count = self._count()
+        self._before = count if first else max(self._before, self._latest)
+        self._latest = count
+
+    @guarded("_explaining")
     def explain(self) -> bool:
         """Tell whether a death of this moment is one of those counted; takes it as explained."""
-        with self._explaining:
-            if self._count() <= self._before:
-                return False
-            self._before += 1
-            return True
+        if self._count() <= self._before:
+            return False
+        self._before += 1
+        return True
 
     def _count(self) -> int:
         try:
-            if self._fd < 0:  # it stays open, because to open it is most of the work
+            if not self._fds:  # to open it is most of the work
                 self._path = self._path or _path()
-                self._fd = os.open(self._path, os.O_RDONLY)
-            words = os.pread(self._fd, 1 << 16, 0).split()
+                self._fds.extend(map(os.open, [self._path], [os.O_RDONLY]))  # and noted, in a step
+            words = os.pread(self._fds[0], 1 << 16, 0).split()
             return int(words[words.index(b"oom_kill") + 1])
         except (OSError, ValueError, IndexError):
             return 0  # none here, and none later
         finally:
             self._put_away()
 
+    @guarded("_explaining")
     def begin(self) -> None:
         """Hear that one more manager will look once a tick."""
-        with self._explaining:
-            self._watchers += 1
-            self._count()  # opens what is read: a pool has all its descriptors from its start
+        self._watchers += 1
+        self._count()  # opens what is read: a pool has all its descriptors from its start
 
+    @guarded("_explaining")
     def end(self) -> None:
         """Hear that one of them will not any more."""
-        with self._explaining:
-            self._watchers -= 1
-            self._put_away()
+        self._watchers -= 1
+        self._put_away()
 
     def abandon(self) -> None:
         """Begin anew in a process that was forked: who held the lock is not in it."""
-        self._explaining = threading.RLock()
+        self._explaining = Guard()
         self._watchers = 0
         self._put_away()
 
     def _put_away(self) -> None:
         """Give back the descriptor, if nobody looks regularly."""
-        if not self._watchers and self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        if not self._watchers and self._fds:
+            with contextlib.suppress(IndexError):  # a signal handler was faster
+                any(map(os.close, map(self._fds.pop, [-1])))  # taken out and closed, in a step
 
 
 def _path() -> str:

@@ -15,6 +15,7 @@ import time
 from multiprocessing import connection
 from typing import Any, Callable
 
+from .._sync import Latch
 from . import wire
 from .channel import (
     CHUNK,
@@ -136,9 +137,9 @@ class PortableEnd(End):
             if deadline is not None:
                 deadline = self._extended(deadline)
 
-    def _send_aside(self, payload: bytes) -> threading.Event:
+    def _send_aside(self, payload: bytes) -> Latch:
         """Send from a thread of its own; return what tells of its end, good or bad."""
-        done = threading.Event()
+        done = Latch()
 
         def send() -> None:
             try:

@@ -20,10 +20,10 @@ import errno
 import os
 import signal
 import struct
-import threading
 from multiprocessing import connection
 from typing import Any, Callable
 
+from .._sync import Guard, guarded
 from . import popen
 from .blackbox import LAST_WORDS
 from .descriptors import close_all
@@ -55,8 +55,8 @@ class WorkerProcess:
         args: tuple[Any, ...],
         kill_group: bool = False,
     ) -> None:
-        self._reaping = threading.RLock()  # a signal handler may kill what its thread reaps
-        self._waiting = threading.RLock()  # for its end, on descriptors that stay open meanwhile
+        self._reaping = Guard()  # a signal handler may kill what its thread reaps
+        self._waiting = Guard()  # for its end, on descriptors that stay open meanwhile
         self._last_exitcode: int | None = None
         self._sent = bytearray(_UNSENT)  # by the fork server
         self._closed = False
@@ -116,17 +116,21 @@ class WorkerProcess:
         """
         if self._pidfd is None and signum != signal.SIGKILL:
             return False
-        with self._reaping, contextlib.suppress(OSError, ValueError):
-            ended, shot = self.has_ended(), self._shot
-            if signum in (signal.SIGKILL, LAST_WORDS) and not ended:
-                self.stopped = self.stopped or _how_stopped(self.pid)
-                self._shot = True
-            if signum == signal.SIGKILL:
-                self._kill_group()  # first: afterwards its leader may be reaped
-            try:
-                return self._send(signum, ended)
-            except PermissionError:
-                self._shot, self.refused = shot, _why_refused(self.pid)
+        with contextlib.suppress(OSError, ValueError):
+            return self._reaping.run(self._shoot, signum)
+        return False
+
+    def _shoot(self, signum: int) -> bool:
+        ended, shot = self.has_ended(), self._shot
+        if signum in (signal.SIGKILL, LAST_WORDS) and not ended:
+            self.stopped = self.stopped or _how_stopped(self.pid)
+            self._shot = True
+        if signum == signal.SIGKILL:
+            self._kill_group()  # first: afterwards its leader may be reaped
+        try:
+            return self._send(signum, ended)
+        except PermissionError:
+            self._shot, self.refused = shot, _why_refused(self.pid)
         return False
 
     def _send(self, signum: int, ended: bool) -> bool:
@@ -187,12 +191,19 @@ class WorkerProcess:
         if self._closed or self._vanished or self._last_exitcode is not None:
             return True
         with contextlib.suppress(ValueError, OSError):  # closed meanwhile
-            with self._waiting if timeout else self._reaping:  # either keeps `close` away
-                if self._pidfd is not None:
-                    return bool(connection.wait([self._pidfd], timeout))
-                if timeout:
-                    connection.wait([self.sentinel], timeout)
+            guard = self._waiting if timeout else self._reaping  # either keeps `close` away
+            seen = guard.run(self._saw_end, timeout)
+            if seen is not None:
+                return seen
         return self.exitcode(0) is not None or self._closed or self.unknown == _TAKEN
+
+    def _saw_end(self, timeout: float) -> bool | None:
+        """Wait for the end; None where there is no pidfd, and the exit code has to tell."""
+        if self._pidfd is not None:
+            return bool(connection.wait([self._pidfd], timeout))
+        if timeout:
+            connection.wait([self.sentinel], timeout)
+        return None
 
     def exitcode(self, timeout: float = REAP_TIMEOUT) -> int | None:
         """Return how the process ended; None if it has not within `timeout`, or if it is not known.
@@ -204,12 +215,15 @@ class WorkerProcess:
         with contextlib.suppress(ValueError, OSError):  # closed by the manager meanwhile
             if timeout:
                 self._wait_ended(timeout)
-            with self._reaping:
-                code = self._sent_exitcode() if self._served else self._reapable_exitcode()
-                if code and code == -LAST_WORDS:  # who asked for them wanted it killed
-                    code = -signal.SIGKILL
-                self._last_exitcode = code
+            self._read_exitcode()
         return self._last_exitcode
+
+    @guarded("_reaping")
+    def _read_exitcode(self) -> None:
+        code = self._sent_exitcode() if self._served else self._reapable_exitcode()
+        if code and code == -LAST_WORDS:  # who asked for them wanted it killed
+            code = -signal.SIGKILL
+        self._last_exitcode = code
 
     def _sent_exitcode(self) -> int | None:
         """Return what the fork server has sent; never waits.
@@ -249,12 +263,15 @@ class WorkerProcess:
     @property
     def starved(self) -> bool:
         """Whether the kernel killed it for want of memory. Ask soon, and before killing it."""
-        with self._reaping:
-            if self._starved is None and self._last_exitcode is not None:
-                killed = self._last_exitcode == -signal.SIGKILL and not self._shot
-                self._starved = killed and OOM_KILLS.explain()
-            return bool(self._starved)
+        return self._reaping.run(self._was_starved)
 
+    def _was_starved(self) -> bool:
+        if self._starved is None and self._last_exitcode is not None:
+            killed = self._last_exitcode == -signal.SIGKILL and not self._shot
+            self._starved = killed and OOM_KILLS.explain()
+        return bool(self._starved)
+
+    @guarded("_waiting")
     def _wait_ended(self, timeout: float) -> None:
         """Wait until the process has ended and its exit code can be had.
 
@@ -266,26 +283,30 @@ class WorkerProcess:
         ever. Copies would not do: an exception raised by a signal or another thread could lose
         them.
         """
-        with self._waiting:
-            ended = connection.wait([self.death_fd], timeout)
-            if ended and self._served and self._pidfd is not None:
-                connection.wait([self.sentinel], REAP_TIMEOUT)
+        ended = connection.wait([self.death_fd], timeout)
+        if ended and self._served and self._pidfd is not None:
+            connection.wait([self.sentinel], REAP_TIMEOUT)
 
     def close(self) -> None:
         """Forget a process that has ended, and end what it has left behind."""
         self.exitcode(0)
-        with self._reaping:
-            self._kill_group()
-            heard = self._waiting.acquire(timeout=REAP_TIMEOUT)  # whoever waits, at once as a rule
-            self._closed = True
-            with contextlib.suppress(ValueError, AssertionError):
-                popen = self._process._popen
-                if popen is not None and (self._served or popen.poll() is None):
-                    popen.returncode = self._last_exitcode or 0  # else it could not be closed
-                self._process.close()
-            self._close_pidfd()
-            if heard:
-                self._waiting.release()
+        self._reaping.run(self._close)
+
+    def _close(self) -> None:
+        self._kill_group()
+        # Whoever waits has heard of the end, at once as a rule, and leaves.
+        if not self._waiting.run_within(REAP_TIMEOUT, self._forget):
+            self._forget()
+
+    def _forget(self) -> bool:
+        self._closed = True
+        with contextlib.suppress(ValueError, AssertionError):
+            popen = self._process._popen
+            if popen is not None and (self._served or popen.poll() is None):
+                popen.returncode = self._last_exitcode or 0  # else it could not be closed
+            self._process.close()
+        self._close_pidfd()
+        return True
 
     def abandon(self) -> None:
         """Let go of it in a process that was forked from the owner, whose child it is."""

@@ -12,9 +12,9 @@ import contextlib
 import os
 import pickle
 import sys
-import threading
 from typing import Any, Collection, Dict, Tuple
 
+from .._sync import Guard
 from . import wire
 from .voice import FIRST, LAST, MARK, PIECE, Packed, Voice
 
@@ -53,7 +53,7 @@ class Transcript:
         # what it has heard, and how many of the dropped it has told of: one writer each.
         self.passed_on = self.heard = self.dropped = self.told = 0
         self.unsaid: collections.deque[Item] = collections.deque()  # not yet passed on
-        self._reading = threading.RLock()  # a signal handler may come in between
+        self._reading = Guard()
         self._last: collections.deque[Item] = collections.deque(maxlen=LAST_LINES)
         self._pipes: Dict[int, Any] = {}  # descriptor -> who makes items of its bytes
         log: wire.Descriptor | None = None
@@ -84,22 +84,21 @@ class Transcript:
 
     def read(self, fd: int, most: int = _CHUNK, end: bool = False) -> bool:
         """Take what is there, about so much at most; False: nothing more will come."""
-        if not self._reading.acquire(timeout=_PATIENCE):
-            return True
-        try:
-            reader = self._pipes.get(fd)
-            if reader is None:
-                return False
-            with contextlib.suppress(BlockingIOError):
-                while most > 0 and not reader.ended:
-                    data = os.read(fd, _CHUNK)
-                    most -= len(data)
-                    self._note(reader.feed(data))
-            if end:
-                self._note(reader.feed(b""))
-            return not reader.ended
-        finally:
-            self._reading.release()
+        more = self._reading.run_within(_PATIENCE, self._read, fd, most, end)
+        return more is None or more
+
+    def _read(self, fd: int, most: int, end: bool) -> bool:
+        reader = self._pipes.get(fd)
+        if reader is None:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            while most > 0 and not reader.ended:
+                data = os.read(fd, _CHUNK)
+                most -= len(data)
+                self._note(reader.feed(data))
+        if end:
+            self._note(reader.feed(b""))
+        return not reader.ended
 
     def _note(self, items: list[Item]) -> None:
         self.unsaid.extend(items)
@@ -123,18 +122,13 @@ class Transcript:
 
     def close(self) -> bool:
         """Close the pipes, by the thread that watches them; False: another is reading still."""
-        if not self._reading.acquire(timeout=_PATIENCE):
-            return False
-        try:
-            self.abandon()
-            return True
-        finally:
-            self._reading.release()
+        return bool(self._reading.run_within(_PATIENCE, self.abandon))
 
-    def abandon(self) -> None:
-        """Close the pipes in a process that was forked from the owner."""
+    def abandon(self) -> bool:
+        """Close the pipes; also in a process that was forked from the owner."""
         while self._pipes:
             os.close(self._pipes.popitem()[0])
+        return True
 
 
 class Lines:

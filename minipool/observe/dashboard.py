@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 
+from .._sync import Guard, guarded
 from ..engine.sigpipe import block_here, unsignalled
 from ..telemetry import logger
 from .board import Board
@@ -45,7 +46,7 @@ class Dashboard:
     ) -> None:
         self._board, self._interval = board, INTERVAL
         self._news = News(board)
-        self._closing = threading.RLock()
+        self._closing = Guard()
         self._thread = threading.Thread(target=self._run, name="minipool-dashboard", daemon=True)
         with contextlib.ExitStack() as undoing:
             undoing.callback(board.close)
@@ -74,12 +75,15 @@ class Dashboard:
 
     def close(self) -> None:
         """Hang up on everybody and end; no thread, socket or descriptor is left."""
-        with self._closing:
-            if not self._news.over:
-                unsignalled(self._clapper.send, b"!")  # first: it is closed once the news are over
-                self._news.end()
+        self._end_news()
         if threading.current_thread() is not self._thread:
             self._thread.join(PATIENCE)
+
+    @guarded("_closing")
+    def _end_news(self) -> None:
+        if not self._news.over:
+            unsignalled(self._clapper.send, b"!")  # first: it is closed by who finds the news over
+            self._news.end()
 
     def __enter__(self) -> Dashboard:
         return self

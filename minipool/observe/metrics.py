@@ -11,10 +11,10 @@ The thread starts when the pool is opened and ends with it; the pool is held wea
 from __future__ import annotations
 
 import collections
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, NamedTuple, Optional, Sequence, Tuple
 
+from .._sync import Guard, guarded
 from ..engine import table as t
 from .reading import Reading, WorkerSnapshot, read
 from .score import health_score, health_word
@@ -100,7 +100,7 @@ class Metrics:
             raise ValueError(f"interval={interval!r}: give seconds, more than 0, or None")
         self._pool = weakref.ref(pool)
         self._target, self._read = target, read
-        self._sampling = threading.Lock()
+        self._sampling = Guard()
         self._before: Reading | None = None
         self._lately: Deque[Reading] = collections.deque()  # of the last WINDOW, a step apart
         self._recent: Deque[Reading] = collections.deque()  # of the last ROLL_STEP, with workers
@@ -145,12 +145,7 @@ class Metrics:
             PoolForked: this process is a fork of the pool's owner.
             ReferenceError: the pool was collected.
         """
-        reading = self._read(self._alive())  # and hold the pool no longer than that
-        with self._sampling:
-            latest = self._latest
-            if latest is not None and reading.at <= latest.at:
-                return latest  # another thread was faster
-            return self._take(reading)
+        return self._take(self._read(self._alive()))  # and hold the pool no longer than that
 
     def _alive(self) -> Pool[Any]:
         pool = self._pool()
@@ -158,7 +153,11 @@ class Metrics:
             raise ReferenceError("the pool that these metrics were about was collected")
         return pool
 
+    @guarded("_sampling")
     def _take(self, reading: Reading) -> Snapshot:
+        latest = self._latest
+        if latest is not None and reading.at <= latest.at:
+            return latest  # another thread was faster
         before = self._before or reading
         lately = _first_since(self._lately, reading.at - WINDOW) or before
         recent = _first_since(self._recent, reading.at - ROLL_STEP) or before

@@ -8,9 +8,9 @@ no older one.
 from __future__ import annotations
 
 import json
-import threading
 from typing import Any, Dict
 
+from .._sync import Guard, Notice, guarded
 from .board import Board
 
 
@@ -21,39 +21,36 @@ class News:
         self.board = board
         self.over = False
         self._turns = 0
-        self._changed = threading.Condition()
-        self._drawing = threading.Lock()  # never held while anything is sent
+        self._changed = Notice()
+        self._drawing = Guard()  # never held while anything is sent
         self._drawn: Dict[tuple[int, str, float], bytes] = {}
 
     def turn(self) -> None:
         """Take a reading, and wake all who wait for it."""
         self.board.tick()
-        with self._changed:
-            self._turns += 1
-            self._changed.notify_all()
+        self._turns += 1
+        self._changed.post()
 
     def end(self) -> None:
         """Let nobody wait any more."""
-        with self._changed:
-            self.over = True
-            self._changed.notify_all()
+        self.over = True
+        self._changed.post()
         self._drawn.clear()
 
     def wait(self, seen: int, timeout: float) -> int:
         """Wait for a reading later than the one seen; return its number, or the same one."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.over or self._turns > seen, timeout)
-            return self._turns
+        self._changed.wait_for(lambda: self.over or self._turns > seen, timeout)
+        return self._turns
 
+    @guarded("_drawing")
     def draw(self, turn: int, pool_id: str, window: float) -> bytes:
         """Return the reading of a turn as JSON."""
         key = (turn, pool_id, window)
-        with self._drawing:
-            if any(drawn[0] != turn for drawn in self._drawn):
-                self._drawn.clear()
-            if key not in self._drawn:
-                self._drawn[key] = as_json(self.board.reading(pool_id, window))
-            return self._drawn[key]
+        if any(drawn[0] != turn for drawn in self._drawn):
+            self._drawn.clear()
+        if key not in self._drawn:
+            self._drawn[key] = as_json(self.board.reading(pool_id, window))
+        return self._drawn[key]
 
 
 def as_json(value: Any) -> bytes:

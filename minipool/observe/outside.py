@@ -7,10 +7,10 @@ a pool keeps to itself (sessions, errors, events, why a worker died) is told as 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from .._sync import Latch
 from ..engine import table as t
 from . import onlooker, portrait
 from .board import Board, Post
@@ -31,7 +31,7 @@ class Outside(Board):
         super().__init__()
         self.unreadable: list[Unreadable] = []
         self.source = "Seen from outside"
-        self.over = threading.Event()  # the process has ended
+        self.over = Latch()  # the process has ended
         self._pid, self._look = pid, look
         if pid is not None:
             self.source += f": process {pid}"

@@ -11,6 +11,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Callable
 
+from .._sync import Guard, Latch, guarded
 from ..telemetry import logger
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class Ticker:
         self, pool: Pool[Any], interval: float, tick: Callable[[], object], name: str
     ) -> None:
         self._interval, self._tick, self._name = interval, tick, name
-        self._beginning = threading.RLock()  # a signal handler may close what begins
-        self._over = threading.Event()
+        self._beginning = Guard()  # a signal handler may close what begins
+        self._over = Latch()
         self._thread: threading.Thread | None = None
         self._hooks, self._pid = pool.hooks, os.getpid()
         self._hooks["pool.init"].append(self._begin)
@@ -37,13 +38,13 @@ class Ticker:
         if pool._desk is not None:
             self._begin()
 
+    @guarded("_beginning")
     def _begin(self, *event: Any) -> None:
-        with self._beginning:
-            if self._thread is not None or self._over.is_set():
-                return
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            thread.start()
-            self._thread = thread  # now: who is interrupted before leaves nothing to be joined
+        if self._thread is not None or self._over.happened:
+            return
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        thread.start()
+        self._thread = thread  # now: who is interrupted before leaves nothing to be joined
 
     def _run(self) -> None:
         while self._ticked() and not self._over.wait(self._interval):
@@ -74,7 +75,6 @@ class Ticker:
         if self._pid != os.getpid():
             return  # the thread is the other process's, and a lock may have been copied as held
         self._over.set()
-        with self._beginning:
-            thread = self._thread
+        thread = self._beginning.run(lambda: self._thread)
         if thread is not None and thread is not threading.current_thread():
             thread.join(1.0)

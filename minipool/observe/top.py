@@ -14,10 +14,10 @@ import contextlib
 import json
 import select
 import sys
-import threading
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 
+from .._sync import Latch
 from . import onlooker
 from .onlooker import Unreadable
 from .watch import STUCK, PoolView, Watch, Worker, as_object
@@ -290,7 +290,7 @@ def _live(window: Any, watch: Watch, arguments: argparse.Namespace) -> None:
 def _once(watch: Watch, arguments: argparse.Namespace) -> int:
     pools, unreadable = watch.look()
     if pools:  # rates need two
-        threading.Event().wait(arguments.interval)
+        Latch().wait(arguments.interval)
         pools, unreadable = watch.look()
     if arguments.json:
         print(json.dumps(as_object(pools, unreadable), indent=1))
