@@ -295,7 +295,7 @@ class Manager:
         if handle.explaining:
             sources: tuple[Any, ...] = ()  # an order comes when that is over
         elif handle.ended_ns:  # only its exit code is missing
-            sources = (handle.process.sentinel,)
+            sources = (handle.process.exitcode_fd,)
         elif handle.state in (S.STARTING, S.PROBING):
             sources = handle.process.death_fd, channel.fd
         else:
