@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
-    "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
+    "errors", "telemetry", "backoff", "breaker", "retry", "commands", "cgroup", "config",
     "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
-    "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health", "engine.sizing",
+    "engine.transcript", "engine.resources", "engine.shortage", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health", "engine.sizing",
     "engine.oom", "engine.popen", "engine.process", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
     "engine.launch", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
     "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.manager",
