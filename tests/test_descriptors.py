@@ -98,7 +98,7 @@ def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) ->
     server = threading.Thread(target=serve)
     server.start()
     try:
-        assert pids.pid_from_server() == 1234
+        assert pids.pid_from_server(os.getpid()) == 1234
         full_box.heard_server = True
         assert full_box.exitcode() == -6
         assert full_box.ended
@@ -152,3 +152,18 @@ def test_exit_code_is_told_from_what_was_said_before(code: int) -> None:
     assert box._stacks.endswith("File\n")
     box.close()
     box.abandon()
+
+
+def test_server_that_ends_without_a_word_is_not_waited_for() -> None:
+    """Though others hold the pipe open."""
+    box = BlackBox()
+    end = box.lend_to_server()
+    server = multiprocessing.get_context("fork").Process(target=os._exit, args=(1,))
+    server.start()
+    try:
+        with pytest.raises(EOFError, match="fork server"):
+            box.pid_from_server(server.pid or 0)
+    finally:
+        server.join(LAST)
+        os.close(end)
+        box.abandon()

@@ -139,13 +139,13 @@ class BlackBox:
         _of_servers.add(self)
         return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
 
-    def pid_from_server(self) -> int:
-        """Wait for the pid of a worker that is being started.
+    def pid_from_server(self, server: int) -> int:
+        """Wait for the pid of a worker that is being started by the process `server`.
 
         Raises:
             EOFError: the fork server has ended.
         """
-        self.await_server(self.fd)
+        self.await_server(self.fd, server)
         said = os.read(self.fd, _SAID_BY_SERVER.size)  # in one piece, and nothing came before
         if len(said) < _SAID_BY_SERVER.size:
             raise EOFError("the fork server has ended")
@@ -153,19 +153,38 @@ class BlackBox:
         pid: int = _SAID_BY_SERVER.unpack(said)[0]
         return pid
 
-    def await_server(self, fd: int) -> None:
-        """Wait until a word of the fork server can be read from `fd`."""
+    def await_server(self, fd: int, server: int) -> None:
+        """Wait until a word of the process `server` can be read from `fd`.
+
+        Raises:
+            EOFError: it has ended without one. No end of a pipe tells so: others may hold it.
+        """
         from multiprocessing import connection
 
-        ready = connection.wait([fd], _PROMPT)
-        while fd not in ready:
-            boxes = {one._fd: one for one in tuple(_of_servers) if one is not self}
-            for ended in [fd for fd, box in boxes.items() if fd is None or box.ended]:
-                del boxes[ended]
-            ready = connection.wait([fd, *boxes])
-            for full in ready:
-                if full in boxes:
-                    boxes[full].listen()
+        try:
+            its_end = os.pidfd_open(server)
+        except ProcessLookupError:
+            raise EOFError("the fork server has ended") from None
+        try:
+            ready = connection.wait([fd, its_end], _PROMPT)
+            while fd not in ready and its_end not in ready:
+                boxes = self._others()
+                ready = connection.wait([fd, its_end, *boxes])
+                for full in ready:
+                    if full in boxes:
+                        boxes[full].listen()
+            if fd not in ready and not connection.wait([fd], 0):
+                raise EOFError("the fork server has ended")
+        finally:
+            os.close(its_end)
+
+    def _others(self) -> dict[Any, BlackBox]:
+        """Return what else the fork server may be waiting to write to, by descriptor."""
+        boxes: dict[Any, BlackBox] = {}
+        for box in tuple(_of_servers):
+            if box is not self and box._fd is not None and not box.ended:
+                boxes[box._fd] = box
+        return boxes
 
     def exitcode(self) -> int | None:
         """Return what the fork server has said of the end; None if nothing yet. Never waits.

@@ -30,7 +30,7 @@ from .wire import close_all
 if TYPE_CHECKING:
     from .blackbox import BlackBox
 
-_kept: list[Any] = []  # in a forked process: streams that must not be collected, which flushes
+_kept: list[Any] = []  # what must not be closed, and streams whose collection would flush them
 _MODULES = {
     "fork": "multiprocessing.popen_fork",
     "spawn": "multiprocessing.popen_spawn_posix",
@@ -76,8 +76,7 @@ def shed(popen: Any, sentinel: bool) -> None:
 
     The process takes the lifeline for that which tells of our end.
     """
-    from multiprocessing import util
-
+    util: Any = importlib.import_module("multiprocessing.util")
     finalizer = popen.finalizer
     if finalizer is None:
         return
@@ -93,10 +92,17 @@ def shed(popen: Any, sentinel: bool) -> None:
 
 def ensure_server() -> None:
     """Start the fork server, if it does not run; as `multiprocessing.forkserver.ensure_running`."""
+    folder = importlib.import_module("multiprocessing.process").current_process()._config
+    with contextlib.suppress(KeyError, FileExistsError):
+        os.mkdir(folder["tempdir"], 0o700)  # something has cleaned the temporary directory
+    server = _server()
+    rebound(type(server).ensure_running, spawn=_Spawn())(server)
+
+
+def _server() -> Any:
     from multiprocessing import forkserver
 
-    server = forkserver._forkserver
-    rebound(type(server).ensure_running, spawn=_Spawn())(server)
+    return forkserver._forkserver
 
 
 def _launch_by_server(made: Any, process: Any, box: BlackBox) -> None:
@@ -115,7 +121,7 @@ def _launch_by_server(made: Any, process: Any, box: BlackBox) -> None:
         _ask_server([theirs, status], made._fds, box)
         os.close(status)
         status = -1  # else the end of the server would not be the end of the pipe
-        made.pid = box.pid_from_server()
+        made.pid = box.pid_from_server(_server()._forkserver_pid)
         made.sentinel = None
         _send(ours, payload, box.fd)
     finally:
@@ -153,17 +159,19 @@ def _send(fd: int, payload: memoryview, end: int) -> None:
 def _ask_server(pipes: list[int], fds: list[int], box: BlackBox) -> None:
     """Ask for a new process: as `multiprocessing.forkserver.connect_to_new_process`."""
     import socket
-    from multiprocessing import connection, forkserver, reduction, resource_tracker
+    from multiprocessing import connection, reduction, resource_tracker
 
-    server: Any = forkserver._forkserver
-    key = getattr(server, "_forkserver_authkey", None)  # from Python 3.14 on
+    server = _server()
     with socket.socket(socket.AF_UNIX) as client:
         try:
-            client.connect(server._forkserver_address)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, server._forkserver_address) from None
+            _connect(client, server)
+        except FileNotFoundError:
+            _leave(server)
+            ensure_server()
+            _connect(client, server)
+        key = getattr(server, "_forkserver_authkey", None)  # from Python 3.14 on
         if key:
-            box.await_server(client.fileno())
+            box.await_server(client.fileno(), server._forkserver_pid)
             end: Any = connection.Connection(client.fileno())
             try:
                 connection.answer_challenge(end, key)
@@ -172,6 +180,25 @@ def _ask_server(pipes: list[int], fds: list[int], box: BlackBox) -> None:
                 end._detach()
         kept = [server._forkserver_alive_fd, resource_tracker.getfd()]
         reduction.sendfds(client, [*pipes, *kept, *fds])
+
+
+def _connect(client: Any, server: Any) -> None:
+    """Connect to the fork server; what it raises names the address."""
+    try:
+        client.connect(server._forkserver_address)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, server._forkserver_address) from None
+
+
+def _leave(server: Any) -> None:
+    """Have multiprocessing start another server; this one goes on for those that it has started.
+
+    Its socket has been removed, so nobody can reach it any more.
+    """
+    modules, alive = server._preload_modules, server._forkserver_alive_fd
+    server.__init__()
+    server._preload_modules = modules
+    _kept.append(alive)  # closed with this process, upon which that server ends
 
 
 # -- what a process is told of its parent --------------------------------------------------------
