@@ -18,6 +18,7 @@ from ..backoff import Backoff
 from ..breaker import CLOSED, CircuitBreaker, Permit
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
+from . import shortage
 from . import table as t
 from .handle import Handle
 from .health import SECOND_NS
@@ -196,6 +197,7 @@ class Fleet:
         All are prepared before the first is started, and noted after the last: whatever is touched
         between two forks, the kernel must copy.
         """
+        count = shortage.workers_that_fit(self._config, count)
         prepared: list[Handle] = []
         started: list[Handle] = []
         failure: tuple[int, Exception, Permit | None] | None = None
@@ -399,7 +401,9 @@ class Fleet:
         self.not_before = time.monotonic() + self._pause
         failure = self.last_failure = _start_error(slot, exitcode, cause, handle)
         self._hooks.emit("error", {}, kind="start", error=failure, worker_id=slot)
-        if permit is not None and alone and not struck:
+        if permit is not None and shortage.of_descriptors(cause):
+            permit.give_up()  # with more of them, or fewer workers, starting works
+        elif permit is not None and alone and not struck:
             permit.failed(failure)
         self._judge(handle, exitcode, cause, failure)
 
@@ -457,7 +461,9 @@ def _start_error(
     slot: int, exitcode: int | None, cause: BaseException | None, handle: Handle | None
 ) -> WorkerStartError:
     ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
-    if cause is not None:
+    if cause is not None and handle is None:
+        what = f"did not start: {shortage.in_words(cause)}"
+    elif cause is not None:
         what = f"did not start: {type(cause).__name__}: {cause}"
     elif handle is not None and handle.ready_ns:
         what = f"ended {ended} as soon as it was ready"

@@ -16,7 +16,7 @@ from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
-from . import wire
+from . import shortage, wire
 from .assignment import Assignment, Setup
 from .child import main
 from .lifeline import Lifeline
@@ -68,6 +68,7 @@ class Launcher:
             PoolStartError: no worker could be started here, and why; nothing was started.
         """
         _check_process()
+        shortage.expect_descriptors(self.config)
         if self.method != "fork":
             _check_main()
         if self.config.start_method is None and self.method == "forkserver" and not _tempdir():
