@@ -106,3 +106,34 @@ def test_fork_server_whose_socket_is_gone_is_replaced(tmp_path: Path) -> None:
     code, out, err = scripts.run(tmp_path, CLEANED)
     assert code == 0, err
     assert out.split() == ["3", "0"], out + err
+
+
+REMOVED = """
+    import os, sys
+    from ears import Ear
+    from minipool import Pool, WorkerDied
+    from workers import identity
+
+    if __name__ == "__main__":
+        with Pool(size=1, start_method=sys.argv[1], breaker=False) as pool:
+            ear = Ear(pool, "error")
+            with open(__file__) as file:
+                program = file.read()
+            os.remove(__file__)
+            pool.resize(2)
+            ear.wait("error", 1)
+            error = str(ear.heard[0].metadata["error"])
+            print(f"file {__file__!r} does not exist" in error, pool.call(identity, 1))
+            with open(__file__, "w") as file:
+                file.write(program)
+            pool.wait_ready(2, timeout=20)
+            print("recovered")
+"""
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_program_that_was_removed_is_named(method: str, tmp_path: Path) -> None:
+    """Every worker would import it; a deploy brings it back."""
+    code, out, err = scripts.run(tmp_path, REMOVED, method)
+    assert code == 0, err
+    assert out.split() == ["True", "1", "recovered"], out + err

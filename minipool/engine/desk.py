@@ -16,14 +16,7 @@ import weakref
 from itertools import islice
 from typing import Any
 
-from ..errors import (
-    CheckoutTimeout,
-    MinipoolError,
-    PoolClosed,
-    PoolForked,
-    PoolStartError,
-    TooManyWaiters,
-)
+from ..errors import CheckoutTimeout, PoolClosed, PoolForked, PoolStartError, TooManyWaiters
 from ..telemetry import logger, warn
 from . import shortage, wire
 from . import table as t
@@ -451,7 +444,7 @@ AGAIN, ANEW = "the next use tries again", "open a new pool"
 def could_not_start(name: str | None, failure: BaseException, what_then: str) -> PoolStartError:
     """Return the error that tells why a pool is not open; a new one for each caller."""
     cause = failure.__cause__ or failure
-    why = str(failure) if isinstance(failure, MinipoolError) else shortage.in_words(failure)
+    why = shortage.in_words(failure)
     error = PoolStartError(f"{name} could not start: {why}; {_remedy(cause)}; {what_then}")
     error.__cause__ = cause
     return error

@@ -89,7 +89,13 @@ class Launcher:
             self.lifeline.close()
 
     def setup(self, slot: int, generation: int, table_fd: int | None) -> Setup:
-        """Return what the process of one worker is told."""
+        """Return what the process of one worker is told.
+
+        Raises:
+            PoolStartError: the program has been removed since the pool was opened.
+        """
+        if self.method != "fork":
+            _check_main()
         fd = None if self.portable else table_fd
         lifeline = self.lifeline.read_fd if self.lifeline else None
         return Setup(

@@ -151,6 +151,8 @@ class Manager:
             for keeper in self.keepers:
                 keeper.end()
             if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
+                for keeper in self.keepers:
+                    keeper.join(_KEEPERS_GRACE)  # the caller is told when nothing is kept
                 self._give_back()
                 self.at_end()
                 self.done = True

@@ -11,7 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, PoolStartError
+from ..errors import ConfigError, MinipoolError, PoolStartError
 
 if TYPE_CHECKING:
     from ..config import PoolConfig
@@ -124,6 +124,8 @@ def of_descriptors(problem: BaseException | None) -> bool:
 def in_words(problem: BaseException) -> str:
     """Say why this process could not start a process, or a thread, for somebody to act on."""
     number = getattr(problem, "errno", None)
+    if isinstance(problem, MinipoolError):
+        return str(problem)
     if number == errno.EMFILE:
         limit = descriptor_limit() or 0
         taken = descriptors_taken(limit)
