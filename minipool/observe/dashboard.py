@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 
+from ..engine.shortage import in_words
 from ..telemetry import logger
 from .board import Board
 from .news import News
@@ -54,7 +55,10 @@ class Dashboard:
             undoing.callback(self._clapper.close)
             self._server = Server(host, port, self._news, token)
             undoing.callback(self._server.server_close)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as problem:
+                raise RuntimeError(f"the dashboard: {in_words(problem)}") from problem
             undoing.pop_all()
         _dashboards.add(self)
 
