@@ -143,7 +143,6 @@ def test_autoscale_that_has_too_few_says_so_and_goes_on(
         scaler._carry_out(Decision(80, None, "much to do"))
         assert "is not resized: size=80: 79 workers need" in caplog.text
         assert pool.stats().size == 1
-        scaler._ticker.close() if hasattr(scaler._ticker, "close") else None
 
 
 GROWTH = """

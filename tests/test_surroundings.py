@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 import scripts
+from minipool.engine import popen, shortage
 
 NOWHERE = """
     import os, sys, tempfile
@@ -137,3 +140,14 @@ def test_program_that_was_removed_is_named(method: str, tmp_path: Path) -> None:
     code, out, err = scripts.run(tmp_path, REMOVED, method)
     assert code == 0, err
     assert out.split() == ["True", "1", "recovered"], out + err
+
+
+def test_folder_in_which_no_server_can_be_started_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path / "no" / "folder")
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", folder)  # type: ignore[attr-defined]
+    monkeypatch.setattr(popen, "_server", forkserver.ForkServer)
+    with pytest.raises(FileNotFoundError) as caught:
+        popen.ensure_server()
+    assert shortage.in_words(caught.value).endswith(f"No such file or directory: {folder!r}")

@@ -91,12 +91,21 @@ def shed(popen: Any, sentinel: bool) -> None:
 
 
 def ensure_server() -> None:
-    """Start the fork server, if it does not run; as `multiprocessing.forkserver.ensure_running`."""
-    folder = importlib.import_module("multiprocessing.process").current_process()._config
-    with contextlib.suppress(KeyError, FileExistsError):
-        os.mkdir(folder["tempdir"], 0o700)  # something has cleaned the temporary directory
+    """Start the fork server, if it does not run; as `multiprocessing.forkserver.ensure_running`.
+
+    Raises:
+        OSError: it could not be started; where its socket is the cause, the folder is named.
+    """
+    current: Any = importlib.import_module("multiprocessing.process").current_process()
+    folder = current._config.get("tempdir")
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            os.mkdir(folder, 0o700)  # something has cleaned the temporary directory
     server = _server()
-    rebound(type(server).ensure_running, spawn=_Spawn())(server)
+    try:
+        rebound(type(server).ensure_running, spawn=_Spawn())(server)
+    except (FileNotFoundError, PermissionError) as error:
+        raise OSError(error.errno, error.strerror, error.filename or folder) from error
 
 
 def _server() -> Any:
