@@ -412,29 +412,27 @@ def _parse(variable: str, text: str, kind: str) -> Any:
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may use: its affinity, and its container's quota."""
+    """Return how many CPUs this process may use: its affinity, and its control groups' quotas."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
         count = os.cpu_count() or 1
-    quota = _cgroup_cpus()
+    from . import cgroup  # read when it is asked for
+
+    quota = cgroup.cpus()
     return max(1, count if quota is None else min(count, math.ceil(quota)))
 
 
-def _cgroup_cpus() -> float | None:
-    """Return the CPU quota of the control group (version 2, else 1), or None."""
-    for quota_file, period_file in (
-        ("/sys/fs/cgroup/cpu.max", None),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            with open(quota_file) as file:
-                words = file.read().split()
-            if period_file is not None:
-                with open(period_file) as file:
-                    words += file.read().split()
-            quota, period = float(words[0]), float(words[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        return quota / period if quota > 0 and period > 0 else None
-    return None
+def usable_memory() -> int | None:
+    """Return how many bytes this process and its workers may have: the machine's, or fewer.
+
+    None: the system does not say.
+    """
+    from . import cgroup
+
+    limit = cgroup.memory()
+    try:
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return limit
+    return installed if limit is None else min(limit, installed)

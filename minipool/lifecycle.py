@@ -11,6 +11,7 @@ from ._sync import Guard
 from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
 from .engine.holdups import Departure
 from .engine.launch import Launcher
+from .engine.shortage import expect_descriptors_for
 from .errors import CheckoutTimeout, ConfigError, MinipoolError
 from .lease import seconds
 from .opening import (
@@ -356,7 +357,8 @@ class Lifecycle:
         warm, and the size sinks no further than that.
 
         Raises:
-            ConfigError: it is not a size this pool can have; nothing has changed.
+            ConfigError: it is not a size this pool can have, or there are too few descriptors for
+                it; nothing has changed.
         """
         manager = self._open(0).manager
         wish = manager.staff.wish
@@ -375,6 +377,7 @@ class Lifecycle:
                 option="size",
                 value=size,
             )
+        expect_descriptors_for(self.config, size, len(manager.fleet.handles))
         previous = wish.target
         smaller = gentle and size < previous
         manager.command(lambda: manager.staff.resize(size, gentle))

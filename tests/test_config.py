@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from minipool import ConfigError, Pool, PoolConfig
-from minipool import config as config_module
+from minipool import ConfigError, Pool, PoolConfig, cgroup
 from minipool.config import MAX_WORKERS, usable_cpus
 from workers import Counter
 
@@ -386,49 +385,19 @@ def test_usable_cpus_go_by_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
 
     for quota, expected in [(None, 6), (2.0, 2), (2.5, 3), (0.1, 1), (64.0, 6)]:
-        monkeypatch.setattr(config_module, "_cgroup_cpus", lambda quota=quota: quota)
+        monkeypatch.setattr(cgroup, "cpus", lambda quota=quota: quota)
         assert usable_cpus() == expected
 
 
 def test_usable_cpus_without_affinity_are_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where affinity cannot be asked for, all CPUs count; where even that is unknown, one."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(config_module, "_cgroup_cpus", lambda: None)
+    monkeypatch.setattr(cgroup, "cpus", lambda: None)
 
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     assert usable_cpus() == 12
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert usable_cpus() == 1
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"/sys/fs/cgroup/cpu.max": "150000 100000"}, 1.5),
-        ({"/sys/fs/cgroup/cpu.max": "garbage"}, None),
-        ({"/sys/fs/cgroup/cpu.max": ""}, None),
-        ({"/sys/fs/cgroup/cpu.max": "max 100000"}, None),
-        ({"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
-          "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 3.0),
-        ({"/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
-          "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, None),
-        ({}, None),
-    ],
-)  # fmt: skip
-def test_container_quota_is_read(
-    files: dict[str, str], expected: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both versions of control groups, and what may stand in their files."""
-    import io
-
-    def fake_open(path: str) -> io.StringIO:
-        if path not in files:
-            raise FileNotFoundError(path)
-        return io.StringIO(files[path])
-
-    monkeypatch.setattr(config_module, "open", fake_open, raising=False)
-
-    assert config_module._cgroup_cpus() == expected
 
 
 @pytest.mark.parametrize(

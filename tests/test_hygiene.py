@@ -147,7 +147,7 @@ def ended_worker(method: str) -> WorkerProcess:
     worker = WorkerProcess(context, "worker", signal.pause, (), kill_group=True)
     worker.start()
     os.kill(worker.pid or 0, signal.SIGKILL)
-    assert connection.wait([worker.sentinel], 20)
+    assert connection.wait([worker.exitcode_fd], 20)
     return worker
 
 

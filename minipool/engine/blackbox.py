@@ -11,6 +11,11 @@ pipe: processes that user code forked may hold it open. Two signals ask:
   sent twice: it is held back while it is being handled, and the second stacks begin where the
   first are whole.
 
+The pipe also takes what a fork server has to say of a worker, where it can: first the pid, before
+the worker runs any code of ours, and last the exit code. Each is 8 bytes, as the stacks are not
+that are plain text. The server must not be held up by a pipe that is full of stacks, else nothing
+would come of the next start; so it is emptied while anybody waits for the server.
+
 Real-time signals, because they queue and hardly anybody uses them. Where there are none (macOS)
 crashes are told of all the same. `install` runs in the worker, everything else in the parent.
 """
@@ -20,7 +25,9 @@ from __future__ import annotations
 import _signal
 import os
 import signal
+import struct
 import time
+import weakref
 from typing import Any, Callable, Iterable
 
 from .._sync import Guard, guarded
@@ -34,6 +41,9 @@ _PIECE, _MOST = 1 << 16, 1 << 20  # bytes; a pipe holds one piece, unless it is 
 _FATAL = "Fatal Python error"
 _LINES = 8  # of a short form
 _OURS = f'{os.sep}engine{os.sep}child.py"'  # as it stands in stacks
+_SAID_BY_SERVER = struct.Struct("q")  # as `multiprocessing.forkserver` does
+_SMALL = (b"\0" * 7, b"\xff" * 7)  # what follows the lowest byte of any exit code, which comes last
+_PROMPT = 0.05  # seconds in which a fork server that is not held up answers
 _asking = Guard()  # of two who ask one worker, neither would get the whole answer
 
 
@@ -49,7 +59,17 @@ def install(fd: int) -> None:
         faulthandler.register(LAST_WORDS, file=fd, chain=True)
         faulthandler.register(SHOW, file=fd)
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (LAST_WORDS, SHOW))
-    os.register_at_fork(after_in_child=_uninstall)  # what user code forks has no say in this
+    pipe = os.fstat(fd)
+
+    def uninstall() -> None:  # what user code forks has no say in this, and holds no end of it
+        _uninstall()
+        try:
+            if os.path.samestat(os.fstat(fd), pipe):
+                os.close(fd)
+        except OSError:
+            pass  # user code has closed it
+
+    os.register_at_fork(after_in_child=uninstall)
 
 
 def _uninstall() -> None:
@@ -85,7 +105,8 @@ class BlackBox:
         os.set_blocking(self._fd, False)
         os.set_blocking(fd, False)
         self.ended = False  # nothing more will come
-        self._said = b""
+        self.heard_server = False  # the pid came this way, and so will the exit code
+        self._pieces: list[bytes] = []  # that were read
         self._question: object = None  # to which what was said is the answer
         self._reading = Guard()
 
@@ -93,6 +114,109 @@ class BlackBox:
         """Return the worker's end, which is the caller's to close once the worker is started."""
         theirs, self.theirs = self.theirs, None
         return theirs
+
+    @property
+    def fd(self) -> int:
+        """What there is to read from.
+
+        Raises:
+            ValueError: it is closed.
+        """
+        if self._fd is None:
+            raise ValueError("the black box is closed")
+        return self._fd
+
+    # -- of the fork server ------------------------------------------------------------------
+
+    def lend_to_server(self) -> int:
+        """Return an end for the fork server, the caller's to close.
+
+        It is opened anew: the worker's end never waits, which would end the server.
+
+        Raises:
+            OSError: out of descriptors.
+        """
+        fd = self.fd
+        _of_servers.add(self)
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+
+    def pid_from_server(self, server: int) -> int:
+        """Wait for the pid of a worker that is being started by the process `server`.
+
+        Raises:
+            EOFError: the fork server has ended.
+        """
+        self.await_server(self.fd, server)
+        said = os.read(self.fd, _SAID_BY_SERVER.size)  # in one piece, and nothing came before
+        if len(said) < _SAID_BY_SERVER.size:
+            raise EOFError("the fork server has ended")
+        self.heard_server = True
+        pid: int = _SAID_BY_SERVER.unpack(said)[0]
+        return pid
+
+    def await_server(self, fd: int, server: int) -> None:
+        """Wait until a word of the process `server` can be read from `fd`.
+
+        Raises:
+            EOFError: it has ended without one. No end of a pipe tells so: others may hold it.
+        """
+        from multiprocessing import connection
+
+        try:
+            its_end = os.pidfd_open(server)
+        except ProcessLookupError:
+            raise EOFError("the fork server has ended") from None
+        try:
+            ready = connection.wait([fd, its_end], _PROMPT)
+            while fd not in ready and its_end not in ready:
+                boxes = self._others()
+                ready = connection.wait([fd, its_end, *boxes])
+                for full in ready:
+                    if full in boxes:
+                        boxes[full].listen()
+            if fd not in ready and not connection.wait([fd], 0):
+                raise EOFError("the fork server has ended")
+        finally:
+            os.close(its_end)
+
+    def _others(self) -> dict[Any, BlackBox]:
+        """Return what else the fork server may be waiting to write to, by descriptor."""
+        boxes: dict[Any, BlackBox] = {}
+        for box in tuple(_of_servers):
+            if box is not self and box._fd is not None and not box.ended:
+                boxes[box._fd] = box
+        return boxes
+
+    def exitcode(self) -> int | None:
+        """Return what the fork server has said of the end; None if nothing yet. Never waits.
+
+        Only of a process that has ended: a live one could have written the like.
+        """
+        said = self._reading.run(self._all_said)
+        if self.heard_server and said[-7:] in _SMALL:
+            code: int = _SAID_BY_SERVER.unpack(said[-8:])[0]
+            return code
+        return None
+
+    def _all_said(self) -> bytes:
+        self._listen()
+        return self._said
+
+    def listen(self) -> None:
+        """Read what is there."""
+        self._listen()
+
+    # -- of the worker -----------------------------------------------------------------------
+
+    @property
+    def _said(self) -> bytes:
+        return b"".join(self._pieces)
+
+    @property
+    def _stacks(self) -> str:
+        """What the worker said, without what the fork server did."""
+        said = self._said
+        return (said[:-8] if said[-7:] in _SMALL else said).decode(errors="replace")
 
     def ask(self, kill: Callable[[int], bool], signum: int, times: int = 1) -> object:
         """Ask a worker for its stacks by a signal; what it said before is forgotten.
@@ -108,11 +232,11 @@ class BlackBox:
 
     @guarded("_reading")
     def _forget(self) -> object:
-        """Drop what was said; return the question that comes next. None: it has crashed."""
+        """Drop what was said; return the next question. None: it has ended, or crashed."""
         self._listen()
-        if _FATAL.encode() in self._said:
+        if self.ended or _FATAL.encode() in self._said:
             return None
-        self._said = b""
+        self._pieces.clear()
         self._question = question = object()
         return question
 
@@ -126,12 +250,16 @@ class BlackBox:
 
         The last are those of its end. Unless it has ended, they may be only half there.
         """
-        self._listen()
-        said = self._said.decode(errors="replace")
+        said = self._heard()
         _, fatal, crash = said.rpartition(_FATAL)
         if fatal:
             return [_trimmed((fatal + crash).partition("\n\nExtension modules:")[0])]
         return [] if self._question is None else _apart(said)
+
+    @guarded("_reading")
+    def _heard(self) -> str:
+        self._listen()
+        return self._stacks
 
     def last(self) -> str:
         """Return the stacks of a worker that has ended; empty if it had no time to write them."""
@@ -139,16 +267,20 @@ class BlackBox:
 
     @guarded("_reading")
     def _listen(self) -> None:
-        """Read what is there."""
+        """Read what is there; in one step, so that an interrupt loses nothing of it."""
         for _ in range(0, _MOST, _PIECE):
             try:
-                piece = b"" if self._fd is None else os.read(self._fd, _PIECE)
+                self._pieces.extend(map(os.read, (self.fd,), (_PIECE,)))
             except BlockingIOError:
-                return
-            if not piece:
+                break
+            except ValueError:  # closed
                 self.ended = True
                 return
-            self._said += piece
+            if not self._pieces[-1]:
+                self.ended = True
+                break
+        if self.heard_server and self._said[-7:] in _SMALL:
+            self.ended = True
 
     @guarded("_reading")
     def watch(self, watched: list[int]) -> bool:
@@ -172,6 +304,9 @@ class BlackBox:
         theirs = self.lend()
         if theirs is not None:
             theirs.close()
+
+
+_of_servers: weakref.WeakSet[BlackBox] = weakref.WeakSet()  # those that a server writes to
 
 
 def _apart(said: str) -> list[str]:

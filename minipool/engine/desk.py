@@ -19,8 +19,8 @@ from typing import Any
 from .._sync import Guard, guarded
 from ..errors import CheckoutTimeout, PoolClosed, PoolForked, PoolStartError, TooManyWaiters
 from ..telemetry import logger, warn
+from . import shortage, wire
 from . import table as t
-from . import wire
 from .handle import Handle
 from .health import SENT_SIGTERM
 from .manager import Crowded, Manager
@@ -470,7 +470,8 @@ AGAIN, ANEW = "the next use tries again", "open a new pool"
 def could_not_start(name: str | None, failure: BaseException, what_then: str) -> PoolStartError:
     """Return the error that tells why a pool is not open; a new one for each caller."""
     cause = failure.__cause__ or failure
-    error = PoolStartError(f"{name} could not start: {failure}; {_remedy(cause)}; {what_then}")
+    why = shortage.in_words(failure)
+    error = PoolStartError(f"{name} could not start: {why}; {_remedy(cause)}; {what_then}")
     error.__cause__ = cause
     return error
 

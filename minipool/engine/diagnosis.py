@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .inquest import with_stop
 from .process import describe_exit
+from .shortage import in_words
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -19,6 +20,8 @@ def of_start(
 ) -> str:
     """Say why a worker did not start. `cause` is what it, or the attempt to start it, raised."""
     ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
+    if cause is not None and handle is None:
+        return f"did not start: {in_words(cause)}"
     if cause is not None:
         return f"did not start: {type(cause).__name__}: {cause}"
     if handle is not None and handle.ready_ns:

@@ -18,6 +18,7 @@ from ..backoff import Backoff
 from ..breaker import CLOSED, CircuitBreaker, Permit
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
+from . import shortage
 from . import table as t
 from .diagnosis import of_start
 from .handle import Handle
@@ -216,6 +217,7 @@ class Fleet:
         All are prepared before the first is started, and noted after the last: whatever is touched
         between two forks, the kernel must copy.
         """
+        count = shortage.workers_that_fit(self._config, count)
         prepared: list[Handle] = []
         started: list[Handle] = []
         failure: tuple[int, Exception, Permit | None] | None = None
@@ -423,7 +425,9 @@ class Fleet:
         self.not_before = time.monotonic() + self._pause
         failure = self.last_failure = _start_error(self._launcher, slot, exitcode, cause, handle)
         self._hooks.emit("error", {}, kind="start", error=failure, worker_id=slot)
-        if permit is not None and alone and not struck:
+        if permit is not None and shortage.of_descriptors(cause):
+            permit.give_up()  # with more of them, or fewer workers, starting works
+        elif permit is not None and alone and not struck:
             permit.failed(failure)
         self._judge(handle, exitcode, cause, failure)
 

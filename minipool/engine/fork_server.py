@@ -24,6 +24,9 @@ import warnings
 from multiprocessing import forkserver, spawn
 from typing import Any, Callable, TypeVar
 
+from .._sync import Latch
+from .shortage import processes
+
 T = TypeVar("T")
 
 _END = 1.0  # seconds from the end of its sockets to the end of its process
@@ -32,6 +35,8 @@ _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
 
 class ServerGone(EOFError):
     """The fork server has ended, or was killed for its silence. No process was started."""
+
+    in_words = True  # it says all that there is to say
 
 
 class _Known:
@@ -84,10 +89,11 @@ def _forget_strange_server(server: Any) -> None:
     os.close(alive_fd)
 
 
-def launched(launch: Callable[[], T]) -> T:
+def launched(ensure_running: Callable[[], object], launch: Callable[[], T]) -> T:
     """Return what `launch` returns, which asks the server for a process.
 
-    It is called twice if the server ends while it imports modules.
+    It is called twice if the server ends while it imports modules. `ensure_running` starts the
+    server, if there is none.
 
     Raises:
         ServerGone: the server has ended, or did not answer in time; no process was started.
@@ -95,6 +101,7 @@ def launched(launch: Callable[[], T]) -> T:
     """
     for _ in range(2):
         try:
+            ensure_running()
             return _in_time(launch)
         except (EOFError, ConnectionError) as error:
             problem, may_be_imports = _explained(error)
@@ -107,11 +114,10 @@ def launched(launch: Callable[[], T]) -> T:
 def _in_time(launch: Callable[[], T]) -> T:
     """Call `launch`. A server that has never answered, and does not now, is killed."""
     server: Any = forkserver._forkserver
-    server.ensure_running()
     pid, patience = server._forkserver_pid, _Known.patience
     if pid == _Known.answered:
         return launch()
-    answered = threading.Event()
+    answered = Latch()
 
     def watch() -> None:
         if not answered.wait(patience):
@@ -150,7 +156,10 @@ def _explained(error: Exception) -> tuple[ServerGone, bool]:
         ), False
     how, code = _end_of(pid)
     if pid is not None and pid == _Known.answered:
-        return ServerGone(f"the fork server (pid {pid}) {how}: {_named(error)}"), False
+        return ServerGone(
+            f"the fork server (pid {pid}) {how}: {_named(error)}; its standard error tells why; "
+            f"where it could not fork: {processes()}"
+        ), False
     return ServerGone(
         f"the fork server (pid {pid}) {how} before its first answer ({_named(error)}); "
         f"{interpreter}: if that is no Python, name one by "

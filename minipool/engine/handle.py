@@ -141,9 +141,9 @@ class Handle:
         self.row[t.WORKER_WORDS] = memoryview(bytearray(wire.WORDS.size)).cast("q")
         name = f"minipool-{assignment.pool[:_LONGEST_NAME]}-{self.slot}"
         args = (theirs, setup, assignment if forks else None)
-        self.process = WorkerProcess(context, name, main, args, setup.kill_group)
         self._portable, self._limit = setup.portable, setup.max_message
         self.box = blackbox.make()
+        self.process = WorkerProcess(context, name, main, args, setup.kill_group, self.box)
         setup.box = None if self.box is None else self.box.theirs
 
     def start(self) -> None:

@@ -17,7 +17,7 @@ from multiprocessing import process, spawn
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
-from . import wire
+from . import shortage, wire
 from .assignment import Assignment, Setup
 from .child import main
 from .lifeline import Lifeline
@@ -72,6 +72,7 @@ class Launcher:
             PoolStartError: no worker could be started here, and why; nothing was started.
         """
         _check_process()
+        shortage.expect_descriptors(self.config)
         self.opener = importing()
         if self.method != "fork":
             _check_main()
@@ -97,7 +98,13 @@ class Launcher:
             self.lifeline.close()
 
     def setup(self, slot: int, generation: int, table_fd: int | None) -> Setup:
-        """Return what the process of one worker is told."""
+        """Return what the process of one worker is told.
+
+        Raises:
+            PoolStartError: the program has been removed since the pool was opened.
+        """
+        if self.method != "fork":
+            _check_main()
         fd = None if self.portable else table_fd
         lifeline = self.lifeline.read_fd if self.lifeline else None
         return Setup(

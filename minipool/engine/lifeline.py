@@ -73,25 +73,44 @@ def end_all(group: bool) -> NoReturn:
 
 def die_with_parent(lifeline: wire.Descriptor | None, group: bool) -> None:
     """See to it that this process does not outlive its parent by more than a moment."""
-    if lifeline is None or not _killed_on_hangup(lifeline.fd, group):
+    fd = None if lifeline is None else lifeline.fd
+    own = None if fd is None else _killed_on_hangup(fd, group)
+    if fd is not None:
+        _tell_of_parent_by(fd if own is None else own)
+    if own is None:
         import threading
 
-        fd = None if lifeline is None else lifeline.fd
         watch = threading.Thread(target=_wait_for_parent, args=(fd, group), daemon=True)
         watch.name = "minipool-lifeline"
         watch.start()
 
 
-def _killed_on_hangup(fd: int, group: bool) -> bool:
-    """Ask the kernel to kill this process, or its group, at the pipe's end; False if it cannot."""
+def _tell_of_parent_by(fd: int) -> None:
+    """Make a descriptor the one by which multiprocessing tells whether the parent is alive.
+
+    Its own means would cost the parent a descriptor for each worker, which it has closed by now.
+    """
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    if parent is not None:
+        former, parent._sentinel = parent._sentinel, fd  # type: ignore[attr-defined]
+        os.close(former)
+
+
+def _killed_on_hangup(fd: int, group: bool) -> int | None:
+    """Ask the kernel to kill this process, or its group, at the pipe's end; None if it cannot.
+
+    Returns the pipe, opened anew.
+    """
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     import fcntl
 
     try:
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
-        return False
+        return None
     try:
         fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpid() if group else os.getpid())
@@ -102,9 +121,9 @@ def _killed_on_hangup(fd: int, group: bool) -> bool:
         pass  # still open
     except OSError:
         os.close(own)
-        return False
+        return None
     os.close(fd)
-    return True
+    return own
 
 
 def _wait_for_parent(fd: int | None, group: bool) -> None:

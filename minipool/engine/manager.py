@@ -159,6 +159,8 @@ class Manager:
             for keeper in self.keepers:
                 keeper.end()
             if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
+                for keeper in self.keepers:
+                    keeper.join(_KEEPERS_GRACE)  # the caller is told when nothing is kept
                 for give_back in (*self._givings_back(), self.bell.close, self.at_end):
                     give_back()
                 self.done = True
@@ -324,7 +326,7 @@ class Manager:
         if handle.explaining:
             sources: tuple[Any, ...] = ()  # an order comes when that is over
         elif handle.ended_ns:  # only its exit code is missing
-            sources = (handle.process.sentinel,)
+            sources = (handle.process.exitcode_fd,)
         elif handle.state in (S.STARTING, S.PROBING):
             sources = handle.process.death_fd, channel.fd
         else:

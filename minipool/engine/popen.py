@@ -1,8 +1,16 @@
-"""How multiprocessing launches a process, without its wait for standard output and error.
+"""How multiprocessing launches a process, where it is not good enough for a pool.
 
-`Process.start` flushes both streams first. Where one is a pipe that nobody reads, that waits for
-as long, or for the thread that is stuck in writing to it; the manager must not. Only a forked
-process would write again what is in their buffers, so for others nothing is flushed at all.
+`Process.start` flushes standard output and error first. Where one is a pipe that nobody reads, that
+waits for as long, or for the thread that is stuck in writing to it; the manager must not. Only a
+forked process would write again what is in their buffers, so for others nothing is flushed at all.
+
+It keeps two descriptors for each process: one tells of the end of the process, the other tells the
+process of ours. A pool has better means for both (a pidfd, the lifeline), so `shed` closes what is
+not needed. A fork server needs a pipe to send the exit code through; where it can be, that is the
+black box, which is read to its end anyway.
+
+What a process is told of its parent is made by multiprocessing as well. It must not fail where the
+current directory is gone, nor where `sys.path` holds what the import system ignores.
 """
 
 from __future__ import annotations
@@ -10,12 +18,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
+import os
 import select
 import sys
+import types
 from multiprocessing import process
-from typing import Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-_kept: list[Any] = []  # in a forked process: streams that must not be collected, which flushes
+from .descriptors import close_all
+
+if TYPE_CHECKING:
+    from .blackbox import BlackBox
+
+_kept: list[Any] = []  # what must not be closed, and streams whose collection would flush them
 _MODULES = {
     "fork": "multiprocessing.popen_fork",
     "spawn": "multiprocessing.popen_spawn_posix",
@@ -23,18 +39,19 @@ _MODULES = {
 }
 
 
-def use_for(child: Any) -> None:
+def use_for(child: Any, box: BlackBox | None) -> None:
     """Have a process object that is not started yet be launched this way, where it can be.
 
-    It is to be no daemon, whatever this process is: what ends with us may have children.
+    It is to be no daemon, whatever this process is: what ends with us may have children. `box`
+    takes the word of the fork server, too; None: a pipe of its own does.
     """
     child.daemon = False
     child.authkey = bytes(child.authkey)  # see `_authkey_of_ours`
     if sys.platform != "win32":
-        child._Popen = _popen
+        child._Popen = functools.partial(_popen, box=box)
 
 
-def _popen(child: Any) -> Any:
+def _popen(child: Any, box: BlackBox | None) -> Any:
     """Launch a process: as `Process._Popen`, whose place this takes."""
     del child._Popen  # the object may have to be pickled
     method = child._start_method
@@ -42,25 +59,31 @@ def _popen(child: Any) -> Any:
         stuck = _flush_what_takes_it()
         if stuck:
             child._target = functools.partial(_run_with_new_streams, stuck, child._target)
-    popen = importlib.import_module(_MODULES[method]).Popen
-
-    def launch() -> Any:
-        made = popen.__new__(popen)
-        made._fds = []
-        made.returncode = made.finalizer = None
-        try:
-            made._launch(child)
-        except BrokenPipeError:
-            if not _was_started(made):
-                raise
-        return made
-
     with _authkey_of_ours():
         if method == "forkserver":
             from .fork_server import launched  # where there is one
 
-            return launched(launch)
-        return launch()
+            return launched(ensure_server, functools.partial(_launch, method, child, box))
+        return _launch(method, child, None)
+
+
+def _launch(method: str, child: Any, box: BlackBox | None) -> Any:
+    popen = importlib.import_module(_MODULES[method]).Popen
+    made = popen.__new__(popen)
+    made._fds = []
+    made.returncode = made.finalizer = None
+    if box is not None:
+        _launch_by_server(made, child, box)
+        return made
+    launch = popen._launch
+    if method != "fork":
+        launch = rebound(launch, spawn=_Spawn())
+    try:
+        launch(made, child)
+    except BrokenPipeError:
+        if not _was_started(made):
+            raise
+    return made
 
 
 def _was_started(popen: Any) -> bool:
@@ -92,6 +115,204 @@ def _authkey_of_ours() -> Iterator[None]:
         yield
     finally:
         config["authkey"] = key
+
+
+def shed(popen: Any, sentinel: bool) -> None:
+    """Close what multiprocessing keeps of a process that was started, but for its `sentinel`.
+
+    The process takes the lifeline for that which tells of our end.
+    """
+    util: Any = importlib.import_module("multiprocessing.util")
+    finalizer = popen.finalizer
+    if finalizer is None:
+        return
+    held = set(finalizer._args)
+    kept = held & {popen.sentinel} if sentinel else set()
+    popen.finalizer = util.Finalize(popen, util.close_fds, tuple(kept)) if kept else None
+    finalizer.cancel()
+    close_all(held - kept)
+
+
+# -- by the fork server --------------------------------------------------------------------------
+
+
+def ensure_server() -> None:
+    """Start the fork server, if it does not run; as `multiprocessing.forkserver.ensure_running`.
+
+    Raises:
+        OSError: it could not be started; where its socket is the cause, the folder is named.
+    """
+    current: Any = importlib.import_module("multiprocessing.process").current_process()
+    folder = current._config.get("tempdir")
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            os.mkdir(folder, 0o700)  # something has cleaned the temporary directory
+    server = _server()
+    try:
+        rebound(type(server).ensure_running, spawn=_Spawn())(server)
+    except (FileNotFoundError, PermissionError) as error:
+        raise OSError(error.errno, error.strerror, error.filename or folder) from error
+
+
+def _server() -> Any:
+    from multiprocessing import forkserver
+
+    return forkserver._forkserver
+
+
+def _launch_by_server(made: Any, child: Any, box: BlackBox) -> None:
+    """Have the fork server start a process, and send what it has to say of it to the black box.
+
+    The process is told what to do when its pid is known: so nothing comes before that.
+
+    Raises:
+        OSError, EOFError: no process was started; everything is given back.
+    """
+    payload = _payload(made, child)
+    status = box.lend_to_server()
+    ours = theirs = -1
+    try:
+        theirs, ours = os.pipe()
+        _ask_server([theirs, status], made._fds, box)
+        os.close(status)
+        status = -1  # else the end of the server would not be the end of the pipe
+        made.pid = box.pid_from_server(_server()._forkserver_pid)
+        made.sentinel = None
+        _send(ours, payload, box.fd)
+    finally:
+        close_all(fd for fd in (ours, theirs, status) if fd >= 0)
+
+
+def _payload(made: Any, child: Any) -> memoryview:
+    """Return what the new process reads first: the words about its parent, and its object."""
+    from multiprocessing import context, reduction
+
+    buffer = io.BytesIO()
+    words = preparation_data(child._name)
+    context.set_spawning_popen(made)
+    try:
+        reduction.dump(words, buffer)
+        reduction.dump(child, buffer)
+    finally:
+        context.set_spawning_popen(None)
+    return buffer.getbuffer()
+
+
+def _send(fd: int, payload: memoryview, end: int) -> None:
+    """Write to a new process, until it has all or `end` tells that it has ended.
+
+    There is another reader, so no signal comes of it if the process is gone.
+    """
+    os.set_blocking(fd, False)
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.register(end, select.POLLIN)
+    while payload and all(ready == fd for ready, _ in poll.poll()):
+        payload = payload[os.write(fd, payload) :]
+
+
+def _ask_server(pipes: list[int], fds: list[int], box: BlackBox) -> None:
+    """Ask for a new process: as `multiprocessing.forkserver.connect_to_new_process`."""
+    import socket
+    from multiprocessing import connection, reduction, resource_tracker
+
+    server = _server()
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            _connect(client, server)
+        except FileNotFoundError:
+            _leave(server)
+            ensure_server()
+            _connect(client, server)
+        key = getattr(server, "_forkserver_authkey", None)  # from Python 3.14 on
+        if key:
+            box.await_server(client.fileno(), server._forkserver_pid)
+            end: Any = connection.Connection(client.fileno())
+            try:
+                connection.answer_challenge(end, key)
+                connection.deliver_challenge(end, key)
+            finally:
+                end._detach()
+        kept = [server._forkserver_alive_fd, resource_tracker.getfd()]
+        reduction.sendfds(client, [*pipes, *kept, *fds])
+
+
+def _connect(client: Any, server: Any) -> None:
+    """Connect to the fork server; what it raises names the address."""
+    try:
+        client.connect(server._forkserver_address)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, server._forkserver_address) from None
+
+
+def _leave(server: Any) -> None:
+    """Have multiprocessing start another server; this one goes on for those that it has started.
+
+    Its socket has been removed, so nobody can reach it any more.
+    """
+    modules, alive = server._preload_modules, server._forkserver_alive_fd
+    server.__init__()
+    server._preload_modules = modules
+    _kept.append(alive)  # closed with this process, upon which that server ends
+
+
+# -- what a process is told of its parent --------------------------------------------------------
+
+
+class _Spawn:
+    """`multiprocessing.spawn`, but for what it tells a new process."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("multiprocessing.spawn"), name)
+
+    def get_preparation_data(self, name: str) -> dict[str, Any]:
+        return preparation_data(name)
+
+
+class _Os:
+    """`os`, in a directory that is gone."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def getcwd(self) -> str:
+        return ""
+
+
+def preparation_data(name: str) -> dict[str, Any]:
+    """Return what multiprocessing tells a process of that name about this one.
+
+    Without the current directory if that is gone: the process is where the fork server is, or
+    where we are. And without what is no string in `sys.path`, which is not looked at anyway.
+    """
+    from multiprocessing import spawn
+
+    get = spawn.get_preparation_data
+    try:
+        words = get(name)
+    except OSError:
+        words = rebound(get, os=_Os())(name)
+        words.pop("dir", None)
+    if "sys_path" in words:  # plain strings, as the fork server is told them in Python's words
+        entries = [entry for entry in words["sys_path"] if isinstance(entry, str)]
+        words["sys_path"] = [str.__str__(entry) for entry in entries]
+    return words
+
+
+def rebound(function: Any, **names: object) -> Callable[..., Any]:
+    """Return a function of the standard library to which some names mean something else."""
+    made = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+# -- standard streams of a process that is forked ------------------------------------------------
 
 
 def _flush_what_takes_it() -> list[str]:

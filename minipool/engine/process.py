@@ -11,6 +11,10 @@ A worker leads a process group of its own (see `child`), so that what it started
 it. The group's number is the worker's pid, which the kernel gives to no new process as long as the
 worker is not reaped or the group has a member. A signal through the pidfd reaches that very group
 at any time; without it the number is used only where one of the two is known.
+
+A process costs its parent one descriptor here: the pidfd, or where there is none the sentinel of
+multiprocessing. A fork server's exit code comes through the black box (see `popen`); where it
+cannot, through the sentinel, which is a second descriptor then.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ import errno
 import os
 import signal
 import struct
+import sys
+import time
 from multiprocessing import connection
 from typing import Any, Callable
 
 from .._sync import Guard, guarded
 from . import popen
-from .blackbox import LAST_WORDS
+from .blackbox import LAST_WORDS, BlackBox
 from .descriptors import close_all
 from .oom import OOM_KILLS
 from .sigpipe import unsignalled
@@ -54,6 +60,7 @@ class WorkerProcess:
         target: Callable[..., None],
         args: tuple[Any, ...],
         kill_group: bool = False,
+        box: BlackBox | None = None,
     ) -> None:
         self._reaping = Guard()  # a signal handler may kill what its thread reaps
         self._waiting = Guard()  # for its end, on descriptors that stay open meanwhile
@@ -70,6 +77,8 @@ class WorkerProcess:
         self._served = context.get_start_method() == "forkserver"  # the child of a server
         self._pidfd: int | None = None
         self._kills_group = kill_group and hasattr(os, "killpg")
+        # What the fork server has to say comes through it; it stays open until `close`.
+        self._box = box if self._served and _has_pidfds() and _can_reopen() else None
 
     def start(self) -> None:
         """Start it.
@@ -78,7 +87,7 @@ class WorkerProcess:
             OSError, EOFError, RuntimeError: no process was started.
         """
         _expect_room()
-        popen.use_for(self._process)
+        popen.use_for(self._process, self._box)
         try:
             unsignalled(_start_unlisted, self._process)
         except OSError as error:
@@ -88,6 +97,12 @@ class WorkerProcess:
             self._pidfd = _pidfd(self.pid)
         except ProcessLookupError:
             self._vanished = True
+        if self._box is not None and self._pidfd is None and not self._vanished:
+            self._process.kill()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if sys.platform != "win32":
+            needed = self._pidfd is None or self._served
+            popen.shed(self._process._popen, sentinel=needed and self._box is None)
 
     @property
     def pid(self) -> int | None:
@@ -95,9 +110,13 @@ class WorkerProcess:
         return pid
 
     @property
-    def sentinel(self) -> int:
-        """What multiprocessing says becomes readable when the process has ended."""
-        return int(self._process.sentinel)
+    def exitcode_fd(self) -> int:
+        """What becomes readable when there is an exit code to be had, or more to be read first."""
+        if self._box is not None:
+            return self._box.fd
+        if self._served or self._pidfd is None:
+            return int(self._process.sentinel)
+        return self._pidfd
 
     @property
     def death_fd(self) -> int:
@@ -106,7 +125,7 @@ class WorkerProcess:
         A pidfd where there is one: the sentinel of a forked process stays silent while children
         of the worker hold copies of its pipe.
         """
-        return self._pidfd if self._pidfd is not None else self.sentinel
+        return self._pidfd if self._pidfd is not None else self.exitcode_fd
 
     def kill(self, signum: int = signal.SIGKILL) -> bool:
         """Send a signal, if the process is still there. Never hits another: no stored pid.
@@ -202,7 +221,7 @@ class WorkerProcess:
         if self._pidfd is not None:
             return bool(connection.wait([self._pidfd], timeout))
         if timeout:
-            connection.wait([self.sentinel], timeout)
+            connection.wait([self.exitcode_fd], timeout)
         return None
 
     def exitcode(self, timeout: float = REAP_TIMEOUT) -> int | None:
@@ -231,13 +250,23 @@ class WorkerProcess:
         It is read into memory that is there already. Code that interrupts, between the reading
         and the next line, finds it there.
         """
-        if self._sent == _UNSENT:
-            if self._closed or not connection.wait([self.sentinel], 0):
+        if self._box is not None:
+            if self._pidfd is not None and not connection.wait([self._pidfd], 0):
                 return None
-            if os.readv(self.sentinel, [self._sent]) == 0:
+            return self._code_in_box(self._box)
+        if self._sent == _UNSENT:
+            if self._closed or not connection.wait([self.exitcode_fd], 0):
+                return None
+            if os.readv(self.exitcode_fd, [self._sent]) == 0:
                 self.unknown = _SERVER_GONE
                 return None
         code: int = _EXIT_STATUS.unpack(self._sent)[0]
+        return code
+
+    def _code_in_box(self, box: BlackBox) -> int | None:
+        code = box.exitcode()
+        if code is None and box.ended:
+            self.unknown = _SERVER_GONE
         return code
 
     def _reapable_exitcode(self) -> int | None:
@@ -284,8 +313,11 @@ class WorkerProcess:
         them.
         """
         ended = connection.wait([self.death_fd], timeout)
-        if ended and self._served and self._pidfd is not None:
-            connection.wait([self.sentinel], REAP_TIMEOUT)
+        if ended and self._served and (self._pidfd is not None or self._box is not None):
+            deadline = time.monotonic() + REAP_TIMEOUT
+            while connection.wait([self.exitcode_fd], deadline - time.monotonic()):
+                if self._box is None or self._box.exitcode() is not None or self._box.ended:
+                    return  # else it was what the worker said last
 
     def close(self) -> None:
         """Forget a process that has ended, and end what it has left behind."""
@@ -347,6 +379,21 @@ def _close_lost_pipes(error: OSError) -> None:
                     if len({os.fstat(fd).st_ino for fd in ends}) == 1:  # one pipe still
                         close_all(ends)
         trace = trace.tb_next
+
+
+def _has_pidfds() -> bool:
+    """Whether the system, and what guards this process, lets it have pidfds."""
+    with contextlib.suppress(ProcessLookupError):
+        own = _pidfd(os.getpid())
+        if own is None:
+            return False
+        os.close(own)
+    return True
+
+
+def _can_reopen() -> bool:
+    """Whether a pipe can be opened anew, which takes /proc."""
+    return sys.platform.startswith("linux") and os.path.exists("/proc/self/fd")
 
 
 def _pidfd(pid: int | None) -> int | None:

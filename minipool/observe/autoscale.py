@@ -7,12 +7,11 @@ times in an `optimization_interval`, remembers five of them, and decides once in
 from __future__ import annotations
 
 import collections
-import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Deque
 
-from ..errors import PoolClosed
-from ..telemetry import INFO, remark
+from ..errors import ConfigError, PoolClosed
+from ..telemetry import INFO, WARNING, remark
 from .metrics import Metrics, Snapshot
 from .optimizer import DOWN, Decision, decide
 from .reading import Reading, read
@@ -60,8 +59,12 @@ class Autoscaler:
             return
         remark(INFO, "%s: %s", self._config.name, decision)
         if decision.resize_to is not None:
-            with contextlib.suppress(PoolClosed):  # this moment
+            try:
                 pool.resize(decision.resize_to, gentle=True)
+            except PoolClosed:  # this moment
+                return
+            except ConfigError as problem:  # too few descriptors; what is there serves on
+                remark(WARNING, "%s is not resized: %s", self._config.name, problem)
         if decision.overflow is not None:
             manager, overflow = pool._desk.manager, decision.overflow
             manager.command(lambda: manager.staff.allow_overflow(overflow))

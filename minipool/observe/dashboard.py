@@ -17,6 +17,7 @@ import time
 import weakref
 
 from .._sync import Guard, guarded
+from ..engine.shortage import in_words
 from ..engine.sigpipe import block_here, unsignalled
 from ..telemetry import logger
 from .board import Board
@@ -56,7 +57,10 @@ class Dashboard:
             undoing.callback(self._clapper.close)
             self._server = Server(host, port, self._news, token)
             undoing.callback(self._server.server_close)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as problem:
+                raise RuntimeError(f"the dashboard: {in_words(problem)}") from problem
             undoing.pop_all()
         _dashboards.add(self)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 
-from ..config import MAX_WORKERS, usable_cpus
+from ..config import MAX_WORKERS, usable_cpus, usable_memory
 from .metrics import Snapshot
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ SLOW = 0.1  # seconds that callers may wait for a worker, on average
 TOO_MANY_ERRORS = 0.05  # of all calls: what is wrong then is not the size
 UP, DOWN = 1, 5  # optimization intervals between a change and the next one up, or down
 
+_MEMORY_FOR_WORKERS = 0.8  # of what there is
 _WORKERS_PER_CPU = {"cpu": 1.5, "mixed": 2.0, "io": 3.0}
 
 
@@ -93,16 +94,23 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def recommended_size(work: str) -> int:
+def recommended_size(work: str, worker_bytes: int | None = None) -> int:
     """Return how many workers to begin with on this machine.
 
     `work` is "cpu" (it computes), "io" (it waits), or "mixed": 1.5, 3 or 2 workers for each CPU
-    that this process may use.
+    that this process may use. With `worker_bytes`, the memory that one worker takes, no more than
+    four fifths of the memory that this process may use have room for; one at least.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or no number of bytes.
     """
-    try:
-        return max(1, round(usable_cpus() * _WORKERS_PER_CPU[work]))
-    except KeyError:
-        raise ValueError(f'work={work!r}: give "cpu", "io" or "mixed"') from None
+    if work not in _WORKERS_PER_CPU:
+        raise ValueError(f'work={work!r}: give "cpu", "io" or "mixed"')
+    size = round(usable_cpus() * _WORKERS_PER_CPU[work])
+    if worker_bytes is not None:
+        if isinstance(worker_bytes, bool) or not worker_bytes > 0:
+            raise ValueError(f"worker_bytes={worker_bytes!r}: give a number of bytes above 0")
+        memory = usable_memory()
+        if memory is not None:
+            size = min(size, int(memory * _MEMORY_FOR_WORKERS / worker_bytes))
+    return max(1, size)

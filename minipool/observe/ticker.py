@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Callable
 
 from .._sync import Guard, Latch, guarded
+from ..engine.shortage import in_words
 from ..telemetry import logger
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ class Ticker:
         if self._thread is not None or self._over.happened:
             return
         thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as problem:
+            raise RuntimeError(f"{self._name}: {in_words(problem)}") from problem
         self._thread = thread  # now: who is interrupted before leaves nothing to be joined
 
     def _run(self) -> None:

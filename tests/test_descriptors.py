@@ -1,0 +1,169 @@
+"""Descriptors: how few a worker takes of its parent's, and that nothing is missed without more."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from typing import Any, Iterator
+
+import pytest
+
+from ears import wait_until
+from minipool import Pool, WorkerDied
+from minipool.engine import blackbox, process
+from minipool.engine.blackbox import BlackBox
+from minipool.engine.process import WorkerProcess
+from strikes import strike_everywhere, unstruck
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfds")
+LAST = 20.0
+
+
+def taken() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def knows_its_parent() -> tuple[int | None, bool]:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    return parent.pid, parent.is_alive()
+
+
+def say_more_than_a_pipe_takes_and_abort() -> None:
+    for _ in range(3000):
+        os.kill(os.getpid(), blackbox.SHOW)
+    os.abort()
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 4), ({"output": True}, 7)])
+def test_worker_takes_few_descriptors(
+    options: dict[str, Any], most: int, start_method: str
+) -> None:
+    """Two pipes, a black box and a pidfd; log records and two streams where they are forwarded."""
+    if options:
+        options = {"forward_logs": True, "capture_output": True}
+    with Pool(size=1, start_method=start_method, **options) as pool:
+        before = taken()
+        pool.resize(4)
+        pool.wait_ready(4)
+        assert taken() - before <= 3 * most
+
+
+def test_worker_knows_whether_its_parent_lives(start_method: str) -> None:
+    """Though multiprocessing's own means for it is closed."""
+    with Pool(size=1, start_method=start_method) as pool:
+        assert pool.call(knows_its_parent) == (os.getpid(), True)
+
+
+def test_exit_code_comes_through_a_black_box_that_was_full(start_method: str) -> None:
+    with Pool(size=2, start_method=start_method) as pool:
+        for _ in range(2):
+            with pytest.raises(WorkerDied) as caught:
+                pool.call(say_more_than_a_pipe_takes_and_abort)
+            assert caught.value.signal == "SIGABRT"
+        wait_until(pool, lambda: pool.stats().idle == 2)
+        assert {death.signal for death in pool.deaths()} == {"SIGABRT"}
+
+
+@pytest.fixture
+def full_box() -> Iterator[BlackBox]:
+    """A black box that takes no more."""
+    box = BlackBox()
+    assert box.theirs is not None
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(box.theirs.fd, b"line\n" * 100)
+    while True:
+        try:
+            os.write(box.theirs.fd, b"\n")
+        except BlockingIOError:
+            break
+    yield box
+    box.abandon()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) -> None:
+    """1. The box of a dead worker is full. 2. The server waits to write its exit code into it.
+    3. The manager waits for the server's word on the next start."""
+    pids = BlackBox()
+    ends = full_box.lend_to_server(), pids.lend_to_server()
+
+    def serve() -> None:
+        os.write(ends[0], blackbox._SAID_BY_SERVER.pack(-6))
+        os.write(ends[1], blackbox._SAID_BY_SERVER.pack(1234))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        assert pids.pid_from_server(os.getpid()) == 1234
+        full_box.heard_server = True
+        assert full_box.exitcode() == -6
+        assert full_box.ended
+    finally:
+        full_box.listen()
+        server.join(LAST)
+        for fd in ends:
+            os.close(fd)
+        pids.abandon()
+
+
+def test_exit_code_in_a_black_box_survives_an_interrupt_anywhere() -> None:
+    """What was read is kept, at whichever instruction the reader is struck."""
+    context = multiprocessing.get_context("forkserver")
+    workers: list[tuple[WorkerProcess, BlackBox]] = []
+
+    def ask() -> None:
+        with unstruck():
+            box = BlackBox()
+            worker = WorkerProcess(context, "worker", os._exit, (3,), box=box)
+            workers.append((worker, box))
+            worker.start()
+            lent = box.lend()
+            assert lent is not None
+            lent.close()
+        assert worker.exitcode(LAST) == 3
+
+    modules = [
+        process,
+        blackbox,
+        sys.modules["multiprocessing.connection"],
+        sys.modules["selectors"],
+    ]
+    assert strike_everywhere(ask, *modules) > 10
+    for worker, box in workers:
+        assert worker.exitcode(LAST) == 3
+        worker.close()
+        box.close()
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 10, 65, 255])
+def test_exit_code_is_told_from_what_was_said_before(code: int) -> None:
+    """Whatever its lowest byte looks like."""
+    box = BlackBox()
+    box.heard_server = True
+    end = box.lend_to_server()
+    os.write(end, b"Current thread 0x0001:\n  File\n")
+    os.write(end, blackbox._SAID_BY_SERVER.pack(code))
+    os.close(end)
+    assert box.exitcode() == code
+    assert box._stacks.endswith("File\n")
+    box.close()
+    box.abandon()
+
+
+def test_server_that_ends_without_a_word_is_not_waited_for() -> None:
+    """Though others hold the pipe open."""
+    box = BlackBox()
+    end = box.lend_to_server()
+    server = multiprocessing.get_context("fork").Process(target=os._exit, args=(1,))
+    server.start()
+    try:
+        with pytest.raises(EOFError, match="fork server"):
+            box.pid_from_server(server.pid or 0)
+    finally:
+        server.join(LAST)
+        os.close(end)
+        box.abandon()
