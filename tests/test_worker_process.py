@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import scripts
+from minipool._sync import Guard
 from minipool.engine import process as process_room
 from minipool.engine.blackbox import LAST_WORDS
 from minipool.engine.process import WorkerProcess
@@ -74,22 +75,16 @@ def test_worker_that_something_else_has_reaped_has_ended(monkeypatch: pytest.Mon
 
 
 class Wanted:
-    """A lock that tells when somebody comes for it who will not wait for ever."""
+    """A guard that tells when somebody comes to it who will not wait for ever."""
 
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self.wanted = threading.Event()
-        self.release = lock.release
+        self.run = guard.run
 
-    def acquire(self, timeout: float) -> bool:
+    def run_within(self, timeout: float, work: Any, *args: Any) -> Any:
         self.wanted.set()
-        return bool(self._lock.acquire(timeout=timeout))
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        return self._guard.run_within(timeout, work, *args)
 
 
 def test_descriptors_are_closed_when_nobody_waits_at_them_any_more(
@@ -98,8 +93,8 @@ def test_descriptors_are_closed_when_nobody_waits_at_them_any_more(
     """Their numbers go to whatever is opened next, at which a thread would wait in vain."""
     monkeypatch.setattr(process_room, "REAP_TIMEOUT", LAST)
     worker = ended(start_method)
-    lock: Any = Wanted(worker._waiting)
-    worker._waiting = lock
+    guard: Any = Wanted(worker._waiting)
+    worker._waiting = guard
     closed, waits, real_wait = threading.Event(), threading.Event(), connection.wait
     too_soon: list[bool] = []
     thread = threading.Thread(target=lambda: worker.has_ended(LAST))
@@ -108,7 +103,7 @@ def test_descriptors_are_closed_when_nobody_waits_at_them_any_more(
     def wait(sources: Any, timeout: float | None = None) -> Any:
         if threading.current_thread() is thread and not too_soon:
             waits.set()
-            assert lock.wanted.wait(LAST), "nobody closes it"
+            assert guard.wanted.wait(LAST), "nobody closes it"
             too_soon.append(closed.wait(0.1))
         return real_wait(sources, timeout)
 
@@ -126,8 +121,7 @@ def test_descriptors_are_closed_when_nobody_waits_at_them_any_more(
     thread.join(LAST)
     assert closed.is_set()
     assert too_soon == [False]
-    assert lock.acquire(LAST), "whoever comes next waits for ever"
-    lock.release()
+    assert guard.run_within(LAST, lambda: True), "whoever comes next waits for ever"
 
 
 def test_thread_that_never_hears_of_the_end_keeps_no_descriptor_open(
@@ -139,11 +133,10 @@ def test_thread_that_never_hears_of_the_end_keeps_no_descriptor_open(
     held, go_on = threading.Event(), threading.Event()
 
     def sleep() -> None:
-        with worker._waiting:
-            held.set()
-            go_on.wait(LAST)
+        held.set()
+        go_on.wait(LAST)
 
-    thread = threading.Thread(target=sleep)
+    thread = threading.Thread(target=worker._waiting.run, args=(sleep,))
     thread.start()
     assert held.wait(LAST)
     worker.close()
