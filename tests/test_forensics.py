@@ -526,9 +526,9 @@ def test_forked_process_does_not_wait_for_a_thread_that_is_not_in_it(tmp_path: P
     kills = OomKills(str(counter))
     kills.begin()
     with ThreadPoolExecutor(1) as other:
-        other.submit(kills._explaining.acquire).result(LAST)
+        other.submit(kills._explaining._lock.acquire).result(LAST)
         kills.abandon()  # as after a fork
-        assert not kills._fd >= 0
+        assert not kills._fds
         kills.look()
         assert not kills.explain()
 

@@ -6,33 +6,28 @@ import os
 import signal
 import threading
 from multiprocessing import connection
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
 from minipool import Pool, WorkerDied
+from minipool._sync import Guard
 from minipool.engine import blackbox, channel, wire
 from minipool.engine import process as process_room
 from strikes import strike_everywhere
 from workers import identity
 
 
-class Wanted:
-    """A lock that tells when somebody comes for it who will not wait for ever."""
+class Wanted(Guard):
+    """A guard that tells when somebody comes to it who will not wait for ever."""
 
-    def __init__(self, lock: Any, wanted: threading.Event) -> None:
-        self._lock, self._wanted = lock, wanted
-        self.release = lock.release
+    def __init__(self, wanted: threading.Event) -> None:
+        super().__init__()
+        self._wanted = wanted
 
-    def acquire(self, timeout: float) -> bool:
+    def run_within(self, timeout: float, work: Callable[..., Any], /, *args: Any) -> Any:
         self._wanted.set()
-        return bool(self._lock.acquire(timeout=timeout))
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        return super().run_within(timeout, work, *args)
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ def test_burial_waits_until_a_caller_has_heard_of_the_end(
     with pool.checkout() as w:
         assert w.call(identity, 1) == 1
         manager, dead = w._desk.manager, w._handle
-        dead.process._waiting = Wanted(dead.process._waiting, burying)
+        dead.process._waiting = Wanted(burying)
 
         def wait_while_it_is_buried(sources: Any, timeout: float | None = None) -> Any:
             ends = threading.current_thread() is caller and isinstance(sources[0], int)

@@ -45,7 +45,7 @@ from rogues import Stateful
         (Stateful.add, "rogues:Stateful.add"),
         (Stateful.twice, "rogues:Stateful.twice"),
         (len, "builtins:len"),
-        (math.factorial, "math:factorial"),
+        (math.factorial, f"{math.factorial.__module__}:factorial"),  # "math" before 3.15
         (str.upper, None),  # a slot of a type: its module is not told
         (rogues.half, None),
         (Stateful().add, None),
