@@ -42,12 +42,15 @@ TOOL = """
                             w.call(getpid)
                         kill(w.pid)
                         print(died(w.call, target, argument), end=" ", flush=True)
-            for info in pool.workers():  # probed, called and stopped when they are dead
-                os.kill(info.pid, signal.SIGKILL)
+            pool.wait_ready()
+            pids = [info.pid for info in pool.workers() if info.pid]
+            for pid in pids:  # probed, called and stopped when they are dead
+                os.kill(pid, signal.SIGKILL)
             pool.health_check(probe=True)
             print(pool.call(abs, -5))
-            for info in pool.workers():
-                os.kill(info.pid, signal.SIGKILL)
+            pool.wait_ready()
+            for pid in [info.pid for info in pool.workers() if info.pid]:
+                os.kill(pid, signal.SIGKILL)
         print("lives", signal.getsignal(signal.SIGPIPE).name)
 
     if __name__ == "__main__":

@@ -36,7 +36,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def _pids(pool: Pool[Any]) -> list[int]:
-    return [info.pid or 0 for info in pool.workers()]
+    return [info.pid for info in pool.workers() if info.pid]
 
 
 def _terminate(*pids: int) -> None:
