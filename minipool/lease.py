@@ -129,7 +129,7 @@ class Lease(Generic[W]):
         """
         self._desk.count_fault(error)
         limit, ends = self._timeout, [_end_of(error)]
-        deadline = None if limit is None else error.sent_ns / 1e9 + limit
+        allowed = self._desk.manager.standstills.limit(limit, error.sent_ns / 1e9)
         while True:
             if handle.revoked is not None:
                 raise self._taken_away(handle, name.decode()) from error
@@ -141,11 +141,11 @@ class Lease(Generic[W]):
             if not first or not self._safe(error) or len(ends) > REPEATS:
                 raise _tried(error, ends)
             needed = 0.0 if limit is None else self._desk.pace.needed(limit)
-            left = None if deadline is None else deadline - needed - time.monotonic()
-            if left is not None and left <= 0:
+            left = allowed.left()
+            if left is not None and left <= needed:
                 raise _tried(error, ends)
-            handle = self._move(left)
-            left = None if deadline is None else deadline - time.monotonic()
+            handle = self._move(None if left is None else left - needed)
+            left = allowed.left()
             if left is not None and left < needed:
                 raise _tried(error, ends)  # a worker came, and too late
             try:
