@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
     "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
-    "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.portable",
+    "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.traces", "engine.wire", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health", "engine.sizing",
     "engine.oom", "engine.popen", "engine.process", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",

@@ -19,6 +19,7 @@ from ..breaker import CLOSED, CircuitBreaker, Permit
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
 from . import table as t
+from . import wire
 from .handle import Handle
 from .health import SECOND_NS
 from .inquest import Death, hold, reason_of
@@ -427,7 +428,8 @@ class Fleet:
         verdict = None if self.verdict is None else self.verdict.failure
         for failure in (self.last_failure, cause, verdict):
             while failure is not None:
-                failure.__traceback__ = None  # its frames hold a row, and that the memory
+                # Its frames hold a row, and that the memory. Its class may have code for this.
+                BaseException.with_traceback(failure, None)
                 failure = failure.__cause__
         if self.scribe is not None:
             self.scribe.close()
@@ -458,7 +460,7 @@ def _start_error(
 ) -> WorkerStartError:
     ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
     if cause is not None:
-        what = f"did not start: {type(cause).__name__}: {cause}"
+        what = f"did not start: {wire.named(cause)}"
     elif handle is not None and handle.ready_ns:
         what = f"ended {ended} as soon as it was ready"
     elif handle is not None and handle.tainted:
