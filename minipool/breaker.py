@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, List, TypeVar
 
 from .backoff import at_least
-from .errors import CircuitOpen, MinipoolError, WorkerError
+from .errors import CircuitOpen, MinipoolError, WorkerError, answered
 from .telemetry import logger
 
 R = TypeVar("R")
@@ -114,14 +114,14 @@ class CircuitBreaker:
             raise self.error("this call was not made")
         try:
             result = function(*args, **kwargs)
-        except self.failing_on as error:
-            permit.failed(error)
-            raise
-        except MinipoolError:
-            raise  # nothing was tried: no worker came free, say
-        except Exception:
-            permit.succeeded()  # your code raised it, so all else is well
-            raise
+        except BaseException as error:
+            if answered(error):
+                permit.succeeded()  # raised in a worker that is well, by a pool of its own
+            elif isinstance(error, self.failing_on):
+                permit.failed(error)
+            elif isinstance(error, Exception) and not isinstance(error, MinipoolError):
+                permit.succeeded()  # your code raised it, so all else is well
+            raise  # else nothing was tried: no worker came free, say
         else:
             permit.succeeded()
         finally:

@@ -16,11 +16,13 @@ from .errors import (
     LeaseError,
     LeaseReleased,
     LeaseRevoked,
+    PoolError,
     SessionError,
     WorkerDied,
     WorkerError,
 )
 from .records import State
+from .retry import Attempts
 from .telemetry import drop, tell
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ R = TypeVar("R")
 
 _ref, _monotonic = weakref.ref, time.monotonic
 CALL_TIMEOUT = "call_timeout"  # the option's name stands for its value
-REPEATS = 2  # how often a call is made again at most, unasked, because its worker died
+ATTEMPTS = 3  # on how many workers a call is tried at most, unasked, because they die
 
 
 class Lease(Generic[W]):
@@ -109,6 +111,8 @@ class Lease(Generic[W]):
         try:
             return handle.request(kind, name, args, kwargs, self._timeout)
         except WorkerError as error:
+            if not handle.failed_with(error):
+                raise  # an answer: the code that was called has raised it, and the worker is well
             return self._recover(error, handle, kind, name, args, kwargs)
 
     def _recover(
@@ -122,10 +126,14 @@ class Lease(Generic[W]):
     ) -> Any:
         """Run a call again on another worker while that is safe and in time; else raise why.
 
-        Twice at most: what ends every worker it is sent to must not go through all of them.
+        `error` tells of the worker's failure (see `Handle.failed_with`), and so do all that are
+        looked at here. Not for ever: what ends every worker must not go through all of them.
+
+        Raises:
+            WorkerError: the last failure; its cause, if any, is why no other worker could be had.
         """
         self._desk.count_fault(error)
-        limit, tries = self._timeout, 1
+        limit, attempts = self._timeout, Attempts(ATTEMPTS)
         deadline = None if limit is None else error.sent_ns / 1e9 + limit
         while True:
             if handle.revoked is not None:
@@ -135,19 +143,27 @@ class Lease(Generic[W]):
             session = handle.session
             if session is not None and session.strict and session.affinity == "hit":
                 raise error  # nowhere else; who checks out next is told that it is lost
-            if not first or not self._safe(error) or tries > REPEATS:
-                raise _tried(error, tries)
+            attempts.note(error)
+            if not first or not self._safe(error) or attempts.over:
+                raise attempts.told(error)
             needed = 0.0 if limit is None else self._desk.pace.needed(limit)
             left = None if deadline is None else deadline - needed - time.monotonic()
             if left is not None and left <= 0:
-                raise _tried(error, tries)
-            handle, tries = self._move(left), tries + 1
+                raise attempts.told(error)
+            try:
+                handle = self._move(left)
+            except (
+                PoolError
+            ) as refusal:  # why there is no other worker; not what became of the call
+                raise attempts.told(error) from refusal
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left < needed:
-                raise _tried(error, tries - 1)  # a worker came, and too late
+                raise attempts.told(error)  # a worker came, and too late
             try:
                 return handle.request(kind, name, args, kwargs, left)
             except WorkerError as again:
+                if not handle.failed_with(again):
+                    raise
                 error = again
 
     def _safe(self, error: WorkerError) -> bool:
@@ -196,6 +212,8 @@ class Lease(Generic[W]):
             try:
                 result = handle.request(kind, name, args, kwargs, self._timeout)
             except WorkerError as error:
+                if not handle.failed_with(error):
+                    raise
                 result = self._recover(error, handle, kind, name, args, kwargs)
                 for held in self._held[:1]:
                     facts = {**facts, "worker_id": held.slot}  # another one has done it
@@ -219,7 +237,7 @@ class Lease(Generic[W]):
         Args:
             timeout: seconds for each call; None waits for ever.
             idempotent: a call may run more than once: when its worker dies it is made again on
-                another, twice at most and within `timeout`, if it was the first of this lease.
+                another, three attempts in all, within `timeout`, if it was the first of this lease.
         """
         limit = self._desk.call_timeout
         if timeout != CALL_TIMEOUT:
@@ -379,17 +397,6 @@ class _View(ObjectLease[W]):
 
     def _whole(self) -> Lease[W]:
         return self._lease
-
-
-def _tried(error: WorkerError, tries: int) -> WorkerError:
-    """Return the error of the last try, which says how many there were."""
-    if tries > 1 and isinstance(error, WorkerDied):
-        error.tries = tries
-        error.args = (
-            f"{error}; that was try {tries} of {REPEATS + 1}, each on another worker: look at what "
-            f"the call sends",
-        )
-    return error
 
 
 def seconds(value: Any, name: str) -> float | None:

@@ -7,9 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .deadline import Deadline
+from .errors import WorkerError, answered
 from .lease import CALL_TIMEOUT, seconds
 from .nearness import checked_key
-from .retry import RetryPolicy
+from .retry import Attempts, RetryPolicy
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
@@ -89,11 +90,16 @@ class PoolOptions(Generic[W]):
     ) -> Any:
         """Make a call as often as the policy allows, and as there is time for another attempt."""
         pauses, patience = policy.pauses(), _least(self._timeout, self._patience)
-        limit = policy.attempt_timeout
+        limit, attempts = policy.attempt_timeout, Attempts(policy.attempts)
         while True:
             try:
                 return self._attempt(deadline, patience, limit, target, args, kwargs)
-            except policy.retry_on:
+            except Exception as error:
+                if isinstance(error, WorkerError) and not answered(error):
+                    attempts.note(error)
+                    attempts.told(error)
+                if not policy.covers(error):
+                    raise
                 pause = next(pauses, None)
                 in_time = pause is not None and (deadline is None or deadline.allows(pause))
                 if pause is None or not in_time or not self._pause(pause):
