@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, TypeVar
 
 from ._sync import Guard, guarded
 from .backoff import at_least
-from .errors import CircuitOpen, MinipoolError, WorkerError, is_answer
+from .errors import CircuitOpen, MinipoolError, WorkerError, answered
 from .telemetry import logger
 
 R = TypeVar("R")
@@ -118,14 +118,12 @@ class CircuitBreaker:
             raise self.error("this call was not made")
         try:
             result = function(*args, **kwargs)
-        except self.failing_on as error:
-            if is_answer(error):
-                permit.succeeded()
-            else:
+        except BaseException as error:
+            if answered(error):
+                permit.succeeded()  # raised in a worker that is well, by a pool of its own
+            elif isinstance(error, self.failing_on):
                 permit.failed(error)
-            raise
-        except Exception as error:
-            if is_answer(error) or not isinstance(error, MinipoolError):
+            elif isinstance(error, Exception) and not isinstance(error, MinipoolError):
                 permit.succeeded()  # your code raised it, so all else is well
             raise  # else nothing was tried: no worker came free, say
         else:

@@ -6,18 +6,15 @@ happened, the value seen and what to do. All of them survive pickling, so they c
 
 from __future__ import annotations
 
+import pickle
 from types import MappingProxyType
 from typing import Any, Mapping, Sequence
 
 
 class MinipoolError(Exception):
-    """Base of everything raised by minipool. Keyword arguments become attributes.
+    """Base of everything raised by minipool. Keyword arguments become attributes."""
 
-    `answered`: it came back from a worker as the outcome of a call, so the worker is well. What it
-    tells of is something that the call itself did, such as to use a pool of its own.
-    """
-
-    answered: bool = False
+    _answered = False  # a worker's answer: see `answered`
 
     def __init__(self, message: str, /, **fields: Any) -> None:
         super().__init__(message)
@@ -25,16 +22,52 @@ class MinipoolError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions unpickle as cls(*args), which would lose the keyword-only fields on the pipe.
-        return _rebuild, (type(self), self.args, self.__dict__)
+        fields = {name: value for name, value in self.__dict__.items() if name != "_answered"}
+        return _rebuild, (type(self), self.args, _portable(fields))
 
 
-def _rebuild(cls: type[MinipoolError], args: tuple[Any, ...], fields: dict[str, Any]) -> Exception:
-    return cls(*args, **fields)
+def _rebuild(
+    cls: type[MinipoolError], args: tuple[Any, ...], fields: dict[str, Any]
+) -> MinipoolError:
+    """Make an error again without its `__init__`: that of a subclass may want other arguments."""
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
-def is_answer(error: BaseException) -> bool:
-    """Tell whether an error of minipool is the outcome of a call, and no fault of its worker."""
-    return isinstance(error, MinipoolError) and error.answered
+def _portable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields that can be pickled; of a value that cannot, its text goes."""
+    try:
+        pickle.dumps(fields)
+        return fields
+    except RecursionError:  # fields that hold the error itself: each level would try them again
+        raise
+    except Exception:
+        return {name: _portable_value(value) for name, value in fields.items()}
+
+
+def _portable_value(value: Any) -> Any:
+    try:
+        pickle.dumps(value)
+        return value
+    except Exception:
+        return repr(value)
+
+
+def answered(error: BaseException) -> bool:
+    """Tell whether an error of a pool is a worker's answer, raised by the code that was called.
+
+    A worker may have a pool of its own. What that raises says nothing of this process's pools, so
+    whatever acts on an error of a pool (a retry, a breaker) asks this before it asks the type.
+    """
+    return isinstance(error, MinipoolError) and error._answered
+
+
+def mark_answered(error: BaseException) -> None:
+    """Note that an error came as a worker's answer. The mark stays in this process."""
+    if isinstance(error, (PoolError, LeaseError, SessionError, WorkerError)):
+        error.__dict__["_answered"] = True
 
 
 class ConfigError(MinipoolError, ValueError):
@@ -175,11 +208,17 @@ class ProgramMismatch(ProgramError):
 
 
 class WorkerError(MinipoolError):
-    """One worker failed. The pool replaces it by itself; a new lease gets another."""
+    """One worker failed. The pool replaces it by itself; a new lease gets another.
+
+    `tries` is on how many workers the call was tried; this is the failure of the last one.
+    `deaths` tells which of them died and how, the first one first: up to 100.
+    """
 
     worker_id: int
     pid: int | None
     sent_ns: int  # monotonic; when the failed call was sent
+    tries: int = 1
+    deaths: Sequence[str] = ()
 
 
 class WorkerDied(WorkerError):
@@ -192,14 +231,12 @@ class WorkerDied(WorkerError):
     `call_age` is how many seconds the call had been running (None: it had not begun), `rss_bytes`
     the memory as the worker said last. `stack` shows the Python stacks of a worker that crashed.
     `output` is the last it said, with `capture_output` or `forward_logs`: up to 20 lines.
-    `tries` is on how many workers the call was tried; this is the death of the last one.
     """
 
     exitcode: int | None
     signal: str | None
     started: bool
     target: str
-    tries: int = 1
     out_of_memory: bool = False
     call_age: float | None = None
     rss_bytes: int = 0

@@ -11,17 +11,18 @@ from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.passage import passage
-from .engine.process import describe_exit
 from .errors import (
     CallMismatch,
     LeaseError,
     LeaseReleased,
     LeaseRevoked,
+    PoolError,
     SessionError,
     WorkerDied,
     WorkerError,
 )
 from .records import State
+from .retry import Attempts
 from .telemetry import drop, tell
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ R = TypeVar("R")
 
 _ref, _monotonic = weakref.ref, time.monotonic
 CALL_TIMEOUT = "call_timeout"  # the option's name stands for its value
-REPEATS = 2  # how often a call is made again at most, unasked, because its worker died
+ATTEMPTS = 3  # on how many workers a call is tried at most, unasked, because they die
 
 
 class Lease(Generic[W]):
@@ -110,8 +111,8 @@ class Lease(Generic[W]):
         try:
             return handle.request(kind, name, args, kwargs, self._timeout)
         except WorkerError as error:
-            if not handle.failed:
-                raise  # the call raised it: it is about some other worker
+            if not handle.failed_with(error):
+                raise  # an answer: the code that was called has raised it, and the worker is well
             return self._recover(error, handle, kind, name, args, kwargs)
 
     def _recover(
@@ -125,10 +126,14 @@ class Lease(Generic[W]):
     ) -> Any:
         """Run a call again on another worker while that is safe and in time; else raise why.
 
-        Twice at most: what ends every worker it is sent to must not go through all of them.
+        `error` tells of the worker's failure (see `Handle.failed_with`), and so do all that are
+        looked at here. Not for ever: what ends every worker must not go through all of them.
+
+        Raises:
+            WorkerError: the last failure; its cause, if any, is why no other worker could be had.
         """
         self._desk.count_fault(error)
-        limit, ends = self._timeout, [_end_of(error)]
+        limit, attempts = self._timeout, Attempts(ATTEMPTS)
         allowed = self._desk.manager.standstills.limit(limit, error.sent_ns / 1e9)
         while True:
             if handle.revoked is not None:
@@ -138,23 +143,26 @@ class Lease(Generic[W]):
             session = handle.session
             if session is not None and session.strict and session.affinity == "hit":
                 raise error  # nowhere else; who checks out next is told that it is lost
-            if not first or not self._safe(error) or len(ends) > REPEATS:
-                raise _tried(error, ends)
+            attempts.note(error)
+            if not first or not self._safe(error) or attempts.over:
+                raise attempts.told(error)
             needed = 0.0 if limit is None else self._desk.pace.needed(limit)
             left = allowed.left()
             if left is not None and left <= needed:
-                raise _tried(error, ends)
-            handle = self._move(None if left is None else left - needed)
+                raise attempts.told(error)
+            try:
+                handle = self._move(None if left is None else left - needed)
+            except PoolError as refusal:  # why there is no other worker; not what became of it
+                raise attempts.told(error) from refusal
             left = allowed.left()
             if left is not None and left < needed:
-                raise _tried(error, ends)  # a worker came, and too late
+                raise attempts.told(error)  # a worker came, and too late
             try:
                 return handle.request(kind, name, args, kwargs, left)
             except WorkerError as again:
-                if not handle.failed:
+                if not handle.failed_with(again):
                     raise
                 error = again
-                ends.append(_end_of(error))
 
     def _safe(self, error: WorkerError) -> bool:
         """Tell whether the call that failed so may be made again."""
@@ -202,7 +210,7 @@ class Lease(Generic[W]):
             try:
                 result = handle.request(kind, name, args, kwargs, self._timeout)
             except WorkerError as error:
-                if not handle.failed:
+                if not handle.failed_with(error):
                     raise
                 result = self._recover(error, handle, kind, name, args, kwargs)
                 for held in self._held[:1]:
@@ -227,7 +235,7 @@ class Lease(Generic[W]):
         Args:
             timeout: seconds for each call; None waits for ever.
             idempotent: a call may run more than once: when its worker dies it is made again on
-                another, twice at most and within `timeout`, if it was the first of this lease.
+                another, three attempts in all, within `timeout`, if it was the first of this lease.
         """
         limit = self._desk.call_timeout
         if timeout != CALL_TIMEOUT:
@@ -387,22 +395,6 @@ class _View(ObjectLease[W]):
 
     def _whole(self) -> Lease[W]:
         return self._lease
-
-
-def _end_of(error: WorkerError) -> str:
-    return describe_exit(error.exitcode) if isinstance(error, WorkerDied) else "otherwise"
-
-
-def _tried(error: WorkerError, ends: list[str]) -> WorkerError:
-    """Return the error of the last try, which says how many there were, and how each ended."""
-    tries = len(ends)
-    if tries > 1 and isinstance(error, WorkerDied):
-        error.tries = tries
-        error.args = (
-            f"{error}; that was try {tries} of {REPEATS + 1}, each on another worker, and these "
-            f"ended {', '.join(ends)}: look at what the call sends",
-        )
-    return error
 
 
 def seconds(value: Any, name: str) -> float | None:

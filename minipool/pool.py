@@ -223,7 +223,7 @@ class Pool(Inspection, Generic[W]):
         Args:
             timeout: seconds for checkout and call together; None waits for ever.
             idempotent: the call may run more than once: if its worker dies it is made again on
-                another, twice at most, or as the option `retry` says.
+                another, three attempts in all, or as the option `retry` says.
             session, affinity: as for `checkout`.
             retries: how often an idempotent call is made again at most, with growing pauses.
 

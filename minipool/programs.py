@@ -36,9 +36,11 @@ from .errors import (
     SessionExists,
     SessionNotFound,
     WorkerDied,
+    answered,
 )
-from .lease import REPEATS, seconds
+from .lease import ATTEMPTS, seconds
 from .nearness import checked_key
+from .retry import Attempts
 from .signatures import Field, Misfit, Signature, listed, misfit_of
 
 if TYPE_CHECKING:
@@ -147,9 +149,8 @@ class Programs:
             Exception: whatever the program, or its factory in a rebuild, raised.
         """
         where = self._checked(program_id, session)
-        calls, tries = _Calls(self._pool, where, timeout), 0
+        calls, attempts = _Calls(self._pool, where, timeout), Attempts(ATTEMPTS)
         while True:
-            tries += 1
             with calls.lease(missing=program_id) as lease:
                 card = lease.state.get(_CARD + program_id)
                 if card is None:
@@ -165,7 +166,11 @@ class Programs:
                     return result
                 except WorkerDied as death:
                     # If the last call had not begun, those before left nothing that counts.
-                    if death.answered or death.started or first or tries > REPEATS:
+                    if answered(death) or death.started or first:
+                        raise
+                    attempts.note(death)
+                    attempts.told(death)
+                    if attempts.over:
                         raise
 
     def list(self, session: str | None = None) -> List[str]:

@@ -10,7 +10,10 @@ import random as _random
 from typing import Callable, Iterator
 
 from .backoff import Backoff, at_least
-from .errors import WorkerError
+from .errors import MinipoolError, WorkerError, answered
+
+_MOST_DEATHS = 100  # that an error tells of
+_SHOWN = 5  # of them in its text
 
 
 class RetryPolicy:
@@ -18,7 +21,8 @@ class RetryPolicy:
 
     The pauses are `base` seconds and then each `multiplier` times the one before, up to `cap`,
     with `jitter` (a share of it, up or down) that carries over from one to the next. A call is
-    made again after the exceptions of `retry_on`, which may be of your own code, too. The
+    made again after the exceptions of `retry_on`, which may be of your own code, too. Those of
+    minipool mean this pool: what a pool of the worker's own raised there is no reason. The
     timeout of the call bounds all attempts and pauses together; `attempt_timeout` the seconds on
     a worker of each, so that after a `CallTimeout` there is time left for another.
 
@@ -55,6 +59,13 @@ class RetryPolicy:
         backoff = Backoff(*self._shape, decorrelated=True, random=self._random)
         return (backoff.next() for _ in range(self.attempts - 1))
 
+    def covers(self, error: Exception) -> bool:
+        """Tell whether a call that ended so is to be made again."""
+        kinds = self.retry_on
+        if answered(error):
+            kinds = tuple(kind for kind in kinds if not issubclass(kind, MinipoolError))
+        return isinstance(error, kinds)
+
     def with_attempts(self, attempts: int) -> RetryPolicy:
         """Return a policy that differs in this only."""
         return RetryPolicy(
@@ -64,6 +75,43 @@ class RetryPolicy:
 
     def __repr__(self) -> str:
         return f"RetryPolicy(attempts={self.attempts})"
+
+
+class Attempts:
+    """On which workers one call was tried, and how these ended. Of no use to any other thread."""
+
+    __slots__ = ("_deaths", "_died", "_most", "tries")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._deaths: list[str] = []  # the first ones
+        self._died = 0
+        self.tries = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether there were as many as there may be."""
+        return self.tries >= self._most
+
+    def note(self, error: WorkerError) -> None:
+        """Count the failure of a worker, or of as many as the call was tried on by then."""
+        self.tries += error.tries
+        self._died += len(error.deaths)
+        self._deaths += error.deaths[: _MOST_DEATHS - len(self._deaths)]
+
+    def told(self, error: WorkerError) -> WorkerError:
+        """Return the error of the last attempt, which tells of all the others."""
+        deaths = self._deaths
+        if self.tries > error.tries:
+            error.tries, error.deaths = self.tries, tuple(deaths)
+            shown = "; ".join(deaths[:_SHOWN])
+            more = f"; and {self._died - _SHOWN} more" if self._died > _SHOWN else ""
+            error.args = (
+                f"{error}; that was try {self.tries} of {max(self.tries, self._most)}, each on "
+                f"another worker, and {self._died} of these died ({shown}{more}): look at what "
+                f"the call sends",
+            )
+        return error
 
 
 def policy_of(

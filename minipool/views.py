@@ -8,10 +8,10 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .deadline import Deadline
-from .errors import MinipoolError, is_answer
+from .errors import MinipoolError, WorkerError, answered
 from .lease import CALL_TIMEOUT, seconds
 from .nearness import checked_key
-from .retry import RetryPolicy
+from .retry import Attempts, RetryPolicy
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
@@ -91,13 +91,16 @@ class PoolOptions(Generic[W]):
     ) -> Any:
         """Make a call as often as the policy allows, and as there is time for another attempt."""
         pauses, patience = policy.pauses(), _least(self._timeout, self._patience)
-        limit = policy.attempt_timeout
+        limit, attempts = policy.attempt_timeout, Attempts(policy.attempts)
         while True:
             try:
                 return self._attempt(deadline, patience, limit, target, args, kwargs)
-            except policy.retry_on as error:
-                if is_answer(error):
-                    raise  # the call has run to its end
+            except Exception as error:
+                if isinstance(error, WorkerError) and not answered(error):
+                    attempts.note(error)
+                    attempts.told(error)
+                if not policy.covers(error):
+                    raise
                 pause = next(pauses, None)
                 in_time = pause is not None and (deadline is None or deadline.allows(pause))
                 if pause is None or not in_time or not self._pause(pause):

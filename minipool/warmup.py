@@ -19,7 +19,7 @@ from .engine.pace import MOST
 from .engine.passage import passage
 from .engine.standstill import TimeLimit
 from .engine.states import WorkerState
-from .errors import CallTimeout, CheckoutTimeout, WorkerError
+from .errors import CallTimeout, CheckoutTimeout, WorkerError, answered
 from .lease import Lease, seconds
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class _WarmUp:
             options.call(command.target, *command.args, **command.kwargs)
         except Exception as error:
             self._failures[index][slot] = error
-            if not isinstance(error, WorkerError) or error.answered:
+            if not isinstance(error, WorkerError) or answered(error):
                 return False
             if isinstance(error, CallTimeout) and limit < self._limit:
                 raise self._too_late(slot) from error

@@ -1,189 +1,194 @@
-"""What a worker answers, and what happens to a worker, are not taken for each other."""
+"""What a worker answers is never taken for what happened to the worker, whatever its type."""
 
 from __future__ import annotations
 
-import os
+import signal
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 
 import answers
 from ears import Ear
-from minipool import CircuitBreaker, Pool, Programs, RemoteError, RetryPolicy, WorkerDied
-from minipool.engine import traces
+from gates import Gate
+from minipool import (
+    CircuitBreaker,
+    MinipoolError,
+    Pool,
+    PoolStartError,
+    Programs,
+    RetryPolicy,
+    WorkerDied,
+    WorkerError,
+)
+from workers import Counter, getpid, identity
 
-LAST = 60.0  # seconds in which a call ends, also on a machine that is very busy
-
-
-def pids(pool: Pool[Any]) -> list[int | None]:
-    return sorted(info.pid or 0 for info in pool.workers())
-
-
-# -- errors of minipool that a call raises -------------------------------------------------------
-
-
-@pytest.mark.parametrize("started", [False, True], ids=["not started", "started"])
-@pytest.mark.parametrize("idempotent", [False, True], ids=["once", "idempotent"])
-@pytest.mark.parametrize("retry", [None, 3])
-def test_an_error_of_minipool_that_a_call_raises_is_an_answer(
-    started: bool, idempotent: bool, retry: int | None, tmp_path: Path
-) -> None:
-    """It is about another worker: the call has run once, and its own worker is well."""
-    runs = tmp_path / "runs"
-    with Pool(size=2, retry=retry, call_timeout=LAST) as pool:
-        before = pids(pool)
-        view = pool.options(idempotent=idempotent)
-        with pytest.raises(WorkerDied, match="of an inner pool") as caught:
-            view.call(answers.raise_worker_died, str(runs), started)
-        assert caught.value.answered
-        assert (caught.value.started, caught.value.exitcode) == (started, 7)
-        assert runs.read_text() == "1"
-        assert pids(pool) == before and pool.stats().workers_lost == 0
+LAST = 20.0
 
 
-def test_a_bare_worker_died_is_an_answer_too() -> None:
-    """It has none of the fields that ours have."""
-    with Pool(size=1, call_timeout=LAST) as pool:
-        with pytest.raises(WorkerDied, match=r"^bare$"):
-            pool.call(answers.raise_bare)
-        ear = Ear(pool, "operation.exception")  # from here on calls are observed
+@pytest.fixture
+def pool() -> Iterator[Pool[Any]]:
+    with Pool(Counter, size=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> Path:
+    return tmp_path / "calls"
+
+
+def assert_unharmed(pool: Pool[Any], pid: int) -> None:
+    """The one worker is the one it was, and nothing was counted against it."""
+    stats = pool.stats()
+    assert pool.call(getpid) == pid
+    assert (stats.workers_lost, stats.faults) == (0, 0)
+
+
+def test_answer_that_looks_like_a_fault_is_an_answer(pool: Pool[Any], calls: Path) -> None:
+    """It runs once, says what it said, and its worker goes on; idempotent calls are no other."""
+    pid = pool.call(getpid)
+    for name, make in answers.ANSWERS.items():
+        for caller in (pool, pool.options(idempotent=True, timeout=LAST)):
+            with pytest.raises(type(make()), match=r"^mine$"):
+                caller.call(answers.answer, str(calls), name)
+            assert calls.stat().st_size == 1, name
+            calls.unlink()
         with pool.checkout() as lease:
-            with pytest.raises(WorkerDied, match=r"^bare$"):
-                lease.call(answers.raise_bare)
-            assert lease.call(abs, -1) == 1  # its lease goes on
-        assert len(ear.of("operation.exception")) == 1
+            for _ in range(2):
+                with pytest.raises(type(make()), match=r"^mine$"):
+                    lease.call(answers.answer, str(calls), name)
+            assert lease.call(getpid) == pid
+        calls.unlink()
+    assert_unharmed(pool, pid)
 
 
-def test_the_death_of_a_worker_of_an_inner_pool_leaves_the_outer_one_alone() -> None:
-    with Pool(size=1, call_timeout=LAST) as pool:
-        before = pids(pool)
+def test_listeners_make_no_difference(pool: Pool[Any], calls: Path) -> None:
+    ear = Ear(pool, "operation.start", "operation.exception")
+    pid = pool.call(getpid)
+    try:
+        with pytest.raises(WorkerDied, match="mine"):
+            pool.call(answers.answer, str(calls), "not begun")
+    finally:
+        for name in ("operation.start", "operation.exception"):
+            pool.hooks[name].remove(ear)
+    assert calls.stat().st_size == 1
+    assert len(ear.of("operation.exception")) == 1
+    assert_unharmed(pool, pid)
+
+
+@pytest.mark.parametrize("affinity", ["prefer", "strict"])
+def test_session_undoes_the_call_and_stays(pool: Pool[Any], calls: Path, affinity: str) -> None:
+    with pool.session(f"of {affinity}", {"name": "Ada"}) as session:
+        pid = session.call(getpid)
+        for _ in range(2):  # the second time it has the worker warm
+            with session.checkout(affinity=affinity) as lease:
+                with pytest.raises(WorkerDied, match="mine"):
+                    lease.call(answers.answer_in_session, str(calls), "not begun")
+        assert calls.stat().st_size == 2
+        assert session.state == {"name": "Ada"}
+    assert_unharmed(pool, pid)
+
+
+def test_worker_with_a_pool_of_its_own_outlives_the_death_in_it(calls: Path) -> None:
+    """The inner worker's death arrives with its fields; the call runs once."""
+    with Pool(size=1) as pool:
+        pid = pool.call(getpid)
         with pytest.raises(WorkerDied) as caught:
-            pool.options(idempotent=True).call(answers.lose_an_inner_worker)
-        assert caught.value.answered and caught.value.exitcode == 7
-        assert pids(pool) == before
+            pool.call(answers.has_a_pool, str(calls))
+        error = caught.value
+        assert (error.signal, error.exitcode, error.started) == ("SIGKILL", -9, True)
+        assert (error.tries, len(error.deaths)) == (1, 1)
+        assert error.pid not in (None, pid)
+        assert calls.stat().st_size == 1
+        assert_unharmed(pool, pid)
 
 
-def test_a_real_death_is_no_answer() -> None:
-    with Pool(size=1, call_timeout=LAST) as pool, pytest.raises(WorkerDied) as caught:
-        pool.call(os._exit, 3)
-    assert not caught.value.answered
+def test_error_of_another_pool_out_of_a_signal_handler_is_no_fault(calls: Path, gate: Gate) -> None:
+    """It says nothing of the worker that is waited for; the lease is left in mid-call."""
+
+    def handler(signum: int, frame: Any) -> None:
+        raise answers.ANSWERS["not begun"]()
+
+    main, before = threading.main_thread().ident, signal.signal(signal.SIGUSR1, handler)
+    assert main is not None
+
+    def strike() -> None:
+        gate.wait_arrived()
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    striker = threading.Thread(target=strike)
+    try:
+        with Pool(size=1) as pool:
+            striker.start()
+            with pytest.raises(WorkerDied, match=r"^mine$"):
+                pool.options(idempotent=True).call(answers.stop_at, str(calls), gate.path)
+            striker.join(20)
+            assert pool.call(identity, 1) == 1
+            assert pool.stats().faults == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert calls.stat().st_size == 1
 
 
-def test_a_warm_up_that_raises_an_error_of_minipool_goes_on_with_its_worker() -> None:
-    with Pool(size=1, call_timeout=LAST) as pool:
-        report = pool.warm_up([answers.raise_bare, (abs, (-1,))])
-        assert [each.succeeded for each in report.commands] == [0, 1]
-        assert pool.stats().workers_lost == 0
+# -- whoever else acts on errors -----------------------------------------------------------------
 
 
-def test_a_breaker_counts_no_answer_as_a_failure() -> None:
+@pytest.mark.parametrize("retry_on", [WorkerError, MinipoolError, (WorkerError, KeyError)])
+def test_policy_makes_no_call_again_for_an_answer(calls: Path, retry_on: Any) -> None:
+    policy = RetryPolicy(attempts=3, base=0.001, retry_on=retry_on)
+    with Pool(size=1, retry=policy) as pool:
+        with pytest.raises(WorkerDied, match=r"^mine$"):
+            pool.options(idempotent=True).call(answers.answer, str(calls), "not begun")
+        assert calls.stat().st_size == 1
+        calls.unlink()
+        with pytest.raises(WorkerDied, match=r"^mine$"):
+            pool.options(idempotent=True).call(answers.poison_once, str(calls))
+        assert calls.stat().st_size == 2, "once more for the death, and not for the answer"
+
+
+def test_policy_may_be_told_to_try_again_whatever_is_raised(calls: Path) -> None:
+    with Pool(size=1, retry=RetryPolicy(attempts=3, base=0.001, retry_on=Exception)) as pool:
+        with pytest.raises(WorkerDied, match=r"^mine$"):
+            pool.options(idempotent=True).call(answers.answer, str(calls), "not begun")
+        assert calls.stat().st_size == 3
+        assert pool.stats().workers_started == 1
+
+
+def test_breaker_counts_no_answer(pool: Pool[Any], calls: Path) -> None:
+    breaker = CircuitBreaker(failures=1, failing_on=(MinipoolError,))
+    for name in answers.ANSWERS:
+        with pytest.raises(MinipoolError, match=r"^mine$"):
+            breaker.call(pool.call, answers.answer, str(calls), name)
+        assert (breaker.state, breaker.failures) == ("closed", 0), name
+
+
+def test_breaker_counts_faults() -> None:
     breaker = CircuitBreaker(failures=1)
-    with Pool(size=1, call_timeout=LAST) as pool:
-        with pytest.raises(WorkerDied):
-            breaker.call(pool.call, answers.raise_bare)
-        assert breaker.call(pool.call, abs, -1) == 1
-        with pytest.raises(WorkerDied):
-            breaker.call(pool.call, os._exit, 3)
+    with Pool(size=1) as pool, pytest.raises(WorkerDied):
+        breaker.call(pool.call, answers.dies)
     assert breaker.state == "open"
 
 
-def test_a_program_that_raises_an_error_of_minipool_is_not_executed_again(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    with Pool(size=2, call_timeout=LAST) as pool:
-        programs = Programs(pool, session="s")
-        programs.create("p", answers.Raises, str(runs))
-        with pytest.raises(WorkerDied, match="of an inner pool"):
-            programs.execute("p")
-        assert pool.stats().workers_lost == 0
-    assert runs.read_text() == "1"
+def test_warm_up_goes_on_after_an_answer(pool: Pool[Any], calls: Path) -> None:
+    report = pool.warm_up([(answers.answer, (str(calls), "not begun")), getpid])
+    pid = pool.call(getpid)
+    assert [len(command.failures) for command in report.commands] == [1, 0]
+    assert_unharmed(pool, pid)
 
 
-def test_a_policy_makes_calls_again_for_your_own_exceptions(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    policy = RetryPolicy(attempts=3, base=0.01, retry_on=(KeyError, WorkerDied))
-    with Pool(size=1, retry=policy, call_timeout=LAST) as pool:
-        with pytest.raises(KeyError):
-            pool.options(idempotent=True).call(answers.raise_key_error, str(runs))
-    assert runs.read_text() == "111"
+def test_program_that_raises_a_death_runs_once(calls: Path) -> None:
+    with Pool(size=1) as pool:
+        programs = Programs(pool)
+        programs.create("mine", answers.Program, str(calls))
+        with pytest.raises(WorkerDied, match="mine"):
+            programs.execute("mine")
+        assert calls.stat().st_size == 1
+        assert pool.stats().workers_started == 1
 
 
-def test_death_of_all_tries_is_told_of_each() -> None:
-    with Pool(size=2, call_timeout=LAST) as pool, pytest.raises(WorkerDied) as caught:
-        pool.options(idempotent=True).call(os._exit, 3)
-    three = "with exit code 3, with exit code 3, with exit code 3"
-    assert caught.value.tries == 3 and three in str(caught.value)
-
-
-# -- exceptions that are hard to tell ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "LeavesAsItIsPickled",
-        "InterruptsAsItIsPickled",
-        "LeavesAsItIsShown",
-        "InterruptsAsItIsShown",
-        "LeavesAsItIsUnpickled",
-    ],
-)
-def test_an_exception_that_cannot_be_told_costs_no_worker(name: str) -> None:
-    with Pool(size=1, call_timeout=LAST) as pool:
-        before = pids(pool)
-        with pytest.raises(Exception) as caught:
-            pool.call(answers.raise_hard, name)
-        error = caught.value
-        assert isinstance(error, getattr(answers, name)) or name in str(error)
-        assert pool.call(abs, -1) == 1
-        assert pids(pool) == before
-
-
-def test_a_result_that_ends_who_unpickles_it_ends_nobody() -> None:
-    with Pool(size=1, call_timeout=LAST) as pool:
-        with pytest.raises(RemoteError, match="SystemExit"):
-            pool.call(answers.result_that_leaves)
-        assert pool.call(abs, -1) == 1
-
-
-def test_a_very_deep_traceback_is_told_in_part() -> None:
-    """At most 100 frames of its begin and 100 of its end, so that it is told in time."""
-    with Pool(size=1, call_timeout=LAST) as pool:
-        with pytest.raises(RuntimeError, match="led to by a deep one") as caught:
-            pool.call(answers.go_deep, 100_000)
-        assert pool.stats().workers_lost == 0
-    text = str(caught.value.__cause__)
-    assert text.count("\n  File ") < 250
-    assert "more frames" in text and "ValueError: deep" in text
-    assert text.rstrip().endswith("RuntimeError: led to by a deep one")
-
-
-def test_a_traceback_that_is_not_deep_is_told_as_python_prints_it() -> None:
-    import traceback
-
-    def fail(depth: int) -> None:
-        if depth:
-            fail(depth - 1)
-        raise ValueError("at the bottom")
-
-    try:
-        fail(150)
-    except ValueError as error:
-        printed = traceback.format_exception(type(error), error, error.__traceback__)
-        assert traces.text_of(error) == "".join(printed)
-
-
-def test_begin_and_end_of_a_deep_traceback_are_shown_in_their_order() -> None:
-    def fail(left: int) -> None:
-        if not left:
-            raise ValueError("at the bottom")
-        name = f"level_{left}"
-        fail.__code__ = fail.__code__.replace(co_name=name)
-        fail(left - 1)
-
-    try:
-        fail(300)
-    except ValueError as error:
-        text = traces.text_of(error)
-    assert "in level_290" in text and "in level_10\n" in text and "in level_150" not in text
-    assert text.index("in level_290") < text.index("more frames") < text.index("in level_10\n")
+@pytest.mark.parametrize("name", ["not begun", "closed", "start"])
+def test_constructor_that_raises_an_error_of_ours_is_a_failed_start(name: str) -> None:
+    with pytest.raises(PoolStartError, match="mine") as caught:
+        Pool(answers.Raises, args=(name,), size=1).open()
+    assert type(caught.value.__cause__) is type(answers.ANSWERS[name]())

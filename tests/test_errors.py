@@ -12,6 +12,12 @@ import pytest
 import minipool
 from minipool import errors
 
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise ValueError("it stays here")
+
+
 ERRORS = {
     name: value
     for name, value in vars(errors).items()
@@ -69,6 +75,7 @@ def test_error_pickles_with_its_fields(name: str) -> None:
     cls = ERRORS[name]
     fields: dict[str, Any] = {field: f"<{field}>" for field in _fields(cls)}
     fields["extra"] = [1, {"deep": None}]
+    fields["__notes__"] = ["what `add_note` adds"]
     error = cls("what, value, remedy", **fields)
 
     protocols = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -94,13 +101,41 @@ def test_field_may_have_the_name_of_the_text() -> None:
 
 
 def test_subclass_of_a_user_pickles_too() -> None:
-    """A user's own kind of our errors travels like ours."""
-    again = pickle.loads(pickle.dumps(_OwnTimeout("late", timeout=1.0)))
+    """A user's own kind of our errors travels like ours, whatever makes it."""
+    again = pickle.loads(pickle.dumps(_OwnTimeout(1.0)))
 
     assert type(again) is _OwnTimeout
-    assert again.timeout == 1.0
+    assert (str(again), again.timeout) == ("late after 1.0", 1.0)
     assert isinstance(again, TimeoutError)
 
 
 class _OwnTimeout(errors.CheckoutTimeout):
-    pass
+    def __init__(self, timeout: float) -> None:
+        super().__init__(f"late after {timeout}", timeout=timeout)
+
+
+@pytest.mark.parametrize("value", [lambda: None, open, {"deep": lambda: None}, Unpicklable()])
+def test_value_that_cannot_travel_goes_as_its_text(value: Any) -> None:
+    """A worker's own pool may refuse an option that cannot be pickled; the error gets home."""
+    error = errors.ConfigError("wrong", option="codec", value=value)
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.option) == (errors.ConfigError, "wrong", "codec")
+    assert again.value in (value, repr(value))
+
+
+def test_error_that_holds_itself_is_refused_at_once() -> None:
+    error = errors.ConfigError("wrong")
+    error.value = error
+    with pytest.raises(RecursionError):
+        pickle.dumps(error)
+
+
+def test_mark_of_an_answer_stays_where_it_was_made() -> None:
+    error = errors.WorkerDied("dead", started=False)
+    errors.mark_answered(error)
+    assert errors.answered(error)
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert not errors.answered(again) and vars(again) == {"started": False}
+    other = errors.RemoteError("could not travel")
+    errors.mark_answered(other)
+    assert not errors.answered(other) and not errors.answered(ValueError())

@@ -88,7 +88,7 @@ class Care:
         handle.explaining = True
 
         def explain() -> None:
-            why = _in_time(lambda: wire.unpack_error(body))
+            why = _in_time(lambda: _readable(wire.unpack_error(body)))
             why = why or _in_time(lambda: wire.unpack_error(body, load=False))
             handle.start_error = why or handle.start_error
             self._order(lambda: self._explained(handle))
@@ -372,6 +372,12 @@ def tenure_of(handle: Handle) -> health.Tenure:
     if handle.live_lease is None:
         since_ns = handle.idle_since_ns
     return health.Tenure(lease, since_ns)
+
+
+def _readable(error: BaseException) -> BaseException:
+    """Ask an exception for its text here, where that may take its time; return it."""
+    wire.named(error)
+    return error
 
 
 def _in_time(unpack: Callable[[], BaseException]) -> BaseException | None:

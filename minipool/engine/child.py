@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LEFT = 143  # the exit code of a worker that SIGTERM has made leave, as a shell tells that signal
 _REFRESH_NS = 1_000_000_000  # how often a busy worker reports cpu time and memory
 _FUNCTION_ALONE, _METHOD_ALONE = wire.FUNCTION | wire.ALONE, wire.METHOD | wire.ALONE
-_OF_THE_PIPE = (FastWorkerEnd.__module__, "multiprocessing.connection")
 _TAINTS = (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError)
 
 
@@ -117,7 +116,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
         orphaned = False
     except BaseException as error:
         _end_if_forked(_current.pid)
-        if not _is_hang_up(error):
+        if not end.has_ended(error):
             raise
         orphaned = True  # the owner is gone or has done with us
     _end_if_forked(_current.pid)
@@ -207,7 +206,8 @@ class _Worker:
             except Unreceived as problem:
                 self._reply(problem.call_id, *self._failure(_no_room(problem.size)))
             except Exception as error:
-                if _is_of_the_pipe(error) or not self._end.was_waiting(error.__traceback__):
+                end = self._end
+                if end.has_ended(error) or not end.was_waiting(error.__traceback__):
                     raise
                 _stop_timers()
                 with contextlib.suppress(Exception):
@@ -482,20 +482,6 @@ def _end_if_forked(pid: int) -> None:
     """End this process if a call has forked, and this is the child that returned from it."""
     if os.getpid() != pid:
         os._exit(1)
-
-
-def _is_hang_up(error: BaseException) -> bool:
-    """Tell whether the pipe has ended. A signal handler may raise the like: TimeoutError is one."""
-    return _is_of_the_pipe(error) and isinstance(error, (EOFError, OSError))
-
-
-def _is_of_the_pipe(error: BaseException) -> bool:
-    """Tell whether reading or writing itself has failed, and no handler came in between."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    by = None if trace is None else trace.tb_frame.f_globals.get("__name__")
-    return by in _OF_THE_PIPE
 
 
 def _stop_timers() -> None:

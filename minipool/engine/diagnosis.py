@@ -6,6 +6,7 @@ import os
 from multiprocessing import spawn
 from typing import TYPE_CHECKING
 
+from . import wire
 from .inquest import with_stop
 from .process import describe_exit
 from .shortage import in_words
@@ -23,7 +24,7 @@ def of_start(
     if cause is not None and handle is None:
         return f"did not start: {in_words(cause)}"
     if cause is not None:
-        return f"did not start: {type(cause).__name__}: {cause}"
+        return f"did not start: {wire.named(cause)}"
     if handle is not None and handle.ready_ns:
         return f"ended {ended} as soon as it was ready"
     if handle is not None and handle.tainted:

@@ -456,7 +456,8 @@ class Fleet:
         verdict = None if self.verdict is None else self.verdict.failure
         for failure in (self.last_failure, cause, verdict):
             while failure is not None:
-                failure.__traceback__ = None  # its frames hold a row, and that the memory
+                # Its frames hold a row, and that the memory. Its class may have code for this.
+                BaseException.with_traceback(failure, None)
                 failure = failure.__cause__
         if self.scribe is not None:
             self.scribe.close()

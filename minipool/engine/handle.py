@@ -14,11 +14,11 @@ import os
 import pickle
 import signal
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     CallMismatch,
-    MinipoolError,
     PoolForked,
     ProtocolError,
     WorkerError,
@@ -33,11 +33,8 @@ from .deadend import DeadEnd
 from .health import SENT_SIGTERM
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
-from .traces import OF_THE_USERS
 
 if TYPE_CHECKING:
-    import weakref
-
     from ..breaker import Permit
     from .transcript import Transcript
 
@@ -60,7 +57,7 @@ class Handle:
         "__weakref__", "_assignment", "_dumps", "_exchange", "_limit", "_loads", "_noted_id",
         "_portable", "_repeating", "_telling", "_theirs", "abandoned", "box", "calls_before",
         "calls_sent", "channel", "condemned", "conn", "cut", "death", "ended_ns", "expires_ns",
-        "explaining", "failed", "generation", "idle_since_ns", "in_call", "killed_for",
+        "explaining", "failed", "fault", "generation", "idle_since_ns", "in_call", "killed_for",
         "last_begun_id", "leak_warned", "lease", "origin", "permit", "pid", "probe_failures",
         "probed_ns", "process", "ready_ns", "reserve", "revoked", "row", "serving_ns", "session",
         "session_ended_ns", "sessions", "sessions_over", "since_ns", "slot", "spawned_ns",
@@ -86,6 +83,7 @@ class Handle:
         # Between a request and its reply, when nobody else may use the pipe: what was called.
         self.in_call: bool | bytes = False
         self.failed = False  # while `in_call`: nobody waits for the reply (any more)
+        self.fault: weakref.ref[WorkerError] | None = None  # the error that told of its failure
         self.lease: weakref.ref[Any] | None = None
         self.probe_failures = 0
         self.probed_ns = 0
@@ -359,8 +357,8 @@ class Handle:
             raise self._remote_error(status, reply, name)
         try:
             return loads(reply)
-        except OF_THE_USERS as problem:
-            raise wire.unreadable_result(problem) from problem
+        except (Exception, SystemExit) as problem:
+            raise wire.unreadable(problem, loads, reply)  # noqa: B904  its cause is set
 
     def _heard_of_leaving(self, status: int) -> int:
         """Return the status without the flag of a worker that leaves once its lease is over."""
@@ -387,8 +385,8 @@ class Handle:
     def _result(self, reply: bytes | memoryview) -> Any:
         try:
             return self._loads(reply)
-        except OF_THE_USERS as problem:
-            raise wire.unreadable_result(problem) from problem
+        except (Exception, SystemExit) as problem:
+            raise wire.unreadable(problem, self._loads, reply)  # noqa: B904  its cause is set
 
     def _repeat(
         self,
@@ -462,8 +460,6 @@ class Handle:
             error = wire.unpack_error(body)
         except Exception as problem:
             return self._nonsense(problem, name)
-        if isinstance(error, MinipoolError):
-            error.__dict__["answered"] = True
         self.row[t.RAISED] += 1
         if status == wire.RAISED_AND_TAINTED:
             self.tainted = f"the call ended in {type(error).__name__}"
@@ -500,7 +496,16 @@ class Handle:
         if self.process.refused:
             self.cut_off()
         error.sent_ns = start
+        self.fault = weakref.ref(error)  # the error itself would hold all that waits for its call
         return error
+
+    def failed_with(self, error: BaseException) -> bool:
+        """Tell whether an error is the one that told of this worker's failure.
+
+        All else that comes out of `request` is an answer, whatever its type, and the worker well;
+        or it was raised by a signal handler.
+        """
+        return self.fault is not None and self.fault() is error
 
     def _fault(self, problem: Exception, target: str, timeout: float | None) -> WorkerError:
         """Return the error that tells of a broken exchange, whose worker was killed."""

@@ -122,13 +122,13 @@ def obituary(handle: Any, target: str, started: bool) -> WorkerDied:
     advice = "retry only if it may run twice" if started else "it may be made again"
     ours = handle.process.killed and handle.killed_for
     why = f" (the pool killed it: {ours})" if ours else ""
+    ending = f"worker {handle.slot} (pid {handle.pid}) died {describe(handle.process)}{why}"
     error = WorkerDied(
-        f"worker {handle.slot} (pid {handle.pid}) died {describe(handle.process)}{why} during "
-        f"{target!r}; {begun}: {advice}, on a new lease",
+        f"{ending} during {target!r}; {begun}: {advice}, on a new lease",
         worker_id=handle.slot, pid=handle.pid, exitcode=death.exitcode, signal=death.signal,
         started=started, target=target, out_of_memory=death.out_of_memory,
         call_age=death.call_age, rss_bytes=death.rss_bytes, stack=death.stack,
-        output=death.output,
+        output=death.output, deaths=(ending,),
     )  # fmt: skip
     _add_note(error, death)
     return error

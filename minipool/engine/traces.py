@@ -1,75 +1,108 @@
-"""Traces: an exception's traceback as text, however deep it went and whatever its own code raises.
+"""Traces: the text of an exception and of all that led to it, of bounded length.
 
-Used by workers, to tell of an exception, and by the parent. `traceback` is imported where it is
-used: a worker that is well never needs it.
+Runs in the worker, while its caller waits for the reply. To format a frame takes some fifty
+microseconds, so what recursed a hundred thousand times would take longer than many a timeout.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Iterator
+import itertools
+import re
+import traceback
+from types import TracebackType
+from typing import Any, Iterator
 
-if TYPE_CHECKING:
-    from traceback import TracebackException
+END = 100  # frames of each exception that are shown, at either end
+MOST = 100  # exceptions that are shown: causes, contexts, members of groups
 
-#: What code of the user's may raise when a value of theirs is unpickled or shown. KeyboardInterrupt
-#: is left out: in the parent it is the user's own.
-OF_THE_USERS = (Exception, SystemExit, GeneratorExit)
-_FRAMES = 100  # so many of the first and of the last ones are shown of a traceback
+# What stands for frames that are left out, until it is text: a summary takes frames only.
+_LEFT_OUT = "<minipool: {} frames are left out>"
+_GAP = re.compile(r'  File "<minipool: (\d+) frames are left out>", line 0, in <gap>(?=\n)')
+_GAP_TEXT = r"  ... \1 frames are left out here ..."
 
 
 def text_of(error: BaseException) -> str:
-    """Return the traceback of an exception, and of those that led to it, as Python prints it."""
-    import traceback
-
-    try:
-        if any(_is_deep(each) for each in _all_of(error)):
-            return "".join(_abridged(error).format())
+    """Return what Python prints of an exception that nobody catches; of long ones, both ends."""
+    related, more = _related(error)
+    if more:  # to cut a chain is not possible without changing it
+        return f"{_alone(error)}(it has more than {MOST} causes, contexts and members)\n"
+    if not any(_longer_than(2 * END, each) for each in related):
         return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except OF_THE_USERS as problem:
-        return f"<its traceback cannot be shown: {type(problem).__name__}>"
+    shown = traceback.TracebackException(type(error), error, error.__traceback__, limit=END)
+    _complete(error, shown)
+    return _GAP.sub(_GAP_TEXT, "".join(shown.format()))
 
 
-def _all_of(error: BaseException) -> Iterator[BaseException]:
-    """Return an exception, and all that are shown with it."""
-    left, seen = [error], set()
+def _related(error: BaseException) -> tuple[list[BaseException], bool]:
+    """Return an exception and all that would be shown with it; True if there are too many."""
+    found: dict[int, BaseException] = {}
+    left = [error]
     while left:
         each = left.pop()
-        if id(each) in seen:
+        if id(each) in found:
             continue
-        seen.add(id(each))
-        yield each
-        others = (each.__cause__, each.__context__, *getattr(each, "exceptions", ()))
-        left += [other for other in others if isinstance(other, BaseException)]
+        if len(found) >= MOST:
+            return list(found.values()), True
+        found[id(each)] = each
+        members = getattr(each, "exceptions", ()) if _is_group(each) else ()
+        left += [
+            other
+            for other in (each.__cause__, each.__context__, *itertools.islice(members, MOST + 1))
+            if other is not None
+        ]
+    return list(found.values()), False
 
 
-def _is_deep(error: BaseException) -> bool:
-    """Tell whether a traceback has more frames than are shown."""
-    trace, frames = error.__traceback__, 0
-    while trace is not None and frames <= 2 * _FRAMES:
-        trace, frames = trace.tb_next, frames + 1
-    return frames > 2 * _FRAMES
+def _is_group(error: BaseException) -> bool:
+    return any(kind.__name__ == "BaseExceptionGroup" for kind in type(error).__mro__)
 
 
-def _abridged(error: BaseException) -> TracebackException:
-    """Return what is shown of an exception: of each traceback the first and the last frames."""
-    from traceback import FrameSummary, StackSummary, TracebackException
+def _longer_than(most: int, error: BaseException) -> bool:
+    return next(itertools.islice(_links(error.__traceback__), most, None), None) is not None
 
-    def told(limit: int) -> TracebackException:
-        return TracebackException(type(error), error, error.__traceback__, limit=limit)
 
-    def join(begin: Any, end: Any) -> None:
-        if len(begin.stack) > 2 * _FRAMES:
-            gap = FrameSummary("(more frames, which are not shown)", 0, "...", lookup_line=False)
-            shown = [*begin.stack[:_FRAMES], gap, *end.stack[-_FRAMES:]]
-            begin.stack = StackSummary.from_list(shown)
-        parts = [(begin.__cause__, end.__cause__), (begin.__context__, end.__context__)]
-        parts += zip(
-            getattr(begin, "exceptions", None) or (), getattr(end, "exceptions", None) or ()
-        )
-        for part in parts:
-            if part[0] is not None and part[1] is not None:
-                join(*part)
+def _links(trace: TracebackType | None) -> Iterator[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
 
-    whole = told(2 * _FRAMES + 1)
-    join(whole, told(-_FRAMES))
-    return whole
+
+def _alone(error: BaseException) -> str:
+    """Return the text of an exception without what led to it."""
+    trace = "".join(_both_ends(error, _stack_of(error.__traceback__, END)).format())
+    trace = _GAP.sub(_GAP_TEXT, trace)
+    return f"Traceback (most recent call last):\n{trace}{type(error).__name__}: {error}\n"
+
+
+def _complete(error: BaseException, summary: Any) -> None:
+    """Add to what was summarised of an exception, and of all related ones, the last frames."""
+    left: list[tuple[BaseException | None, Any]] = [(error, summary)]
+    done: set[int] = set()
+    while left:
+        each, shown = left.pop()
+        if each is None or shown is None or id(shown) in done:
+            continue
+        done.add(id(shown))
+        shown.stack = _both_ends(each, shown.stack)
+        left += [(each.__cause__, shown.__cause__), (each.__context__, shown.__context__)]
+        if getattr(shown, "exceptions", None):  # of a group
+            left += zip(getattr(each, "exceptions", ()), shown.exceptions)
+
+
+def _both_ends(error: BaseException, first: Any) -> traceback.StackSummary:
+    """Return the first frames of an exception, then how many are left out, then the last ones."""
+    count = sum(1 for _ in _links(error.__traceback__))
+    if count <= END:
+        return traceback.StackSummary.from_list([*first])
+    shown = min(count - END, END)
+    frames = [*first]
+    if count > END + shown:
+        gap = _LEFT_OUT.format(count - END - shown)
+        frames.append(traceback.FrameSummary(gap, 0, "<gap>", lookup_line=False, line=""))
+    last = next(itertools.islice(_links(error.__traceback__), count - shown, None))
+    return traceback.StackSummary.from_list([*frames, *_stack_of(last)])
+
+
+def _stack_of(trace: TracebackType | None, limit: int | None = None) -> Any:
+    """Summarise frames as those of an exception are, which tells where in a line each one is."""
+    return traceback.TracebackException(Exception, Exception(), trace, limit=limit).stack

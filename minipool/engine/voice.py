@@ -127,7 +127,7 @@ class Forwarder(logging.Handler):
         fields = record.__dict__.copy()
         fields["msg"] = _cut(record.getMessage())
         if record.exc_info and not record.exc_text:
-            fields["exc_text"] = logging.Formatter().formatException(record.exc_info)
+            fields["exc_text"] = _trace_of(record.exc_info)
         if fields["exc_text"]:
             fields["exc_text"] = _cut(fields["exc_text"])
         fields["args"] = fields["exc_info"] = None
@@ -229,6 +229,14 @@ def _pickled(value: Any) -> bytes:
 
 def _pickled_values(values: dict[str, Any]) -> dict[str, bytes]:
     return {name: _pickled(value) for name, value in values.items()}
+
+
+def _trace_of(exc_info: Any) -> str:
+    """Return what `logging.Formatter` makes of an exception, but of bounded length."""
+    kind, error, trace = exc_info
+    if error is None or trace is not error.__traceback__:
+        return logging.Formatter().formatException((kind, error, trace))
+    return wire.text_of(error).removesuffix("\n")
 
 
 def _cut(text: str) -> str:

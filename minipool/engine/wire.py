@@ -20,8 +20,7 @@ import sys
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Callable
 
-from ..errors import CallMismatch, RemoteError
-from .traces import OF_THE_USERS, text_of
+from ..errors import CallMismatch, RemoteError, mark_answered
 
 if TYPE_CHECKING:
     from .shape import Shape  # imported where it is used, which is never in a worker
@@ -321,28 +320,18 @@ def explain_unpicklable(
 
 # -- exceptions ----------------------------------------------------------------------------------
 
+_CAUSE: Any = vars(BaseException)["__cause__"]
+
 
 def pack_error(error: BaseException) -> bytes:
     """Pickle an exception, with its text beside it in case it does not survive the other side.
 
-    Whatever its own code raises meanwhile is no reason to end the worker.
+    Raises nothing, whatever the exception's own code does when it is asked.
     """
-    try:
-        return _packed(error)
-    except MemoryError:
-        raise
-    except BaseException as problem:
-        kinds = type(error).__name__, type(problem).__name__
-        return _packed(RuntimeError("a {} that cannot be told, for a {}".format(*kinds)))
-
-
-def _packed(error: BaseException) -> bytes:
-    text = text_of(error)
-    kind = type(error)
     envelope: dict[str, Any] = {
-        "type_name": f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1),
+        "type_name": _type_name(error),
         "message": _message(error),
-        "traceback": text,
+        "traceback": text_of(error),
         "pickled": None,
         "exits": isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)),
     }
@@ -363,15 +352,19 @@ def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
     if pickled is not None:
         try:
             error = pickle.loads(pickled)
-        except OF_THE_USERS as problem:
-            return _stand_in(envelope, f"does not unpickle here: {_named(problem)}")
-        if isinstance(error, BaseException):
-            error.__cause__ = RemoteTraceback(envelope["traceback"])
-            if isinstance(error, ModuleNotFoundError):
-                from .whereabouts import add_whereabouts
+            if isinstance(error, BaseException):
+                # Not by `error.__cause__ = `, which a `__setattr__` of its class would take.
+                _CAUSE.__set__(error, RemoteTraceback(envelope["traceback"]))
+                mark_answered(error)
+                if isinstance(error, ModuleNotFoundError):
+                    from .whereabouts import add_whereabouts
 
-                add_whereabouts(error)
-            return error
+                    add_whereabouts(error)
+                return error
+        except (Exception, SystemExit) as problem:
+            if isinstance(problem, SystemExit) and not _exits_again(pickle.loads, pickled):
+                raise
+            return _stand_in(envelope, f"does not unpickle here: {named(problem)}")
     if exits:
         return _stand_in(envelope, "is not passed on, because it would end the caller")
     return _stand_in(envelope, "cannot be pickled")
@@ -407,15 +400,33 @@ def too_long_result(size: int, limit: int) -> RemoteError:
     )
 
 
-def unreadable_result(problem: BaseException) -> RemoteError:
+def unreadable(problem: BaseException, loads: Loads, reply: Any) -> BaseException:
     """Build the error for a result that came, but cannot be made an object again here."""
-    return RemoteError(
-        f"the call returned, but its result cannot be unpickled here: {_named(problem)}; return "
+    if isinstance(problem, SystemExit) and not _exits_again(loads, reply):
+        return problem
+    error = RemoteError(
+        f"the call returned, but its result cannot be unpickled here: {named(problem)}; return "
         f"plain data; the worker is well",
         type_name=type(problem).__name__,
         message=_message(problem),
         traceback=text_of(problem),
     )
+    error.__cause__ = problem
+    return error
+
+
+def _exits_again(loads: Loads, data: Any) -> bool:
+    """Tell whether to load `data` raises SystemExit by itself.
+
+    If a signal handler or another thread raised it, to end the caller, it does not come twice.
+    """
+    try:
+        loads(data)
+    except SystemExit:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def _tested_pickle(error: BaseException) -> bytes | None:
@@ -423,19 +434,39 @@ def _tested_pickle(error: BaseException) -> bytes | None:
     try:
         data = pickle.dumps(error, 5)
         return data if type(pickle.loads(data)) is type(error) else None
-    except BaseException:
+    except BaseException:  # its code may raise SystemExit as well
         return None
+
+
+def _type_name(error: BaseException) -> str:
+    kind = type(error)
+    try:
+        name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
+        return str.__str__(name)
+    except BaseException:  # of a metaclass
+        return "<an exception without a name>"
 
 
 def _message(error: BaseException) -> str:
     try:
-        return str(error)
-    except OF_THE_USERS as problem:
+        return str.__str__(str(error))  # a plain one: another class of text pickles as it likes
+    except BaseException as problem:
         return f"<str() of it failed with {type(problem).__name__}>"
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_message(error)}"
+def named(error: BaseException) -> str:
+    """Return type and text of an exception in one line. Raises nothing."""
+    return f"{type.__getattribute__(type(error), '__name__')}: {_message(error)}"
+
+
+def text_of(error: BaseException) -> str:
+    """Return the traceback of an exception as text, of bounded length. Raises nothing."""
+    from . import traces  # here, because a worker that is well never needs it
+
+    try:
+        return traces.text_of(error)
+    except BaseException as problem:
+        return f"<its traceback cannot be shown: {type(problem).__name__}>"
 
 
 def no_such_method(owner: Any, name: str) -> CallMismatch:

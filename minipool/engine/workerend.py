@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from types import FrameType, TracebackType
 from typing import Any, Iterator
@@ -48,12 +49,14 @@ class _WorkerEnd:
         return body
 
     def was_waiting(self, trace: TracebackType | None) -> bool:
-        """Tell whether an exception was raised in `receive` before anything of a request was read.
+        """Tell whether a signal handler raised in `receive` before anything of a request was read.
 
+        Not if reading itself did: it would again, for ever.
         Struck in the very moment between the read and its noting, it would be True for a request
         that is lost, and the caller would be told so by its timeout.
         """
-        for frame in _frames(trace):
+        frames = list(_frames(trace))
+        for frame in frames[:-1]:
             if frame.f_code is type(self).receive.__code__:
                 return "frame" not in frame.f_locals
         return False
@@ -74,6 +77,26 @@ class _WorkerEnd:
                 return os.read(self._fd, most)
             except BlockingIOError:
                 self.wait_on()
+
+    def has_ended(self, error: BaseException) -> bool:
+        """Tell whether the pipe has ended, or is closed; `error` is what reading it has raised.
+
+        The kernel is asked: a signal handler may raise EOFError and OSError as well.
+        """
+        if not isinstance(error, Exception):
+            return False
+        if not hasattr(select, "poll"):
+            return isinstance(error, (EOFError, OSError))
+        poll = select.poll()
+        try:
+            for fd in self._fds():
+                poll.register(fd, 0)
+        except ValueError:
+            return True  # closed by us
+        return bool(poll.poll(0))
+
+    def _fds(self) -> tuple[int, ...]:
+        return (self._fd,)
 
     def let_go(self) -> None:
         """Close the pipe in a process that was forked; what wants to use it from now on raises."""
@@ -144,6 +167,9 @@ class FastWorkerEnd(_WorkerEnd):
                 return call_id, kind, frame[_NAME:body], frame[body:]
         self._most = CHUNK
         return self._receive_rest(frame)
+
+    def _fds(self) -> tuple[int, ...]:
+        return self._fd, self._out
 
     def let_go(self) -> None:
         fds = [fd for fd in (self._fd, self._out) if fd >= 0]
