@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, List, TypeVar
 
 from .backoff import at_least
-from .errors import CircuitOpen, MinipoolError, WorkerError
+from .errors import CircuitOpen, MinipoolError, WorkerError, is_answer
 from .telemetry import logger
 
 R = TypeVar("R")
@@ -115,13 +115,15 @@ class CircuitBreaker:
         try:
             result = function(*args, **kwargs)
         except self.failing_on as error:
-            permit.failed(error)
+            if is_answer(error):
+                permit.succeeded()
+            else:
+                permit.failed(error)
             raise
-        except MinipoolError:
-            raise  # nothing was tried: no worker came free, say
-        except Exception:
-            permit.succeeded()  # your code raised it, so all else is well
-            raise
+        except Exception as error:
+            if is_answer(error) or not isinstance(error, MinipoolError):
+                permit.succeeded()  # your code raised it, so all else is well
+            raise  # else nothing was tried: no worker came free, say
         else:
             permit.succeeded()
         finally:

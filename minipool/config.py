@@ -379,6 +379,8 @@ def _is_text(value: object) -> bool:
 
 
 _OTHER_VARIABLES = ("MINIPOOL_PORTABLE",)
+#: By how a type begins, what the text of a variable is to be; "none" is added where it will do.
+_WANTED = {"bool": '"true" or "false"', "int": "a whole number", "float": "a number of seconds"}
 
 
 def _parse(variable: str, text: str, kind: str) -> Any:
@@ -400,11 +402,13 @@ def _parse(variable: str, text: str, kind: str) -> Any:
             return text
     except (KeyError, ValueError):
         pass
-    raise ConfigError(
-        f"{variable}={text!r} is no {kind}; correct the variable or unset it",
-        option=variable,
-        value=text,
-    )
+    wanted = next((words for begin, words in _WANTED.items() if kind.startswith(begin)), None)
+    if wanted is None:
+        remedy = "it cannot be given as a text; unset the variable and set it in the program"
+    else:
+        none = ' or "none"' if "None" in kind else ""
+        remedy = f"give {wanted}{none}, or unset the variable"
+    raise ConfigError(f"{variable}={text!r}: {remedy}", option=variable, value=text)
 
 
 def usable_cpus() -> int:

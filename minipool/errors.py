@@ -11,7 +11,13 @@ from typing import Any, Mapping, Sequence
 
 
 class MinipoolError(Exception):
-    """Base of everything raised by minipool. Keyword arguments become attributes."""
+    """Base of everything raised by minipool. Keyword arguments become attributes.
+
+    `answered`: it came back from a worker as the outcome of a call, so the worker is well. What it
+    tells of is something that the call itself did, such as to use a pool of its own.
+    """
+
+    answered: bool = False
 
     def __init__(self, message: str, /, **fields: Any) -> None:
         super().__init__(message)
@@ -24,6 +30,11 @@ class MinipoolError(Exception):
 
 def _rebuild(cls: type[MinipoolError], args: tuple[Any, ...], fields: dict[str, Any]) -> Exception:
     return cls(*args, **fields)
+
+
+def is_answer(error: BaseException) -> bool:
+    """Tell whether an error of minipool is the outcome of a call, and no fault of its worker."""
+    return isinstance(error, MinipoolError) and error.answered
 
 
 class ConfigError(MinipoolError, ValueError):

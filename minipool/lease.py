@@ -11,6 +11,7 @@ from .engine import wire
 from .engine.desk import Desk
 from .engine.handle import Handle
 from .engine.passage import passage
+from .engine.process import describe_exit
 from .errors import (
     CallMismatch,
     LeaseError,
@@ -109,6 +110,8 @@ class Lease(Generic[W]):
         try:
             return handle.request(kind, name, args, kwargs, self._timeout)
         except WorkerError as error:
+            if not handle.failed:
+                raise  # the call raised it: it is about some other worker
             return self._recover(error, handle, kind, name, args, kwargs)
 
     def _recover(
@@ -125,7 +128,7 @@ class Lease(Generic[W]):
         Twice at most: what ends every worker it is sent to must not go through all of them.
         """
         self._desk.count_fault(error)
-        limit, tries = self._timeout, 1
+        limit, ends = self._timeout, [_end_of(error)]
         deadline = None if limit is None else error.sent_ns / 1e9 + limit
         while True:
             if handle.revoked is not None:
@@ -135,20 +138,23 @@ class Lease(Generic[W]):
             session = handle.session
             if session is not None and session.strict and session.affinity == "hit":
                 raise error  # nowhere else; who checks out next is told that it is lost
-            if not first or not self._safe(error) or tries > REPEATS:
-                raise _tried(error, tries)
+            if not first or not self._safe(error) or len(ends) > REPEATS:
+                raise _tried(error, ends)
             needed = 0.0 if limit is None else self._desk.pace.needed(limit)
             left = None if deadline is None else deadline - needed - time.monotonic()
             if left is not None and left <= 0:
-                raise _tried(error, tries)
-            handle, tries = self._move(left), tries + 1
+                raise _tried(error, ends)
+            handle = self._move(left)
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left < needed:
-                raise _tried(error, tries - 1)  # a worker came, and too late
+                raise _tried(error, ends)  # a worker came, and too late
             try:
                 return handle.request(kind, name, args, kwargs, left)
             except WorkerError as again:
+                if not handle.failed:
+                    raise
                 error = again
+                ends.append(_end_of(error))
 
     def _safe(self, error: WorkerError) -> bool:
         """Tell whether the call that failed so may be made again."""
@@ -196,6 +202,8 @@ class Lease(Generic[W]):
             try:
                 result = handle.request(kind, name, args, kwargs, self._timeout)
             except WorkerError as error:
+                if not handle.failed:
+                    raise
                 result = self._recover(error, handle, kind, name, args, kwargs)
                 for held in self._held[:1]:
                     facts = {**facts, "worker_id": held.slot}  # another one has done it
@@ -381,13 +389,18 @@ class _View(ObjectLease[W]):
         return self._lease
 
 
-def _tried(error: WorkerError, tries: int) -> WorkerError:
-    """Return the error of the last try, which says how many there were."""
+def _end_of(error: WorkerError) -> str:
+    return describe_exit(error.exitcode) if isinstance(error, WorkerDied) else "otherwise"
+
+
+def _tried(error: WorkerError, ends: list[str]) -> WorkerError:
+    """Return the error of the last try, which says how many there were, and how each ended."""
+    tries = len(ends)
     if tries > 1 and isinstance(error, WorkerDied):
         error.tries = tries
         error.args = (
-            f"{error}; that was try {tries} of {REPEATS + 1}, each on another worker: look at what "
-            f"the call sends",
+            f"{error}; that was try {tries} of {REPEATS + 1}, each on another worker, and these "
+            f"ended {', '.join(ends)}: look at what the call sends",
         )
     return error
 

@@ -165,7 +165,7 @@ class Programs:
                     return result
                 except WorkerDied as death:
                     # If the last call had not begun, those before left nothing that counts.
-                    if death.started or first or tries > REPEATS:
+                    if death.answered or death.started or first or tries > REPEATS:
                         raise
 
     def list(self, session: str | None = None) -> List[str]:

@@ -128,7 +128,7 @@ class Sessions:
             record.opened = True
             if stays:
                 self._records[key] = record
-                self._make_room()
+                self._make_room_for(record)
             return record
         except BaseException:
             if self._line.current.get(key) is record:
@@ -152,6 +152,7 @@ class Sessions:
             if self._store.has(record.key):
                 self._write_over(record, state, scoped)
             else:
+                self._check_forgets(record.key)
                 record.begun = True
                 try:
                     made = self._store.create(record.key, state)
@@ -178,6 +179,8 @@ class Sessions:
         """Take a session from the store, or begin it without a state."""
         if self._store is None:
             return
+        if create and self._is_full() and not self._store.has(record.key):
+            self._check_forgets(record.key)
         loaded = self._store.open(record.key)
         if loaded is not None:
             version, state = loaded
@@ -253,11 +256,39 @@ class Sessions:
 
     def _check_room(self) -> None:
         """Refuse a session for which no room could be made."""
-        if len(self._records) >= self._config.max_sessions and self._line.oldest() is None:
+        if self._is_full() and self._line.oldest() is None:
             raise SessionError(
                 f"there are {len(self._records)} sessions and all are in use "
                 f"(max_sessions={self._config.max_sessions}); raise `max_sessions`"
             )
+
+    def _is_full(self) -> bool:
+        return len(self._records) >= self._config.max_sessions
+
+    def _check_forgets(self, key: str) -> None:
+        """Refuse a session that the store has not if room for it is needed, and is refused there.
+
+        Once it was begun, a store that deletes no other would not delete it either.
+        """
+        if self._is_full():
+            self._store.delete(key)  # changes nothing
+
+    def _make_room_for(self, record: Record) -> None:
+        """Make room for a session that was begun, or take it back.
+
+        If the store, which has agreed to forget sessions a moment ago, now refuses both, there is
+        one too many until it does: what was begun there is not left behind by an error.
+        """
+        try:
+            self._make_room()
+        except SessionError:
+            if record.begun and self._store is not None:
+                try:
+                    self._store.delete(record.key)
+                except SessionError:
+                    return
+                record.begun = False
+            raise
 
     def _make_room(self) -> None:
         """End the session that was not used for the longest time, if there are too many."""

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, TypeVar, overload
 
 from .deadline import Deadline
-from .errors import MinipoolError
+from .errors import MinipoolError, is_answer
 from .lease import CALL_TIMEOUT, seconds
 from .nearness import checked_key
 from .retry import RetryPolicy
@@ -95,7 +95,9 @@ class PoolOptions(Generic[W]):
         while True:
             try:
                 return self._attempt(deadline, patience, limit, target, args, kwargs)
-            except policy.retry_on:
+            except policy.retry_on as error:
+                if is_answer(error):
+                    raise  # the call has run to its end
                 pause = next(pauses, None)
                 in_time = pause is not None and (deadline is None or deadline.allows(pause))
                 if pause is None or not in_time or not self._pause(pause):

@@ -160,7 +160,7 @@ class _WarmUp:
             options.call(command.target, *command.args, **command.kwargs)
         except Exception as error:
             self._failures[index][slot] = error
-            if not isinstance(error, WorkerError):
+            if not isinstance(error, WorkerError) or error.answered:
                 return False
             if isinstance(error, CallTimeout) and limit < self._limit:
                 raise self._too_late(slot) from error

@@ -333,6 +333,28 @@ def test_text_that_does_not_fit_names_its_variable(variable: str, text: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("variable", "text", "remedy"),
+    [
+        ("MINIPOOL_SIZE", "abc", 'give a whole number or "none", or unset the variable'),
+        ("MINIPOOL_SPARES", "1.5", "give a whole number, or unset the variable"),
+        ("MINIPOOL_CALL_TIMEOUT", "1s", 'give a number of seconds or "none", or unset'),
+        ("MINIPOOL_CLOSE_TIMEOUT", "none", "give a number of seconds, or unset"),
+        ("MINIPOOL_LAZY", "maybe", 'give "true" or "false", or unset'),
+        ("MINIPOOL_BREAKER", "maybe", 'give "true" or "false" or "none", or unset'),
+        ("MINIPOOL_CODEC", "json", "it cannot be given as a text; unset the variable and set it"),
+        ("MINIPOOL_WORKER_ENV", "A=1", "it cannot be given as a text"),
+    ],
+)
+def test_text_that_does_not_fit_is_told_in_plain_words(
+    variable: str, text: str, remedy: str
+) -> None:
+    """What to write, not the name of a type in Python."""
+    with pytest.raises(ConfigError) as caught:
+        PoolConfig.from_env({variable: text})
+    assert str(caught.value).startswith(f"{variable}={text!r}: {remedy}")
+
+
+@pytest.mark.parametrize(
     ("variable", "text", "option"),
     [("MINIPOOL_SIZE", "-1", "size"), ("MINIPOOL_CALL_TIMEOUT", "nan", "call_timeout"),
      ("MINIPOOL_LEASE_TIMEOUT", "0", "lease_timeout"), ("MINIPOOL_STRATEGY", "LIFO", "strategy")],

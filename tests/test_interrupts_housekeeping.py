@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import sys
 import threading
@@ -12,7 +14,7 @@ import pytest
 
 from chatters import add
 from ears import wait_until
-from minipool import Pool
+from minipool import Pool, PoolConfig
 from minipool.store import SQLiteStore
 from strikes import Blow, files_of
 from test_interrupts import modules_of
@@ -51,6 +53,41 @@ def test_sweep_is_made_good_wherever_it_was_struck(stored: bool, tmp_path: Path)
         wait_until(pool, lambda: not pool.sessions() and pool.stats().idle == 1)
         assert pool.call(abs, -1) == 1
         assert pool.stats().start_failures == 0
+
+
+@pytest.mark.logs_errors
+def test_end_is_made_good_wherever_it_was_struck(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pool closes in time, and nothing is left."""
+    monkeypatch.setattr(PoolConfig, "tick", 0.05)
+    files = files_of(modules_of("minipool"))
+    for step in itertools.count():
+        blow = Blow(step, files)
+        end_struck(blow)
+        caplog.clear()  # records keep the frames, and these the pool
+        if not blow.fell:
+            break
+    assert step > 20
+    gc.collect()
+
+
+def end_struck(blow: Blow) -> None:
+    """Close a pool whose manager is struck in its last steps."""
+    pool = Pool(size=1, start_method="fork").open()
+    assert pool._desk is not None
+    manager = pool._desk.manager
+    end = manager._end
+
+    def struck() -> None:
+        with contextlib.nullcontext() if blow.fell else blow:
+            end()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "_end", struck)
+        pool.close(timeout=PATIENCE)
+        manager._thread.join(PATIENCE)
+    assert manager.done and not manager._thread.is_alive()
 
 
 class WatchedStore:

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
     "errors", "telemetry", "backoff", "breaker", "retry", "commands", "config",
-    "engine.states", "engine.table", "engine.shape", "engine.wire", "engine.channel", "engine.portable",
+    "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.traces", "engine.wire", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.blackbox", "engine.lifeline", "engine.child", "engine.health", "engine.sizing",
-    "engine.oom", "engine.popen", "engine.process", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
-    "engine.launch", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
+    "engine.oom", "engine.fork_server", "engine.popen", "engine.process", "engine.deadend", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
+    "engine.nesting", "engine.launch", "engine.diagnosis", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
     "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.holdups", "engine.manager",
     "engine.pace", "engine.desk", "engine.tally",
     "store.host", "store.files", "store.open_files", "store.owners", "store.schema", "store.rows",

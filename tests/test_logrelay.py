@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import threading
 import warnings
@@ -244,6 +245,33 @@ def test_what_waits_is_bounded_and_the_dropped_are_counted(stuck: Stuck, relay: 
     *told, last = [record.getMessage() for record in stuck.records]
     assert told == [str(number) for number in range(MOST)]
     assert last.startswith("test: 50 log records of the manager were dropped")
+
+
+def test_each_dropped_record_is_told_of_once(stuck: Stuck, relay: LogRelay) -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "dropped" in record.getMessage():
+                told.put(record.getMessage())
+
+    handler = Told()
+    logging.getLogger("minipool").addHandler(handler)
+    try:
+        for dropped in (2, 3):
+            stuck.reached.clear()
+            stuck.go_on.clear()
+            logger().warning("the first")
+            assert stuck.reached.wait(LAST)
+            for _ in range(MOST - 1 + dropped):
+                logger().warning("more")
+            stuck.go_on.set()
+            assert told.get(timeout=LAST).startswith(f"test: {dropped} log records")
+        logger().warning("one that is written")
+        relay.close(LAST)
+    finally:
+        logging.getLogger("minipool").removeHandler(handler)
+    assert told.empty()
 
 
 def test_what_is_left_after_the_time_to_close_is_not_written(stuck: Stuck, relay: LogRelay) -> None:

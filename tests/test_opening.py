@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import threading
@@ -26,7 +27,7 @@ from minipool import (
 )
 from minipool.engine.desk import could_not_start
 from minipool.engine.launch import Launcher
-from minipool.engine.verdict import by_chance
+from minipool.engine.verdict import Verdict, by_chance
 from minipool.store import SQLiteStore
 from troublemakers import (
     AllButOne,
@@ -440,3 +441,20 @@ def test_opening_without_waiting_goes_on_trying(obstacle: Path) -> None:
         assert "is in the way" in str(caught.value.__cause__)
         obstacle.unlink()
         wait_until(pool, lambda: pool.stats().idle == 1)
+
+
+@pytest.mark.parametrize(
+    ("left", "tried", "hope"),
+    [
+        ((), math.inf, 0),
+        ((2,), 2, 1),  # started with the one that failed
+        ((3,), 3, 0),  # in its place
+        ((0, 7), 7, 1),  # one serves already
+        ((), 1, 1),  # the other has not been started yet
+    ],
+)
+def test_worker_that_boots_in_the_place_of_one_that_failed_is_no_hope(
+    left: tuple[int, ...], tried: float, hope: int
+) -> None:
+    """Else a first use would go on as long as one of two is booting, which may be for ever."""
+    assert Verdict(0.0, WorkerStartError("it raised"), left, tried).hope(2) == hope

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from ears import handle_of, wait_until
-from minipool import Pool, PoolConfig
+from minipool import Pool, PoolConfig, WorkerDied
 from minipool.engine import manager as manager_module
 from workers import identity
 
 
+@pytest.mark.parametrize("in_call", [False, True], ids=["between calls", "in a call"])
 def test_replacement_of_a_worker_is_no_reason_to_look_at_the_others(
-    start_method: str, monkeypatch: pytest.MonkeyPatch
+    in_call: bool, start_method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the sweeps, which come by the clock: here, never."""
     monkeypatch.setattr(PoolConfig, "tick", 60.0)
@@ -33,18 +34,20 @@ def test_replacement_of_a_worker_is_no_reason_to_look_at_the_others(
     with Pool(size=4, start_method=start_method) as pool:
         monkeypatch.setattr(manager_module, "_row", look)
         for lost in range(1, 6):
-            for lease in [pool.checkout(timeout=20) for _ in range(4)]:
-                assert lease.call(identity, 1) == 1  # its end is no failed start
-                lease.release()
+            prove(pool)
             looked.clear()
-            os.kill(handle_of(pool, 2).pid, signal.SIGKILL)
+            if in_call:
+                die_in_call(pool, 2)
+            else:
+                os.kill(handle_of(pool, 2).pid, signal.SIGKILL)
             wait_until(pool, lambda: pool.stats().workers_lost == lost)  # noqa: B023
             wait_until(pool, lambda: pool.stats().idle == 4)
             assert set(looked) <= {2}
 
 
+@pytest.mark.parametrize("in_call", [False, True], ids=["between calls", "in a call"])
 def test_steps_of_a_replacement_do_not_grow_with_the_workers(
-    monkeypatch: pytest.MonkeyPatch,
+    in_call: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted, and not timed: every instruction that the manager's thread runs for it."""
     monkeypatch.setattr(PoolConfig, "tick", 60.0)
@@ -57,7 +60,7 @@ def test_steps_of_a_replacement_do_not_grow_with_the_workers(
             counts = []
             for _ in range(5):  # the fewest turns that it takes: what comes late takes one more
                 before = counter.steps
-                replace(pool, size - 1)
+                replace(pool, size - 1, in_call)
                 look_at_all(pool)  # not counted; what came before it has been done by then
                 counts.append(counter.steps - before)
             return min(counts[1:])  # the first one is begun before all is traced
@@ -117,7 +120,7 @@ class StepCounter:
 
         def traced(heard: dict[Any, int]) -> None:
             ready.set()
-            sys.settrace(None if manager.bell.reader in heard else self._trace)
+            sys.settrace(None if manager._orders else self._trace)
             turn(heard)
 
         monkeypatch.setattr(manager, "_turn", traced)
@@ -147,10 +150,23 @@ def prove(pool: Pool[Any]) -> None:
         lease.release()
 
 
-def replace(pool: Pool[Any], slot: int) -> None:
+def die_in_call(pool: Pool[Any], slot: int) -> None:
+    """End a worker in the middle of a call."""
+    leases = [pool.checkout(timeout=20) for _ in pool.workers()]
+    (dying,) = [lease for lease in leases if lease.worker_id == slot]
+    with pytest.raises(WorkerDied):
+        dying.call(os._exit, 3)
+    for lease in leases:
+        lease.release()
+
+
+def replace(pool: Pool[Any], slot: int, in_call: bool = False) -> None:
     """Kill a worker, and return when another is in its place."""
     prove(pool)
     lost, size = pool.stats().workers_lost, len(pool.workers())
-    handle_of(pool, slot).kill()
+    if in_call:
+        die_in_call(pool, slot)
+    else:
+        handle_of(pool, slot).kill()
     wait_until(pool, lambda: pool.stats().workers_lost == lost + 1)
     wait_until(pool, lambda: pool.stats().idle == size)

@@ -127,6 +127,58 @@ def test_session_without_room_is_not_begun_in_the_store() -> None:
         assert "new" not in store.kept
 
 
+@pytest.mark.parametrize("begun_by", ["create_session", "checkout", "block"])
+def test_session_for_which_the_store_makes_no_room_is_not_begun(begun_by: str) -> None:
+    """It would be left behind: a store that refuses a deletion refuses the next one as well."""
+    store = RefusingStore("delete")
+
+    def begin(pool: Pool[None]) -> None:
+        if begun_by == "create_session":
+            pool.create_session("new", {"x": 3})
+        elif begun_by == "block":
+            pool.session("new").__enter__()
+        else:
+            pool.checkout(session="new").release()
+
+    with full_pool(store) as pool:
+        with pytest.raises(SessionError, match="delete is refused"):
+            begin(pool)
+        assert set(store.kept) == {"a", "b", "old", "taken"}
+        assert {info.session_id for info in pool.sessions()} == {"a", "b"}
+        store.refused.clear()
+        begin(pool)
+        assert {"new", "old", "taken"} < set(store.kept) and len(store.kept) == 4
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda pool: pool.create_session("new"),
+        lambda pool: pool.checkout(session="new").release(),
+    ],
+)
+def test_session_that_cannot_be_taken_back_was_begun(begin: Callable[[Any], object]) -> None:
+    """The store refuses from the deletion of the old one on: both stay, and no error says else."""
+    store = RefusingStore()
+
+    def refuse(method: str, key: str) -> None:
+        if method == "delete" and key != "new":
+            store.refused.add("delete")
+        store._refuse(method, key)
+
+    with full_pool(store) as pool:
+        store.before = refuse
+        begin(pool)
+        assert {info.session_id for info in pool.sessions()} == {"a", "b", "new"}
+        assert call(pool, "new", add) == 1
+        with pytest.raises(SessionError, match="delete is refused"):
+            pool.create_session("next")
+        assert set(store.kept) == {"a", "b", "new", "old", "taken"}
+        store.before = lambda method, key: None
+        pool.create_session("next")
+        assert len(pool.sessions()) == 2 and "next" in store.kept
+
+
 # -- ids -----------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from minipool.engine import manager as manager_module
 from minipool.engine import wire
 from minipool.engine.channel import FastEnd
 from minipool.engine.fleet import STRUCK_PAUSE, Fleet
+from minipool.engine.handle import Handle
 from minipool.engine.portable import PortableEnd
 from minipool.engine.process import WorkerProcess
 from minipool.telemetry import Hooks
@@ -399,32 +400,6 @@ def test_class_of_a_guarded_script_works(start_method: str, tmp_path: Path) -> N
 
 # -- environments ------------------------------------------------------------------------------
 
-DAEMONIC = """
-    import multiprocessing, sys
-    from minipool import Pool, PoolStartError
-    from workers import Counter
-
-    def use(method):
-        try:
-            Pool(Counter, size=1, start_method=method).open()
-        except PoolStartError as error:
-            print(error, flush=True)
-
-    if __name__ == "__main__":
-        context = multiprocessing.get_context(sys.argv[1])
-        process = context.Process(target=use, args=sys.argv[1:], daemon=True)
-        process.start()
-        process.join(20)
-        sys.exit(process.exitcode)
-"""
-
-
-def test_daemonic_process_is_refused_with_the_remedy(start_method: str, tmp_path: Path) -> None:
-    code, out, err = scripts.run(tmp_path, DAEMONIC, start_method)
-    assert (code, err) == (0, "")
-    assert "daemonic" in out and "daemon=False" in out
-
-
 LACKING = """
     import sys
 
@@ -685,6 +660,39 @@ def test_no_memory_for_what_a_worker_is_sent_costs_that_worker_and_no_other(
         assert failed
         assert pool.stats().start_failures == 1
         assert pool.call("add") == 1
+
+
+@pytest.mark.parametrize("step", ["an end", "the assignment", "its name"])
+def test_worker_that_cannot_be_talked_to_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Whatever is raised once it was started: it is killed, and started anew; the others serve."""
+    kind_of_end: Any = PortableEnd if PORTABLE else FastEnd
+    owner, name = {
+        "an end": (kind_of_end, "__init__"),
+        "the assignment": (kind_of_end, "post"),
+        "its name": (Handle, "started"),
+    }[step]
+    real, failed = getattr(owner, name), []
+
+    def fails_once(*args: Any) -> Any:
+        if not failed:
+            failed.append(args)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*args)
+
+    monkeypatch.setattr(owner, name, fails_once)
+    pool = Pool(Counter, size=3)
+    ear = Ear(pool, "worker.init", "error")
+    pool.open(wait=False)
+    told = ear.wait("error").metadata
+    assert failed and isinstance(told["error"].__cause__, OSError), told
+    ear.wait("worker.init", 3)
+    pool.wait_ready()
+    assert len({worker.pid for worker in pool.workers()}) == 3
+    assert pool.stats().start_failures == 1
+    assert pool.call("add") == 1
+    pool.close()
 
 
 @pytest.mark.logs_errors  # what the manager cannot do is logged, each time

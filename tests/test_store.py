@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -333,6 +334,27 @@ def test_full_disk_fails_the_call_and_not_the_pool(store: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of that kind")
+def test_log_that_may_not_grow_is_written_from_its_beginning(tmp_path: Path) -> None:
+    """Where a quota or limit stops the log alone, what is in it goes into the file, which fits."""
+    program = """
+        import resource, signal, sys
+        from minipool.store import SQLiteStore
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        store = SQLiteStore(sys.argv[1])
+        store.open("a")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+        for version in range(1, 21):
+            store.commit("a", version, {"blob": bytes([version]) * 50_000})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        print(store.read("a") == (20, {"blob": bytes([20]) * 50_000}))
+        store.close()
+    """
+    code, out, err = scripts.run(tmp_path, program, str(tmp_path / "store"))
+    assert (code, out) == (0, "True\n"), err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of that kind")
 def test_file_size_limit_fails_the_call_and_not_the_pool(tmp_path: Path, store: Path) -> None:
     body = """
             import resource
@@ -449,6 +471,40 @@ def test_store_is_no_trap_for_a_signal_handler(
     kept.commit("a", 1, {"n": b"1"})
     kept.commit("a", 1, {"n": b"2"})
     kept.close()
+
+
+def test_transaction_on_another_file_is_waited_for_by_a_signal_handler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its thread is in the midst of keeps nobody from the other file but another thread."""
+    kept, other = (SQLiteStore(str(tmp_path / name)) for name in ("kept", "other"))
+    kept.open("a")
+    other.open("b")
+    at_it, queued = threading.Event(), threading.Event()
+    commit_session = rows_of_stores.commit_session
+
+    def slow(*args: Any) -> None:
+        monkeypatch.setattr(rows_of_stores, "commit_session", interrupted)
+        at_it.set()
+        assert queued.wait(20), "nobody waited for the other file"
+        commit_session(*args)
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.setattr(rows_of_stores, "commit_session", commit_session)
+        other.commit("b", 2, {"n": b"2"})
+        commit_session(*args)
+
+    other._database._line._on_queue = lambda waiter: queued.set()
+    monkeypatch.setattr(rows_of_stores, "commit_session", slow)
+    thread = threading.Thread(target=other.commit, args=("b", 1, {"n": b"1"}))
+    thread.start()
+    assert at_it.wait(20)
+    kept.commit("a", 1, {"n": b"1"})
+    thread.join(20)
+    assert kept.read("a") == (1, {"n": b"1"})
+    assert other.read("b") == (2, {"n": b"2"})
+    kept.close()
+    other.close()
 
 
 def sessions_store(pool: Pool[Any]) -> Any:

@@ -17,7 +17,7 @@ import pytest
 
 import scripts
 from minipool import Pool, SessionBusy, SessionError
-from minipool.store import SQLiteStore, files
+from minipool.store import SQLiteStore, files, rows
 
 posix = pytest.mark.skipif(os.name != "posix", reason="there are no such rights")
 
@@ -312,6 +312,124 @@ def test_pool_goes_on_with_a_file_that_was_replaced(path: Path, backup: Path) ->
             pool.create_session("c", {"n": 1})
         pool.create_session("d", {"n": 1})
     assert committed(path, "d") is not None
+
+
+# -- links -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def current(tmp_path: Path) -> Path:
+    """A link to the first of two releases, each with a folder that may have a store."""
+    for name in ("release1", "release2"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "current"
+    link.symlink_to("release1")
+    return link
+
+
+def turn(link: Path, to: str) -> None:
+    """Have a link lead elsewhere, in one step, as deployments do."""
+    new = link.parent / "new"
+    new.symlink_to(to)
+    new.replace(link)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_commit_to_a_file_that_the_path_leads_to_no_more_is_refused(
+    current: Path, caplog: Any, shared: bool
+) -> None:
+    """A program that is started now would not find it."""
+    path, old = current / "store", current.resolve() / "store"
+    store = SQLiteStore(str(path))
+    other = SQLiteStore(str(old)) if shared else None
+    store.open("a")
+    store.commit("a", 1, {"n": b"1"})
+    left = store._database
+    turn(current, "release2")
+    with pytest.raises(SessionError, match=r"link was turned.*release2.*nothing was changed"):
+        store.commit("a", 2, {"n": b"2"})
+    assert any("a link was turned" in text for text in caplog.messages)
+    with pytest.raises(SessionBusy, match="nothing was committed"):
+        store.commit("a", 2, {"n": b"2"})
+    assert store.open("a") is None
+    store.commit("a", 1, {"n": b"new"})
+    assert left.closed is not shared
+    if other is not None:
+        assert other.open("a") == (1, {"n": b"1"}), "it was not let go"
+        other.commit("a", 2, {"n": b"2"})
+        other.close()
+    assert left.closed and not left._idle
+    store.close()
+    assert committed(path) == (1, {"n": b"new"})
+    assert committed(old) == ((2, {"n": b"2"}) if shared else (1, {"n": b"1"}))
+
+
+def test_commit_during_which_the_link_was_turned_is_refused(
+    current: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SQLiteStore(str(current / "store"))
+    store.open("a")
+    commit_session = rows.commit_session
+
+    def commit(*args: Any) -> None:
+        commit_session(*args)
+        turn(current, "release2")
+
+    monkeypatch.setattr(rows, "commit_session", commit)
+    with pytest.raises(SessionError, match="what was just written may be lost"):
+        store.commit("a", 1, {"n": b"1"})
+    monkeypatch.undo()
+    assert store.read("a") is None
+    store.close()
+
+
+def test_link_that_was_turned_back_leads_to_what_was_there(current: Path) -> None:
+    store = SQLiteStore(str(current / "store"))
+    other = SQLiteStore(str(current.resolve() / "store"))
+    store.create("a", {"n": b"1"})
+    for release, found in (("release2", False), ("release1", True)):
+        turn(current, release)
+        with pytest.raises(SessionError, match="link was turned"):
+            store.has("a")
+        assert store.has("a") is found
+    turn(current, "release2")
+    with pytest.raises(SessionError, match="link was turned"):
+        store.has("a")
+    turn(current, "release1")
+    assert store.open("a") == (1, {"n": b"1"})
+    assert store.has("a")
+    with pytest.raises(SessionBusy):
+        other.open("a")
+    store.close()
+    other.close()
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_file_behind_a_link_that_was_deleted_or_replaced_is_told_as_such(
+    current: Path, how: str
+) -> None:
+    path, real = current / "store", current.resolve() / "store"
+    store = SQLiteStore(str(path))
+    store.open("a")
+    remove(real)
+    if how == "replaced":
+        SQLiteStore(str(current / "other")).close()
+        (current / "other").rename(real)
+    with pytest.raises(SessionError, match=f"{how}.* while it was in use"):
+        store.commit("a", 1, {"n": b"1"})
+    assert store.open("a") is None
+    store.close()
+
+
+def test_pool_goes_on_with_the_file_that_a_link_leads_to(current: Path) -> None:
+    with Pool(size=1, session_store=current / "store") as pool:
+        pool.create_session("a", {"n": 1})
+        turn(current, "release2")
+        with pytest.raises(SessionError, match="link was turned"):
+            pool.create_session("b", {"n": 1})
+        pool.create_session("c", {"n": 1})
+    assert committed(current / "store", "c") is not None
+    assert committed(current.parent / "release1" / "store", "b") is None
 
 
 # -- journal modes ---------------------------------------------------------------------------

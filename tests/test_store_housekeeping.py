@@ -168,6 +168,17 @@ def test_sign_of_life_is_given_when_it_is_due(path: str, store: SQLiteStore) -> 
     assert ask(path, "SELECT beat FROM owner") != [(5.0,)]
 
 
+def test_sign_of_life_that_was_given_is_not_due_again(path: str, store: SQLiteStore) -> None:
+    store._beaten -= 5.0
+    store.beat()
+    ask(path, "UPDATE owner SET beat=5")
+    store.beat()
+    assert ask(path, "SELECT beat FROM owner") == [(5.0,)]
+    store._beaten -= 5.0
+    store.beat()
+    assert ask(path, "SELECT beat FROM owner") != [(5.0,)]
+
+
 def test_housekeeping_waits_for_nobody_for_long(path: str, store: SQLiteStore) -> None:
     """A locked file: an error within about a second, and the next time it is well."""
     store.open("a")

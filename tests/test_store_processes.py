@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any, Callable
 
@@ -108,6 +109,31 @@ def test_stores_on_one_file_share_its_connections(path: str, tmp_path: Path) -> 
     second.close()
     assert open_files.database(second._database.file) is None
     assert not second._database._idle
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_store_that_comes_as_the_last_one_leaves_keeps_the_file_open(
+    path: str, comes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have found the file in use just before; what it commits is kept."""
+    last, newcomer = SQLiteStore(path), SQLiteStore(path + "2")
+    shared = last._database
+    used = shared._used
+
+    def looked() -> bool:
+        found = used()
+        if comes:
+            shared._users[id(newcomer)] = weakref.ref(newcomer)
+        return found
+
+    monkeypatch.setattr(shared, "_used", looked)
+    shared.leave(last)
+    assert shared.closed is not comes
+    monkeypatch.undo()
+    shared.leave(newcomer)
+    assert shared.closed
+    last.close()
+    newcomer.close()
 
 
 def test_second_name_of_a_file_in_use_is_refused(path: str, tmp_path: Path) -> None:
@@ -277,6 +303,40 @@ while not ended.is_set():
 store.close()
 print(number)
 """
+
+
+ENDING_CHILD = """
+import os, sys
+from minipool.store import SQLiteStore
+from minipool.store.open_files import Connection
+
+TOLD = '''
+import os
+from minipool.store.open_files import Connection
+
+def close(self, write=os.write, real=Connection.close, pid=os.getpid, parent=os.getpid()):
+    if pid() != parent:
+        write(1, b"closed;")
+    real(self)
+
+Connection.close = close
+'''
+exec(TOLD, {})  # with globals of its own: those of the main module would keep the store
+store = SQLiteStore(sys.argv[1])
+store.open("a")
+child = os.fork()
+if not child:
+    sys.exit()
+os.waitpid(child, 0)
+store.commit("a", 1, {"n": b"1"})
+store.close()
+print("committed")
+"""
+
+
+def test_child_that_ends_closes_nothing_of_what_it_has_inherited(path: str) -> None:
+    """A thread of the parent may have been in SQLite at the fork: to close would wait for it."""
+    assert done(python(ENDING_CHILD, path)) == "committed\n"
 
 
 @pytest.mark.parametrize("opens", [60, pytest.param(1000, marks=pytest.mark.exhaustive)])

@@ -290,6 +290,27 @@ def test_waiter_that_takes_any_slot_after_a_while_keeps_its_place() -> None:
     assert (outcome, second.token) == ([(1, 1)], None)
 
 
+def test_waiter_that_takes_any_slot_after_a_while_is_told_of_again() -> None:
+    """One more slot did not help it as long as it wanted a certain one; now it does."""
+    watched = Watched(1)
+    turnstile = watched.turnstile
+    turnstile.try_take()
+    general: list[int] = []
+    told = turnstile._on_queue
+    turnstile._on_queue = lambda waiter: (general.append(turnstile.general_waiters()), told(waiter))
+    outcome: list[Any] = []
+    taker = threading.Thread(target=lambda: outcome.append(turnstile.take(20, 0, 0.01)))
+    taker.start()
+
+    assert watched.queued.acquire(timeout=20)
+    assert watched.queued.acquire(timeout=20)
+    assert general == [0, 1]
+    turnstile.admit(1, 1)
+    turnstile.publish(1, 1)
+    taker.join(20)
+    assert outcome == [(1, 1)]
+
+
 def test_only_those_that_any_slot_would_serve_are_counted() -> None:
     """One slot more is of no use to a waiter that wants a certain one."""
     turnstile = Watched(1).turnstile
@@ -389,6 +410,31 @@ def test_waiter_who_leaves_gives_back_what_he_was_given() -> None:
     assert turnstile.idle == {0: 1}
     turnstile.leave(waiter)  # has no second effect
     assert turnstile.try_take() == (0, 1)
+
+
+def test_waiter_that_leaves_twice_takes_nothing_from_the_next_owner() -> None:
+    """What it gave back the first time may have a new owner by the second."""
+    turnstile = Watched(0).turnstile
+    waiter = turnstile.enqueue()
+    turnstile.admit(0, 1)
+    turnstile.publish(0, 1)
+    turnstile.leave(waiter)
+    assert turnstile.try_take() == (0, 1)
+
+    turnstile.leave(waiter)
+    assert turnstile.try_take() is None
+
+
+def test_waiter_that_runs_with_its_slot_does_not_give_it_back_by_leaving() -> None:
+    """An exception that comes when its thread has got the slot already finds it there."""
+    turnstile = Watched(0).turnstile
+    waiter = turnstile.enqueue()
+    turnstile.admit(0, 1)
+    turnstile.publish(0, 1)
+    waiter.taken = True
+
+    turnstile.leave(waiter)
+    assert turnstile.try_take() is None
 
 
 def test_waiter_who_leaves_in_time_is_not_served() -> None:
@@ -548,6 +594,27 @@ def test_sweep_finishes_a_match_that_was_cut_short() -> None:
 
     assert turnstile.sweep(None) is None
     assert waiter.token == (0, 1)
+
+
+def test_sweep_looks_at_no_line_whose_slot_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be thousands of them; where one slot is idle, one line is matched."""
+    turnstile = Watched(3).turnstile
+    for slot in (0, 1, 2):
+        assert turnstile.claim(slot, 1)
+        turnstile.enqueue(wants=slot)
+    turnstile.idle[1] = 1  # by a releaser that was struck before it looked at the line
+    matched: list[Any] = []
+    next_for = Turnstile._next_for
+
+    def noted(turnstile: Turnstile, slot: Any) -> Any:
+        matched.append(slot)
+        return next_for(turnstile, slot)
+
+    monkeypatch.setattr(Turnstile, "_next_for", noted)
+
+    turnstile.sweep(None)
+    assert set(matched) == {1, None}
+    assert not turnstile.idle
 
 
 def test_waiter_sleeps_no_longer_than_asked() -> None:

@@ -48,6 +48,7 @@ class Assignment:
     spec: Any  # (worker, args, kwargs), pickled unless the process is forked
     pool: str
     codec: bytes | None  # packed; None: pickle
+    preload: tuple[str, ...]  # modules to import first, unless the fork server did
     warm_up: list[tuple[int, bytes, bytes]]  # kind, name and body of calls to begin with
     env: dict[str, str]
     limits: dict[str, float]

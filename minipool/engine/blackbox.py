@@ -24,7 +24,8 @@ import threading
 import time
 from typing import Any, Callable, Iterable
 
-from .wire import Descriptor, close_all
+from .descriptors import close_all
+from .wire import Descriptor
 
 _TOP = getattr(signal, "SIGRTMAX", 0)
 LAST_WORDS, SHOW = (int(_TOP) - 5, int(_TOP) - 6) if _TOP else (0, 0)  # 0: there are none

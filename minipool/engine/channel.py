@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import os
 import select
 import struct
@@ -21,6 +20,7 @@ import time
 from typing import Any, Iterable
 
 from . import wire
+from .descriptors import close_all, closer
 
 SMALL = 32 * 1024  # up to here one write takes all, as a rule: a pipe has room for twice as much
 CHUNK = 64 * 1024
@@ -74,7 +74,7 @@ class _Ends:
     def __init__(self, reader: int, writer: int) -> None:
         self.reader, self.writer = reader, writer
         # In C, and so in one step: where code in Python begins, an interrupt may come in.
-        self.__del__ = functools.partial(any, map(os.close, iter((reader, writer))))
+        self.__del__ = closer(reader, writer)
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
 
@@ -408,7 +408,7 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     try:
         replies = os.pipe()
     except OSError:
-        wire.close_all(requests)
+        close_all(requests)
         raise
     theirs = wire.Ends(wire.Descriptor(requests[0]), wire.Descriptor(replies[1]))
     return _Ends(replies[0], requests[1]), theirs

@@ -22,7 +22,7 @@ from .assignment import Assignment, Setup, unpacked
 from .channel import Unreceived
 from .conversation import NotHere, Session, WarmSessions
 from .lifeline import die_with_parent, end_all, lead_a_group
-from .resources import limit, resident_bytes
+from .resources import keep_standard_streams, limit, resident_bytes
 from .workerend import FastWorkerEnd, PortableWorkerEnd
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ class CurrentWorker:
 
 _current: CurrentWorker | None = None
 
+# How far a worker's start has come: what it may do meanwhile depends on it, see `nesting`.
+FETCHING, MAKING = "fetching", "making"  # its class, by imports; then its object
+stage: str | None = None  # neither: it is ready, or this is no worker
+
 
 def current_worker() -> CurrentWorker | None:
     """Return who runs this code: the worker's id, generation, pid and pool; None in no worker."""
@@ -81,7 +85,9 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
 
     Without an `inherited` assignment, the first frame is one.
     """
-    global _current
+    global _current, stage
+    stage = FETCHING
+    conn = keep_standard_streams(conn, setup)
     group = lead_a_group() and setup.kill_group
     _signal.signal(signal.SIGINT, _signal.SIG_IGN)  # Ctrl-C is the parent's business
     _signal.signal(signal.SIGTERM, _signal.SIG_DFL)
@@ -101,6 +107,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     except (EOFError, OSError):
         end_all(group)  # the owner is gone, or has done with us
     _current = CurrentWorker(assignment.pool, setup.slot, setup.generation)
+    _show_in_ps(f"{assignment.pool}/{setup.slot}")
     os.environ.update(assignment.env)
     if setup.voice is not None:
         baggage = assignment.baggage
@@ -142,6 +149,7 @@ class _Worker:
         Raises:
             SystemExit: it could not be made; the parent knows why.
         """
+        global stage
         words = self._words
         words[t.WORKER_WORDS] = memoryview(bytearray(72)).cast("q")
         self._voice = setup.voice
@@ -149,6 +157,8 @@ class _Worker:
         try:
             if assignment.limits:
                 limit(assignment.limits)
+            for module in assignment.preload:
+                _import(module)
             codec = None if assignment.codec is None else wire.unpack_codec(assignment.codec)
             self._dumps, self._loads = wire.functions_of(codec)
             if assignment.baggage is not None:
@@ -158,6 +168,7 @@ class _Worker:
             make, args, kwargs = spec if isinstance(spec, tuple) else pickle.loads(spec)
             if isinstance(make, str):
                 make = wire.find(make)
+            stage = MAKING
             if make is not None:
                 self._object = make(*args, **kwargs)
             self._sessions = WarmSessions(self._object)
@@ -169,6 +180,7 @@ class _Worker:
             if status in (wire.RAISED, wire.RAISED_AND_TAINTED):
                 self._end.send(0, wire.START_FAILED, reply)
                 raise SystemExit(1)
+        stage = None
         words[t.PHASE] = t.PHASE_SERVING
         words[t.READY_GENERATION] = setup.generation
         if not self._shared:  # else it is told a moment later, and nobody waits for it
@@ -382,6 +394,28 @@ def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup) -> Assignmen
     if setup.voice is not None:
         setup.voice.levels = levels
     return assignment
+
+
+def _import(preload: str) -> None:
+    """Import a module that the fork server, if there is one, may have failed to import.
+
+    Raises:
+        ImportError: it raised anything at all.
+    """
+    try:
+        __import__(preload)
+    except BaseException as error:
+        why = f"preload: cannot import {preload!r}: {type(error).__name__}: {error}"
+        raise ImportError(why, name=preload) from error
+
+
+def _show_in_ps(name: str) -> None:
+    """Show pool and slot where the kernel names a process, which has room for 15 bytes."""
+    pool, _, slot = name.rpartition("/")
+    room = 14 - len(slot)
+    text = pool.encode(errors="replace")[:room].decode(errors="ignore") + "/" + slot
+    with contextlib.suppress(OSError), open("/proc/self/comm", "wb") as comm:  # Linux only
+        comm.write(text.encode())
 
 
 def _no_room(size: int) -> MemoryError:

@@ -19,11 +19,12 @@ from ..breaker import CLOSED, CircuitBreaker, Permit
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
 from . import table as t
+from .diagnosis import of_start
 from .handle import Handle
 from .health import SECOND_NS
 from .inquest import Death, hold, reason_of
 from .launch import Launcher
-from .process import describe_exit, signal_name
+from .process import signal_name
 from .states import WorkerState as S
 from .verdict import MANY, Verdict, by_chance
 
@@ -214,9 +215,12 @@ class Fleet:
                 failure = handle.slot, error, handle.permit
                 break
         for handle in started:
-            handle.started()
-            if handle.transcript is not None and self.scribe is not None:
-                self.scribe.begin(handle.transcript, handle.pid)
+            try:
+                handle.started()
+                if handle.transcript is not None and self.scribe is not None:
+                    self.scribe.begin(handle.transcript, handle.pid)
+            except Exception as error:  # its own: those after it must hear that they were started
+                handle.not_started(error)
         for handle in prepared[len(started) :]:
             self._forget(handle)
         if failure is not None:
@@ -397,7 +401,7 @@ class Fleet:
         self.start_failures += 1
         self._failed_ns = now
         self.not_before = time.monotonic() + self._pause
-        failure = self.last_failure = _start_error(slot, exitcode, cause, handle)
+        failure = self.last_failure = _start_error(self._launcher, slot, exitcode, cause, handle)
         self._hooks.emit("error", {}, kind="start", error=failure, worker_id=slot)
         if permit is not None and alone and not struck:
             permit.failed(failure)
@@ -415,7 +419,8 @@ class Fleet:
         if self.breaker is not None and self.breaker.retry_in > 0:
             given_up = True
         if given_up or not by_chance(handle, exitcode, cause):
-            left = 0 if given_up else len(self.staying())
+            staying = () if given_up else self.staying()
+            left = tuple(0 if worker.ready_ns else worker.generation for worker in staying)
             tried = math.inf if given_up else self._generation
             self.verdict = Verdict(time.monotonic(), failure, left, tried)
 
@@ -454,21 +459,13 @@ def _struck(handle: Handle, exitcode: int | None) -> bool:
 
 
 def _start_error(
-    slot: int, exitcode: int | None, cause: BaseException | None, handle: Handle | None
+    launcher: Launcher,
+    slot: int,
+    exitcode: int | None,
+    cause: BaseException | None,
+    handle: Handle | None,
 ) -> WorkerStartError:
-    ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
-    if cause is not None:
-        what = f"did not start: {type(cause).__name__}: {cause}"
-    elif handle is not None and handle.ready_ns:
-        what = f"ended {ended} as soon as it was ready"
-    elif handle is not None and handle.tainted:
-        what = f"did not start: {handle.tainted}"
-    else:
-        what = (
-            f"ended {ended} before it could say anything; its standard error "
-            f"tells why; if your main script opens the pool without an "
-            f"`if __name__ == '__main__':` guard, add one"
-        )
+    what = of_start(launcher, exitcode, cause, handle)
     error = WorkerStartError(
         f"worker {slot} {what}",
         worker_id=slot,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     CallMismatch,
+    MinipoolError,
     PoolForked,
     ProtocolError,
     WorkerError,
@@ -28,8 +29,10 @@ from .assignment import Assignment, Setup
 from .blackbox import LAST_WORDS, SHOW
 from .channel import FastEnd, Garbled, PeerGone, TimedOut, TooLong, Unreceived, Unsent, pair
 from .child import main
+from .deadend import DeadEnd
 from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
+from .traces import OF_THE_USERS
 
 if TYPE_CHECKING:
     import weakref
@@ -189,6 +192,16 @@ class Handle:
         except (RuntimeError, MemoryError):  # out of threads, or of memory
             self.kill()
 
+    def not_started(self, problem: Exception) -> None:
+        """Kill a process that was started, but not to be talked to: `started` has raised."""
+        if self.state is WorkerState.VACANT:
+            self.move(WorkerEvent.SPAWNED)
+        if self.channel is None:
+            self.channel = DeadEnd(self.conn)
+            self._exchange = self.channel.exchange
+        self.start_error = problem
+        self.kill()
+
     def kill(self, signum: int = signal.SIGKILL) -> bool:
         """Send a signal, if the process is still there. Never hits another: no stored pid."""
         return not self.abandoned and bool(self.process.kill(signum))
@@ -329,7 +342,7 @@ class Handle:
             raise self._remote_error(status, reply, name)
         try:
             return loads(reply)
-        except Exception as problem:
+        except OF_THE_USERS as problem:
             raise wire.unreadable_result(problem) from problem
 
     def _committed(self, session: Any, reply: bytes | memoryview, name: bytes) -> Any:
@@ -345,7 +358,7 @@ class Handle:
     def _result(self, reply: bytes | memoryview) -> Any:
         try:
             return self._loads(reply)
-        except Exception as problem:
+        except OF_THE_USERS as problem:
             raise wire.unreadable_result(problem) from problem
 
     def _repeat(
@@ -419,6 +432,8 @@ class Handle:
             error = wire.unpack_error(body)
         except Exception as problem:
             return self._nonsense(problem, name)
+        if isinstance(error, MinipoolError):
+            error.__dict__["answered"] = True
         self.row[t.RAISED] += 1
         if status == wire.RAISED_AND_TAINTED:
             self.tainted = f"the call ended in {type(error).__name__}"

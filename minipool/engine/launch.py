@@ -10,9 +10,10 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import tempfile
-from multiprocessing import process
+from multiprocessing import process, spawn
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
@@ -20,6 +21,7 @@ from . import wire
 from .assignment import Assignment, Setup
 from .child import main
 from .lifeline import Lifeline
+from .nesting import importing, refusal
 
 if TYPE_CHECKING:
     from ..commands import Command
@@ -54,12 +56,14 @@ class Launcher:
             pool=config.name,
             codec=None if config.codec is None else _packed_codec(config.codec),
             warm_up=_packed_warm_up(worker, config, self.method == "fork"),
+            preload=config.preload,
             env=dict(config.worker_env or {}),
             limits=config.limits,
             baggage=self.baggage,
         )
         self.context: Any = None
         self.lifeline: Lifeline | None = None
+        self.opener: str | None = None  # the module that opens the pool as it is imported
 
     def open(self) -> None:
         """Check the environment and prepare for the first start.
@@ -68,8 +72,11 @@ class Launcher:
             PoolStartError: no worker could be started here, and why; nothing was started.
         """
         _check_process()
+        self.opener = importing()
         if self.method != "fork":
             _check_main()
+            _check_executable()
+            _check_preload(self.config.preload)
         if self.config.start_method is None and self.method == "forkserver" and not _tempdir():
             self.method = "spawn"  # the fork server listens on a socket in a temporary directory
         if isinstance(self.worker, str):
@@ -79,7 +86,9 @@ class Launcher:
         except ValueError as error:
             raise PoolStartError(f"start method {self.method!r}: {error}") from None
         if self.method == "forkserver":
-            _preload(self.context, self.config.preload)
+            from .fork_server import preload  # where there is one
+
+            preload(self.context, main_name(), self.config.preload, self.config.init_timeout)
         self.lifeline = Lifeline()
 
     def close(self) -> None:
@@ -200,22 +209,17 @@ def _packed_codec(codec: Any) -> bytes:
 
 
 def _check_process() -> None:
-    """Refuse where multiprocessing itself could not start a process, or would never stop."""
-    if wire.main_unguarded():
-        raise PoolStartError(
-            "this process is itself a worker that is still importing your main script; put what "
-            "opens the pool under `if __name__ == '__main__':`, or every worker would open one"
-        )
-    if process.current_process().daemon:
-        raise PoolStartError(
-            "this is a daemonic process, which may not have processes of its own; start it with "
-            "daemon=False (concurrent.futures.ProcessPoolExecutor does), or open the pool outside"
-        )
+    """Refuse where every worker would come to open the pool again."""
+    why = refusal()
+    if why is not None:
+        raise PoolStartError(why)
 
 
 def _check_main() -> None:
     """Refuse where each worker would look in vain for the file of the main module."""
-    main = sys.modules["__main__"]
+    main: Any = sys.modules["__main__"]
+    if not hasattr(main, "__spec__"):
+        main.__spec__ = None  # pdb, before CPython 3.13, takes all away that a script's has
     path = getattr(main, "__file__", None)
     if path is None or getattr(main, "__spec__", None) is not None:
         return
@@ -224,6 +228,35 @@ def _check_main() -> None:
             f"the main module's file {path!r} does not exist, and every worker would import it; "
             f'save the program as a file, run it with `python -c`, or use start_method="fork"'
         )
+
+
+def _check_executable() -> None:
+    """Refuse where there is no interpreter that multiprocessing could start."""
+    path = spawn.get_executable()
+    if not path or shutil.which(path) is None:
+        raise PoolStartError(
+            f"sys.executable is {sys.executable!r}, and multiprocessing would start "
+            f"{os.fsdecode(path or '')!r}, which is no program; name a Python interpreter by "
+            f'`multiprocessing.set_executable()`, or use start_method="fork"'
+        )
+
+
+def _check_preload(modules: tuple[str, ...]) -> None:
+    """Refuse what cannot be found; what fails as it is imported, the first worker tells."""
+    for name in modules:
+        package = name.partition(".")[0]
+        try:
+            found = package in sys.modules or importlib.util.find_spec(package) is not None
+        except (ImportError, ValueError) as problem:
+            raise _no_preload(name, f"{type(problem).__name__}: {problem}") from problem
+        if not found:
+            raise _no_preload(name, f"there is no module {package!r} on sys.path")
+
+
+def _no_preload(name: str, why: str) -> PoolStartError:
+    return PoolStartError(
+        f"preload: cannot import {name!r}: {why}; install it, or correct the name"
+    )
 
 
 def _tempdir() -> str | None:
@@ -244,47 +277,6 @@ def _check_importable(worker: str) -> None:
             f"worker {worker!r}: there is no module {module!r} on sys.path; install it, or correct "
             f"the name"
         )
-
-
-def _preload(context: Any, modules: tuple[str, ...]) -> None:
-    """Ask the fork server to import our side of a worker, and the user's modules, once for all.
-
-    There is one server for the whole process. If it runs already, what it has not imported is
-    imported by each worker, which is slower and takes more memory, so that is said.
-    """
-    from multiprocessing import forkserver
-
-    server: Any = forkserver._forkserver
-    _forget_strange_server(server)
-    wanted = [name for name in (main_name(), *modules) if name not in server._preload_modules]
-    running = getattr(server, "_forkserver_pid", None) is not None
-    if running and any(name in wanted for name in modules):
-        import warnings
-
-        warnings.warn(
-            f"preload={modules!r} comes too late: this process's fork server is already running; "
-            f"open this pool before other processes are started",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    if wanted and not running:
-        context.set_forkserver_preload([*server._preload_modules, *wanted])
-
-
-def _forget_strange_server(server: Any) -> None:
-    """Make multiprocessing start a server anew in a process that was forked from its owner.
-
-    The owner's server cannot be used here: it is no child of ours, and its lock may be held.
-    """
-    try:
-        if server._forkserver_pid is None or os.waitpid(server._forkserver_pid, os.WNOHANG)[0] == 0:
-            return
-    except ChildProcessError:
-        pass
-    modules, alive_fd = server._preload_modules, server._forkserver_alive_fd
-    server.__init__()
-    server._preload_modules = modules
-    os.close(alive_fd)
 
 
 def main_name() -> str:

@@ -18,9 +18,10 @@ import contextlib
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Callable, NoReturn
 
 from . import wire
+from .descriptors import closer
 
 _F_SETSIG = 10  # Linux; the fcntl module has no name for it before 3.11
 
@@ -29,26 +30,26 @@ class Lifeline:
     """A pipe that hangs up when this process ends, which ends the workers."""
 
     read_fd: int | None = None
-    _write_fd: int | None = None
+    _close_reader: Callable[[], object] = bool  # nothing to close
+    _close_writer: Callable[[], object] = bool
     _pid = 0
 
     def __init__(self) -> None:
         self._pid = os.getpid()
         if sys.platform != "win32":
-            self.read_fd, self._write_fd = os.pipe()
+            self.read_fd, writer = os.pipe()
+            self._close_reader = closer(self.read_fd)
+            self._close_writer = closer(writer)
 
     def abandon(self) -> None:
         """Close the write end in a process that was forked from the owner."""
-        if self._write_fd is not None:
-            os.close(self._write_fd)
-            self._write_fd = None
+        self._close_writer()
 
     def close(self) -> None:
         """Close both ends. Workers that are still there are killed by it."""
-        self.abandon()
-        if self.read_fd is not None:
-            os.close(self.read_fd)
-            self.read_fd = None
+        self._close_writer()
+        self._close_reader()
+        self.read_fd = None
 
     def __del__(self) -> None:  # for an opening that was interrupted
         if self._pid == os.getpid():

@@ -112,6 +112,7 @@ class Manager:
         self.failure: BaseException | None = None  # why it was given up: no worker could be started
         self.for_good = True  # its end is the pool's; False: the pool may be opened again
         self.at_end: Callable[[], object] = bool  # called once, when it has
+        self._last_steps: collections.deque[Callable[[], object]] = collections.deque()
         self.pid = os.getpid()
         self.opened_ns = time.monotonic_ns()
         self.closed_ns: int | None = None
@@ -153,8 +154,8 @@ class Manager:
             for keeper in self.keepers:
                 keeper.end()
             if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
-                self._give_back()
-                self.at_end()
+                for give_back in (*self._givings_back(), self.bell.close, self.at_end):
+                    give_back()
                 self.done = True
             raise
 
@@ -198,6 +199,10 @@ class Manager:
         """Have `action` done in the manager's thread, soon."""
         self._orders.append(action)
         self.bell.ring()
+
+    def look_at_all(self) -> None:
+        """Have every worker looked at, soon: something was changed that no turn hears of."""
+        self.order(_nothing)
 
     def command(self, action: Callable[[], None]) -> None:
         """Have `action` done in the manager's thread; return when it is, or in a second."""
@@ -273,9 +278,12 @@ class Manager:
                 logger().exception("the manager of %s failed and goes on", self.config.name)
                 self._acted = True  # or what it did not get to would wait for the next thing to do
                 self._whole, self._poller = True, Poller()
+                self._orders.append(_nothing)
                 # Not at full speed; a bell that no turn gets to silence would have it so.
                 ready([] if failed else [self.bell.reader], self.config.tick)
                 failed = True
+        self.bell.close()
+        OOM_KILLS.end()
         with self._changed:
             self._changed.notify_all()
         self._relay.close(_LOG_PATIENCE)
@@ -362,16 +370,16 @@ class Manager:
         """Do what there is to do: a turn.
 
         It looks at all workers if it is the time for a sweep, or if there is a reason that
-        concerns more than the workers that were heard. Else it looks at those, and at the others
-        that are unsettled. That is all which one death or one word can be a reason for, and what
-        such a turn may miss is found by the sweep.
+        concerns more than the workers that were heard or given back, such as an order. Else it
+        looks at those, and at the others that are unsettled. That is all which one death or one
+        word can be a reason for, and what such a turn may miss is found by the sweep.
         """
         self._quiet_until = 0
         if self.bell.reader in heard:
             self.bell.silence()
         swept = self._last_look
-        theirs = self.fleet.handles.keys() >= set(heard.values())  # and not the bell's
-        whole = not heard or not theirs or self.closing
+        whole = not heard or bool(self._orders) or self.closing
+        heard = {source: slot for source, slot in heard.items() if slot != _BELL}
         whole = whole or time.monotonic() - swept >= self.config.tick
         for handle in self._concerned(heard, whole):
             if handle.channel.unsent and handle.channel.out in heard:
@@ -382,7 +390,7 @@ class Manager:
                 self.care.ended(handle)
                 if handle.slot not in self.fleet.handles:
                     self._poller.drop(handle.slot)
-        whole = whole or bool(self._orders or self._refused)
+        whole = whole or bool(self._orders)
         for _ in range(len(self._orders)):  # not what they order in turn: that is for later
             self._orders.popleft()()
         while self._refused:
@@ -554,34 +562,42 @@ class Manager:
         return True
 
     def _end(self) -> None:
-        self.closed_ns = time.monotonic_ns()
-        self._give_back()
-        OOM_KILLS.end()
-        self.at_end()
+        """Give back everything; then it is done. A step that is struck is not taken again."""
+        if self.closed_ns is None:
+            self.closed_ns = time.monotonic_ns()
+            self._last_steps.extend((*self._givings_back(), self.at_end))
+        while self._last_steps:
+            self._last_steps.popleft()()
         self.done = True
         if self.for_good:
             uptime = (self.closed_ns - self.opened_ns) / 1e9
             self.hooks.emit("pool.terminate", {"uptime": uptime})
 
-    def _give_back(self) -> None:
-        """Give back memory and descriptors, when there are no workers or never were."""
-        self.fleet.close()
+    def _givings_back(self) -> tuple[Callable[[], object], ...]:
+        """Return what gives back memory and descriptors, when there are no workers."""
+        return self.fleet.close, self._leave_breaker, self._close_others, self._launcher.close
+
+    def _leave_breaker(self) -> None:
         breaker = self.fleet.breaker
         if breaker is not None and self._circuit_changed in breaker.listeners:
             breaker.listeners.remove(self._circuit_changed)
+
+    def _close_others(self) -> None:
         for close in self.closers:
             try:
                 close()
             except Exception:
                 logger().exception("%s: what was to end with it did not", self.config.name)
-        self._launcher.close()
-        self.bell.close()
 
     def give_up(self, failure: BaseException, for_good: bool) -> None:
         """End everything now, because no worker could be started: whoever waits is told why."""
         self.for_good = for_good or (self.failure is not None and self.for_good)
         self.failure = failure  # before anybody is woken
         self.close(0.0, kill=True)
+
+
+def _nothing() -> None:
+    """An order: a turn with one looks at all workers."""
 
 
 def _row(handle: Handle, idle: bool, lost: Callable[[Handle], bool], weigh: bool) -> health.Row:

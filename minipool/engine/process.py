@@ -26,8 +26,8 @@ from typing import Any, Callable
 
 from . import popen
 from .blackbox import LAST_WORDS
+from .descriptors import close_all
 from .oom import OOM_KILLS
-from .wire import close_all
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _DESCRIPTORS = 10  # more than any start method needs at once

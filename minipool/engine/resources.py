@@ -1,12 +1,19 @@
-"""Resources: how much memory a process uses, and what the kernel lets it use at most."""
+"""Resources: the memory and descriptors of a process, and what the kernel lets it use at most."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
-from typing import Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping
 
+from .wire import Ends
+
+if TYPE_CHECKING:
+    from .assignment import Setup
+
+_STREAMS = 3  # descriptors: standard input, output and error
 _CPU_GRACE = 5  # seconds from SIGXCPU, which can be ignored, to SIGKILL
 
 
@@ -17,6 +24,41 @@ def resident_bytes(pid: int | str = "self") -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def keep_standard_streams(conn: Any, setup: Setup) -> Any:
+    """Have the descriptors 0 to 2 be nothing of minipool's, but a stream each; return the pipe.
+
+    Where the program has closed one of them, what is opened for a worker gets its number. It would
+    be written to by the first `print`, or fail that once it is closed again. So what the worker
+    uses goes to other numbers, and what is closed then leads to nowhere.
+    """
+    if os.name != "posix":
+        return conn
+    voice = () if setup.voice is None else setup.voice.descriptors
+    ends = (conn.reader, conn.writer) if isinstance(conn, Ends) else ()
+    for used in (setup.table, setup.lifeline, setup.box, *voice, *ends):
+        if used is not None and used.fd < _STREAMS:
+            used.fd = _moved(used.fd)
+    if not ends and conn.fileno() < _STREAMS:
+        moved = type(conn)(_moved(os.dup(conn.fileno())))
+        conn.close()
+        conn = moved
+    for fd in range(_STREAMS):
+        try:
+            os.fstat(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+    return conn
+
+
+def _moved(fd: int) -> int:
+    import fcntl
+
+    moved: int = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _STREAMS)
+    os.close(fd)
+    return moved
 
 
 def limit(limits: Mapping[str, float]) -> None:

@@ -22,6 +22,8 @@ import sys
 import time
 from typing import Callable, Iterable, Sequence
 
+from .descriptors import closer
+
 MAGIC = 0x6D696E69706F6F6C  # "minipool"
 LAYOUT = 2  # raise it whenever a word moves
 
@@ -114,10 +116,13 @@ class Table:
     """The parent's table: a header and `MAX_ROWS` rows, of which only the used take memory."""
 
     _fd: int | None = None
+    _close_fd: Callable[[], object] = bool  # nothing to close
 
     def __init__(self, pool_name: str, portable: bool = False) -> None:
         self._reserved, self._pid = 0, os.getpid()
         self._fd, self._map = _make(pool_name, portable)
+        if self._fd is not None:
+            self._close_fd = closer(self._fd)
         self._words = memoryview(self._map).cast("q")
         self._write_header(pool_name)
 
@@ -169,8 +174,8 @@ class Table:
         self.__del__()
 
     def __del__(self) -> None:  # for an opening that was interrupted
-        if self._fd is not None and self._pid == os.getpid():
-            os.close(self._fd)
+        if self._pid == os.getpid():
+            self._close_fd()
             self._fd = None
 
 

@@ -31,5 +31,5 @@ class TallyDesk(Desk):
                 handle.worn = handle.worn or f"it has made its max_calls={self._most}"
                 handle.tainted = handle.worn
             elif handle.calls_before < self._soon:
-                self.manager.bell.ring()  # this lease was the one in which it came near
+                self.manager.look_at_all()  # this lease was the one in which it came near
         super().give_back(handle)

@@ -169,5 +169,5 @@ class Teller:
 def _unpickled(data: bytes) -> Any:
     try:
         return pickle.loads(data)
-    except Exception as problem:
+    except BaseException as problem:
         return f"<does not unpickle here: {type(problem).__name__}: {problem}>"

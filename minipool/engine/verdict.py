@@ -25,12 +25,17 @@ class Verdict(NamedTuple):
 
     at: float  #: monotonic
     failure: WorkerStartError
-    left: int  #: workers that were ready, or still booting, all the same
+    left: tuple[int, ...]  #: generations of workers still booting all the same; 0: it was ready
     tried: float  #: how many had been started by then; infinity: no other is worth a try
 
     def hope(self, target: int) -> int:
-        """Return how many of `target` workers there may be nevertheless."""
-        return self.left + int(max(0, target - self.tried))
+        """Return how many of `target` workers there may be nevertheless.
+
+        Those that are booting in the place of one that failed will do no better: where each start
+        takes long and fails, one of them is booting at any time.
+        """
+        booting = sum(generation <= target for generation in self.left)
+        return booting + int(max(0, target - self.tried))
 
 
 def by_chance(handle: Handle | None, exitcode: int | None, cause: BaseException | None) -> bool:

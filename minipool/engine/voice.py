@@ -66,6 +66,11 @@ class Voice:
         """Leave out the levels, which may be many: they come with the assignment."""
         return {**self.__dict__, "levels": {}}
 
+    @property
+    def descriptors(self) -> tuple[wire.Descriptor | None, ...]:
+        """All that it has; None where there is none."""
+        return self._log, *self._streams.values()
+
     def begin(
         self, words: memoryview, session_id: Callable[[], str | None], baggage: Baggage | None
     ) -> None:
@@ -87,7 +92,7 @@ class Voice:
 
     def close(self) -> None:
         """Close the pipes, in the parent: the worker has them by now, or there will be none."""
-        for pipe in (self._log, *self._streams.values()):
+        for pipe in self.descriptors:
             if pipe is not None:
                 pipe.close()
         self._log, self._streams = None, {}

@@ -18,9 +18,10 @@ import pickle
 import struct
 import sys
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, RemoteError
+from .traces import OF_THE_USERS, text_of
 
 if TYPE_CHECKING:
     from .shape import Shape  # imported where it is used, which is never in a worker
@@ -100,11 +101,6 @@ class Descriptor:
         from multiprocessing import reduction
 
         return _received, (reduction.DupFd(self.fd),)
-
-
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors in one step: what an interrupt raises comes before it or after it."""
-    any(map(os.close, fds))
 
 
 class Ends:
@@ -209,13 +205,6 @@ def why_main_unreachable() -> str | None:
     if path is None:
         return f"it is defined in an interactive session, `-c` or standard input; {remedy}"
     return None if os.path.exists(path) else f"workers cannot import {path!r}; {remedy}"
-
-
-def main_unguarded() -> bool:
-    """Tell whether this process is a worker that is still importing its parent's main module."""
-    from multiprocessing import process
-
-    return bool(getattr(process.current_process(), "_inheriting", False))
 
 
 class Targets(dict[Any, "Target"]):
@@ -333,8 +322,21 @@ def explain_unpicklable(
 
 
 def pack_error(error: BaseException) -> bytes:
-    """Pickle an exception, with its text beside it in case it does not survive the other side."""
-    text = _text(error)
+    """Pickle an exception, with its text beside it in case it does not survive the other side.
+
+    Whatever its own code raises meanwhile is no reason to end the worker.
+    """
+    try:
+        return _packed(error)
+    except MemoryError:
+        raise
+    except BaseException as problem:
+        kinds = type(error).__name__, type(problem).__name__
+        return _packed(RuntimeError("a {} that cannot be told, for a {}".format(*kinds)))
+
+
+def _packed(error: BaseException) -> bytes:
+    text = text_of(error)
     kind = type(error)
     envelope: dict[str, Any] = {
         "type_name": f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1),
@@ -360,7 +362,7 @@ def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
     if pickled is not None:
         try:
             error = pickle.loads(pickled)
-        except Exception as problem:
+        except OF_THE_USERS as problem:
             return _stand_in(envelope, f"does not unpickle here: {_named(problem)}")
         if isinstance(error, BaseException):
             error.__cause__ = RemoteTraceback(envelope["traceback"])
@@ -384,7 +386,7 @@ def unpicklable_result(problem: BaseException, type_name: str) -> RemoteError:
         f"return plain data, or keep the object in the worker and return what you need of it",
         type_name=type_name,
         message=_message(problem),
-        traceback=_text(problem),
+        traceback=text_of(problem),
     )
 
 
@@ -400,14 +402,14 @@ def too_long_result(size: int, limit: int) -> RemoteError:
     )
 
 
-def unreadable_result(problem: Exception) -> RemoteError:
+def unreadable_result(problem: BaseException) -> RemoteError:
     """Build the error for a result that came, but cannot be made an object again here."""
     return RemoteError(
         f"the call returned, but its result cannot be unpickled here: {_named(problem)}; return "
         f"plain data; the worker is well",
         type_name=type(problem).__name__,
         message=_message(problem),
-        traceback=_text(problem),
+        traceback=text_of(problem),
     )
 
 
@@ -416,28 +418,19 @@ def _tested_pickle(error: BaseException) -> bytes | None:
     try:
         data = pickle.dumps(error, 5)
         return data if type(pickle.loads(data)) is type(error) else None
-    except Exception:
+    except BaseException:
         return None
 
 
 def _message(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as problem:
+    except OF_THE_USERS as problem:
         return f"<str() of it failed with {type(problem).__name__}>"
 
 
 def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {_message(error)}"
-
-
-def _text(error: BaseException) -> str:
-    import traceback  # here, because a worker that is well never needs it
-
-    try:
-        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception as problem:
-        return f"<its traceback cannot be shown: {type(problem).__name__}>"
 
 
 def no_such_method(owner: Any, name: str) -> CallMismatch:

@@ -10,6 +10,7 @@ from typing import Any, Iterator
 from . import wire
 from .assignment import MAX_ASSIGNMENT
 from .channel import CHUNK, PIECE, SHORT, SMALL, Unreceived, length_of, long_length, widen
+from .descriptors import close_all
 
 # Bound once: each name looked up on the way of a call is paid for by every call.
 _read, _write = os.read, os.write
@@ -130,7 +131,7 @@ class FastWorkerEnd(_WorkerEnd):
     def let_go(self) -> None:
         fds = [fd for fd in (self._fd, self._out) if fd >= 0]
         self._fd = self._out = -1
-        wire.close_all(fds)
+        close_all(fds)
 
     def close_on_exec(self) -> None:
         os.set_inheritable(self._fd, False)

@@ -13,7 +13,7 @@ import stat
 import threading
 from typing import Any, Tuple
 
-from ..engine.wire import close_all
+from ..engine.descriptors import close_all
 
 try:
     import fcntl

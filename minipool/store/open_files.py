@@ -8,7 +8,6 @@ that it has inherited are neither used nor closed in it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sqlite3
@@ -20,6 +19,8 @@ from .files import File
 _connections: dict[int, weakref.ref[Connection]] = {}
 _databases: dict[File, weakref.ref[Any]] = {}
 _inherited: dict[File, int] = {}  # -> the process that had it open at the fork
+#: Never closed, not even as a child ends: a thread of the parent may have been in SQLite at the
+#: fork, and its mutex is never released there. What `os.register_at_fork` has keeps this module.
 _kept: list[Connection] = []
 _pid = os.getpid()
 
@@ -63,23 +64,9 @@ def _forked() -> None:
         connection = reference()
         if connection is not None:
             _inherited[connection.file] = parent
-            if not _kept:
-                atexit.register(_never_close)
             _kept.append(connection)
     _connections.clear()
     _databases.clear()
-
-
-def _never_close() -> None:
-    """Have what was inherited not be closed as the child ends.
-
-    A thread of the parent may have been in SQLite at the fork: its mutex is never released here.
-    """
-    with contextlib.suppress(ImportError, AttributeError):
-        import ctypes
-
-        for connection in _kept:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 
 if hasattr(os, "register_at_fork"):

@@ -19,6 +19,7 @@ import time
 from typing import Any, Callable, Mapping, TypeVar
 
 from ..errors import SessionError
+from ..telemetry import logger
 from . import files, owners, rows
 from .database import Database
 from .rows import Loaded
@@ -54,6 +55,7 @@ class SQLiteStore:
         self._opened = time.monotonic()
         self._looked_up_to = ""  # where `expire` goes on
         self._owner = owners.begin(self)
+        self._left_behind: Database | None = None  # where the path does not lead any more
         try:
             self._database = self._joined()
         except BaseException:
@@ -214,7 +216,40 @@ class SQLiteStore:
     # -- how ---------------------------------------------------------------------------------
 
     def _transact(self, what: str, work: Callable[..., T], *args: Any, **waiting: Any) -> T:
-        return self._present(what).transact(what, work, *args, **waiting)
+        database = self._present(what)
+        linked = database.path != self.path
+        if linked:
+            self._refuse_left(what, database, "nothing was changed")
+        result = database.transact(what, work, *args, **waiting)
+        if linked:
+            self._refuse_left(what, database, "what was just written may be lost")
+        return result
+
+    def _refuse_left(self, what: str, database: Database, so: str) -> None:
+        """Refuse to go on with a file that the path does not lead to any more: a link was turned.
+
+        A program that is started now begins with the file that is there now.
+        """
+        try:
+            found = os.stat(self.path)
+            if (found.st_dev, found.st_ino) == database.file:
+                return
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            return  # rights were given up since: nobody can tell
+        real = os.path.realpath(self.path)
+        if real == database.path:
+            return  # it is the file that was deleted or replaced: `transact` sees to that
+        self._left_behind = database
+        text = (
+            f"{what} in {self.path!r}: a link was turned while the store was in use, and leads to "
+            f"{real!r} instead of {database.path!r}; {so}; the next use begins with the file that "
+            f"is there then, or with a new one; keep a store outside of what a deployment "
+            f"replaces, or stop all that use it first"
+        )
+        logger().warning("%s", text)
+        raise SessionError(text)
 
     def _look(self, what: str, work: Callable[..., T], *args: Any) -> T:
         """Read, beside those that write."""
@@ -236,7 +271,19 @@ class SQLiteStore:
             )
         if self._closed:
             raise SessionError(f"{what}: the store is closed")
-        if self._database.closed:
-            self._database.leave(self)
+        old = self._database
+        if old.closed or old is self._left_behind:
+            self._leave(old)
             self._database = self._joined()
+            self._left_behind = None
         return self._database
+
+    def _leave(self, database: Database) -> None:
+        """Leave a file that is not at the path any more; others may have our sessions there."""
+        if not database.closed:
+            with contextlib.suppress(SessionError):
+                database.transact(
+                    "sessions could not be let go", rows.let_go, self._owner,
+                    patience=_HOUSEKEEPING_S, queue=_QUEUE_S,
+                )  # fmt: skip
+        database.leave(self)

@@ -1,0 +1,97 @@
+"""Diagnosis: what kept a worker from starting, in words, with what only the parent knows of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from multiprocessing import spawn
+from typing import TYPE_CHECKING
+
+from .process import describe_exit
+
+if TYPE_CHECKING:
+    from .handle import Handle
+    from .launch import Launcher
+
+
+def of_start(
+    launcher: Launcher, exitcode: int | None, cause: BaseException | None, handle: Handle | None
+) -> str:
+    """Say why a worker did not start. `cause` is what it, or the attempt to start it, raised."""
+    ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
+    if cause is not None:
+        return f"did not start: {type(cause).__name__}: {cause}{_where_it_was_found(cause)}"
+    if handle is not None and handle.ready_ns:
+        return f"ended {ended} as soon as it was ready"
+    if handle is not None and handle.tainted:
+        silent = handle.killed_for is not None and not (handle.box and handle.box.last())
+        return f"did not start: {handle.tainted}{_silence(launcher) if silent else ''}"
+    said = f"ended {ended} before it could say anything; its standard error tells why"
+    if exitcode is not None and exitcode < 0:
+        return f"{said}{_last_place(handle)}"
+    if exitcode != 1 and launcher.method == "spawn":  # no import of a Python's has failed
+        said += f"; it was started by sys.executable={_executable()!r}, which must be a Python"
+    return f"{said}; {_guard(launcher)}"
+
+
+def _last_place(handle: Handle | None) -> str:
+    """Say where a worker that crashed was then, in the line that the stack shows first."""
+    stack = handle.box.last() if handle and handle.box else ""
+    place = next((line.strip() for line in stack.splitlines() if line.startswith("  File ")), "")
+    return f"; it was in {place}" if place else ""
+
+
+def _guard(launcher: Launcher) -> str:
+    """Say what may be wrong with a program whose workers cannot even import its main module."""
+    if launcher.opener is not None:
+        return (
+            f"{launcher.opener} opens the pool as it is imported, and if workers import it too, "
+            f"each would open one: make the pool there without `open()`, as its first use opens "
+            f"it, or open it in a function"
+        )
+    return (
+        "if your main script opens the pool without an `if __name__ == '__main__':` guard, add one"
+    )
+
+
+def _silence(launcher: Launcher) -> str:
+    """Say what may be wrong with a process that was told to be a worker and never said a word."""
+    if launcher.method == "fork":
+        return ""
+    return (
+        f", and no stack could be had: it imports the main module first, which may take too long "
+        f"(raise `init_timeout`), or sys.executable={_executable()!r}, by which it was started, is "
+        f"no Python (`multiprocessing.set_executable()` names one)"
+    )
+
+
+def _executable() -> str:
+    return os.fsdecode(spawn.get_executable() or "")
+
+
+def _where_it_was_found(cause: BaseException) -> str:
+    """Say how a module that a worker did not find was found here; empty if it was not."""
+    if not isinstance(cause, ModuleNotFoundError) or not cause.name:
+        return ""
+    module = sys.modules.get(cause.name)
+    path = getattr(module, "__file__", None)
+    if not path:
+        return ""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.basename(path).startswith("__init__."):
+        folder = os.path.dirname(folder)
+    for _ in range(cause.name.count(".")):
+        folder = os.path.dirname(folder)
+    if any(_same(folder, entry) for entry in sys.path):
+        return ""
+    return (
+        f"; this process has imported it from {folder!r}, which is not (any more) on sys.path, as "
+        f"workers get it: put it there, or into PYTHONPATH, or install the module"
+    )
+
+
+def _same(folder: str, entry: str) -> bool:
+    try:
+        return os.path.realpath(folder) == os.path.realpath(entry)
+    except (TypeError, ValueError):  # what is no path
+        return False

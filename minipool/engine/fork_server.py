@@ -1,0 +1,208 @@
+"""What we ask of multiprocessing's fork server: one for each process, that forks our workers.
+
+The first start that needs it starts it, and waits while it imports the main module (on newer
+Pythons) and what is to be preloaded. It passes over an ImportError, and ends with any other
+exception, whose traceback goes to standard error; the start then fails with a bare EOFError or,
+since CPython 3.14, ConnectionResetError. Where a module's import hangs, so does the start.
+
+So a server that ends before its first answer is started once more, without those modules. Each
+worker imports what the server has not (see `child`), and what that raises reaches the parent like
+every failed start: with its type, text and traceback. A server that does not answer in time is
+killed.
+
+`preload` is called in the thread that opens a pool, all else in the manager's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import warnings
+from multiprocessing import forkserver, spawn
+from typing import Any, Callable, TypeVar
+
+T = TypeVar("T")
+
+_END = 1.0  # seconds from the end of its sockets to the end of its process
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
+
+
+class ServerGone(EOFError):
+    """The fork server has ended, or was killed for its silence. No process was started."""
+
+
+class _Known:
+    """What is known of this process's server, and how it is to be started."""
+
+    own: tuple[str, ...] = ()  # modules that it may import at any time: our side of a worker
+    patience: float | None = None  # seconds until its first answer; None: for ever
+    answered: int | None = None  # the pid of the one that has answered
+    silent: int | None = None  # the pid of the one that has not, and was killed for it
+
+
+def preload(context: Any, own: str, modules: tuple[str, ...], patience: float | None) -> None:
+    """Ask the fork server to import our side of a worker, and the user's modules, once for all.
+
+    There is one server for the whole process. If it runs already, what it has not imported is
+    imported by each worker, which is slower and takes more memory, so that is said. A server that
+    is started from now on has `patience` seconds for its first answer.
+    """
+    server: Any = forkserver._forkserver
+    _forget_strange_server(server)
+    _Known.own, _Known.patience = (own,), patience
+    wanted = [name for name in (own, *modules) if name not in server._preload_modules]
+    running = getattr(server, "_forkserver_pid", None) is not None
+    if running and any(name in wanted for name in modules):
+        warnings.warn(
+            f"preload={modules!r} comes too late: this process's fork server is already running, "
+            f"so each worker imports them by itself; open this pool before other processes are "
+            f"started",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if wanted and not running:
+        context.set_forkserver_preload([*server._preload_modules, *wanted])
+
+
+def _forget_strange_server(server: Any) -> None:
+    """Make multiprocessing start a server anew in a process that was forked from its owner.
+
+    The owner's server cannot be used here: it is no child of ours, and its lock may be held.
+    """
+    try:
+        if server._forkserver_pid is None or os.waitpid(server._forkserver_pid, os.WNOHANG)[0] == 0:
+            return
+    except ChildProcessError:
+        pass
+    modules, alive_fd = server._preload_modules, server._forkserver_alive_fd
+    server.__init__()
+    server._preload_modules = modules
+    os.close(alive_fd)
+
+
+def launched(launch: Callable[[], T]) -> T:
+    """Return what `launch` returns, which asks the server for a process.
+
+    It is called twice if the server ends while it imports modules.
+
+    Raises:
+        ServerGone: the server has ended, or did not answer in time; no process was started.
+        OSError: as `launch` does.
+    """
+    for _ in range(2):
+        try:
+            return _in_time(launch)
+        except (EOFError, ConnectionError) as error:
+            problem, may_be_imports = _explained(error)
+        # The error is forgotten here: its frames hold the descriptors of the start that failed.
+        if not (may_be_imports and _drop_modules()):
+            break
+    raise problem
+
+
+def _in_time(launch: Callable[[], T]) -> T:
+    """Call `launch`. A server that has never answered, and does not now, is killed."""
+    server: Any = forkserver._forkserver
+    server.ensure_running()
+    pid, patience = server._forkserver_pid, _Known.patience
+    if pid == _Known.answered:
+        return launch()
+    answered = threading.Event()
+
+    def watch() -> None:
+        if not answered.wait(patience):
+            _kill(pid)
+
+    if patience is not None:
+        with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
+            threading.Thread(target=watch, name="minipool-server-watch", daemon=True).start()
+    try:
+        made = launch()
+        _Known.answered = pid
+        return made
+    finally:
+        answered.set()
+
+
+def _kill(pid: int) -> None:
+    """Kill the server, which is our child; if it is reaped already, another one has its place."""
+    if forkserver._forkserver._forkserver_pid == pid:  # type: ignore[attr-defined]
+        _Known.silent = pid  # first: whoever waits for its answer looks as soon as it is dead
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _explained(error: Exception) -> tuple[ServerGone, bool]:
+    """Return what has become of the server, and whether what it imported may have ended it."""
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    interpreter = f"it was started as sys.executable={executable()!r}"
+    if pid is not None and pid == _Known.silent:
+        _drop_modules()  # so that the next one is not as silent
+        return ServerGone(
+            f"the fork server (pid {pid}) did not answer within {_Known.patience:g} s and was "
+            f"killed: it imports the main module and what `preload` names, which takes too long, "
+            f"or is no Python at all; {interpreter}; raise `init_timeout`, or name a Python by "
+            f"`multiprocessing.set_executable()`"
+        ), False
+    how, code = _end_of(pid)
+    if pid is not None and pid == _Known.answered:
+        return ServerGone(f"the fork server (pid {pid}) {how}: {_named(error)}"), False
+    return ServerGone(
+        f"the fork server (pid {pid}) {how} before its first answer ({_named(error)}); "
+        f"{interpreter}: if that is no Python, name one by "
+        f"`multiprocessing.set_executable()`"
+    ), code not in _FROM_OUTSIDE
+
+
+def _end_of(pid: int | None) -> tuple[str, int | None]:
+    """Say how the server has ended, and leave it to multiprocessing to reap it.
+
+    None: that is not known.
+    """
+    try:
+        ended = os.pidfd_open(pid or 0)
+    except (AttributeError, OSError):
+        return "ended", None
+    try:
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        poll.poll(_END * 1000)
+        found = os.waitid(os.P_PID, pid or 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except OSError:  # somebody else has reaped it
+        return "ended", None
+    finally:
+        os.close(ended)
+    if found is None:
+        return "did not do what it was asked", None
+    code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+    return f"ended {_words(code)}", code
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _words(exitcode: int) -> str:
+    if exitcode >= 0:
+        return f"with exit code {exitcode}"
+    try:
+        return f"by {signal.Signals(-exitcode).name}"
+    except ValueError:
+        return f"by signal {-exitcode}"
+
+
+def executable() -> str:
+    """Return the interpreter that multiprocessing starts: `sys.executable`, unless it was set."""
+    return os.fsdecode(spawn.get_executable() or "")
+
+
+def _drop_modules() -> bool:
+    """Have the next server import our side of a worker alone; False if this one did just that."""
+    server: Any = forkserver._forkserver
+    if server._preload_modules == [*_Known.own]:
+        return False
+    server._preload_modules = [*_Known.own]
+    return True

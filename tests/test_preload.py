@@ -1,0 +1,155 @@
+"""Preload: what the fork server imports for all workers, and what becomes of what it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import scripts
+
+OPENS = """
+    import json, sys, traceback
+    sys.path.insert(0, sys.argv[2])
+    from minipool import Pool, PoolStartError
+
+    def main():
+        pool = Pool(size=2, preload=[sys.argv[1]])
+        failures = []
+        pool.hooks["error"].append(lambda *event: failures.append(event))
+        try:
+            pool.open()
+        except PoolStartError as error:
+            print(error)
+            print(type(error.__cause__).__name__, len(failures) <= 2, pool.closed)
+            traceback.print_exception(type(error), error, None, file=sys.stdout)
+        with Pool(size=1) as other:
+            print("after", other.call(abs, -7))
+
+    if __name__ == "__main__":
+        main()
+"""
+NOTHING = "ModuleNotFoundError: No module named 'there_is_no_such'"
+
+
+@pytest.mark.parametrize("found_by", ["server", "workers"])
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise ValueError('no licence')", "ValueError: no licence"),
+        ("import there_is_no_such", NOTHING),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+    ids=["raises", "imports-what-is-missing", "exits"],
+)
+def test_preload_that_raises_fails_the_opening_with_its_own_text(
+    code: str, why: str, found_by: str, tmp_path: Path
+) -> None:
+    """At the first try, with the traceback; and the next pool of the process starts well.
+
+    The server passes over what it does not find. Where it does find it, it may end with it.
+    """
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "heavy.py").write_text(code + "\n")
+    env = scripts.environment(first_path=str(folder) if found_by == "server" else "")
+    exitcode, out, err = scripts.run(tmp_path, OPENS, "heavy", str(folder), env=env)
+    first, second, *rest = out.splitlines()
+    assert f"preload: cannot import 'heavy': {why}" in first
+    assert second == "ImportError True True"
+    assert any("heavy.py" in line and "line 1" in line for line in rest), "its traceback"
+    assert (exitcode, rest[-1]) == (0, "after 7")
+    assert "minipool-" not in err, "no worker and no manager has written a traceback"
+
+
+@pytest.mark.parametrize("name", ["there_is_no_such", "there_is_no_such.part"])
+def test_preload_that_cannot_be_found_is_refused_before_anything_is_started(
+    name: str, tmp_path: Path
+) -> None:
+    exitcode, out, err = scripts.run(tmp_path, OPENS, name, str(tmp_path))
+    first, second, *_, last = out.splitlines()
+    assert (exitcode, err, last) == (0, "", "after 7")
+    assert repr(name) in first and "no module 'there_is_no_such' on sys.path" in first
+    assert second == "NoneType True False"
+
+
+def test_preload_that_its_package_lacks_is_told_by_a_worker(tmp_path: Path) -> None:
+    """To look for it would import the package into this process."""
+    exitcode, out, err = scripts.run(tmp_path, OPENS, "json.no_such_part", str(tmp_path))
+    assert (exitcode, err) == (0, "")
+    assert "No module named 'json.no_such_part'" in out.splitlines()[0]
+
+
+CRASHES = """
+    from minipool import CircuitBreaker, Pool, PoolStartError
+
+    def main():
+        try:
+            Pool(size=1, preload=["heavy"], breaker=CircuitBreaker(1)).open()
+        except PoolStartError as error:
+            print(error)
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def test_preload_that_crashes_is_told_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text("import os\nos.abort()\n")
+    env = scripts.environment(first_path=str(tmp_path))
+    exitcode, out, _ = scripts.run(tmp_path, CRASHES, env=env)
+    assert exitcode == 0
+    assert "by SIGABRT" in out and 'heavy.py", line 2' in out, "a worker has told, not the server"
+
+
+HANGS = """
+    from minipool import Pool, PoolStartError
+
+    def main():
+        try:
+            Pool(size=1, preload=["heavy"], init_timeout=1.0).open()
+        except PoolStartError as error:
+            print(error)
+        with Pool(size=1) as other:
+            print("after", other.call(abs, -7))
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def test_preload_that_never_ends_does_not_hold_up_the_opening_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text("import threading\nthreading.Event().wait()\n")
+    env = scripts.environment(first_path=str(tmp_path))
+    exitcode, out, _ = scripts.run(tmp_path, HANGS, env=env)
+    told, after = out.splitlines()
+    assert "did not answer within 1 s" in told and "`preload`" in told and "init_timeout" in told
+    assert (exitcode, after) == (0, "after 7")
+
+
+IMPORTED = """
+    import sys, tempfile
+    sys.path.insert(0, sys.argv[2])
+    if sys.argv[1] == "spawn":  # is taken where there is no temporary directory
+        tempfile._candidate_tempdir_list = lambda: []
+        tempfile.tempdir = None
+    from minipool import Pool
+    from troublemakers import imported
+
+    def main():
+        with Pool(size=1, preload=["light"]) as pool:
+            print(pool._launcher.method, pool.call(imported, "light"), "light" in sys.modules)
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_worker_imports_by_itself_what_no_server_has(method: str, tmp_path: Path) -> None:
+    """Found through `sys.path` as it is now, which older servers do not know."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "light.py").write_text("")
+    exitcode, out, err = scripts.run(tmp_path, IMPORTED, method, str(folder))
+    assert (exitcode, out, err) == (0, f"{method} True False\n", "")
