@@ -70,7 +70,7 @@ def test_preload_that_cannot_be_found_is_refused_before_anything_is_started(
     first, second, *_, last = out.splitlines()
     assert (exitcode, err, last) == (0, "", "after 7")
     assert repr(name) in first and "no module 'there_is_no_such' on sys.path" in first
-    assert second == "NoneType True True"
+    assert second == "NoneType True False"
 
 
 def test_preload_that_its_package_lacks_is_told_by_a_worker(tmp_path: Path) -> None:
