@@ -470,6 +470,8 @@ class Handle:
                 owner_pid=os.getppid(),
             )
         target = name.decode(errors="replace")
+        if isinstance(problem, PeerGone) and self.left and not self.has_begun:
+            return self._missed(target, start)
         self.tainted = self.tainted or f"{_FAULTS[type(problem)]} during {target!r}"
         if isinstance(problem, PeerGone):
             self.process.exitcode(_DYING)  # dying by itself: do not spoil its exit code
@@ -483,6 +485,17 @@ class Handle:
         self.hang_up_for_good()
         if self.process.refused:
             self.cut_off()
+        error.sent_ns = start
+        return error
+
+    def _missed(self, target: str, start: int) -> WorkerError:
+        """Return the error for a call that was sent to a worker as it left: it never begins.
+
+        The worker is closing its object, and is killed for nothing.
+        """
+        error = inquest.obituary(self, target, started=False)
+        self.death = None  # a recycling is none
+        self.tainted, self.in_call = self.tainted or SENT_SIGTERM, False
         error.sent_ns = start
         return error
 
