@@ -208,22 +208,20 @@ def _end_of_program(signum: int) -> int:
 
 
 def _end_of_fork(signum: int) -> int:
-    """Return how a forked process ends that is sent a signal."""
+    """Return how a forked process ends that is sent a signal; 99 if it would raise an interrupt."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        try:
-            os.write(writer, b"!")
-            while True:
-                signal.pause()
-        except KeyboardInterrupt:
-            os._exit(99)
-        finally:
-            os._exit(1)
+        if signum == signal.SIGINT:
+            os._exit(99 if signal.getsignal(signum) is signal.default_int_handler else 1)
+        os.write(writer, b"!")
+        while True:
+            signal.pause()
+    os.close(writer)
     os.read(reader, 1)
     os.close(reader)
-    os.close(writer)
-    os.kill(pid, signum)
+    if signum != signal.SIGINT:
+        os.kill(pid, signum)
     status = os.waitpid(pid, 0)[1]
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
