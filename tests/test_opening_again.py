@@ -177,7 +177,7 @@ class Waiting:
         self.go_on = threading.Event()
         monkeypatch.setattr(lifecycle, "wait_started", self._wait_started)
 
-    def _wait_started(self, desk: Any, count: int, since: float) -> BaseException | None:
+    def _wait_started(self, desk: Any, count: int, since: float, *more: Any) -> Any:
         self._came.release()
         failure = self._wait(desk, count, since)
         assert since or self.go_on.wait(LAST)

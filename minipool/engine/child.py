@@ -108,7 +108,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
         baggage = assignment.baggage
         seen = words.toreadonly()  # a view of its own, for children that worker code forks, too
         setup.voice.begin(seen, lambda: None if _session is None else _session.id, baggage)
-    worker = _Worker(end, words, shared=setup.table is not None)
+    worker = _Worker(end, words, shared=setup.table is not None, forked=inherited is not None)
     try:
         worker.start(setup, assignment)
         del assignment  # its arguments are the object's business now
@@ -129,10 +129,11 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
 class _Worker:
     """The user's object, and the loop that calls it."""
 
-    def __init__(self, end: Any, words: memoryview, shared: bool) -> None:
+    def __init__(self, end: Any, words: memoryview, shared: bool, forked: bool) -> None:
         self._end = end
         self._words = words
         self._shared = shared
+        self._forked = forked  # by the parent's manager, which is no main thread
         self._object: Any = None
         self._functions: dict[bytes, Callable[..., Any]] = {}
         self._baggage: Baggage | None = None
@@ -218,6 +219,8 @@ class _Worker:
     def _answer_requests(self) -> None:
         words, now = self._words, time.monotonic_ns
         receive, send, shared = self._end.receive, self._end.send, self._shared
+        if self._forked and dispositions.DEAF_WHEN_FORKED:
+            receive = dispositions.heard_first(receive)
         run = self._run if self._baggage is None else self._run_laden
         busy_ns, refresh_at = words[t.BUSY_NS], now() + _REFRESH_NS
         while True:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _signal  # without the enums of `signal`: a forked child pays for each page it touches
 import os
+import sys
 from typing import Any, Callable
 
 _OWN = (_signal.SIGINT, _signal.SIGTERM)
@@ -19,6 +20,9 @@ _OWN = (_signal.SIGINT, _signal.SIGTERM)
 # after `stty tostop`. To ignore them is not enough for programs that it runs: one that asks for a
 # password handles them and tries again, for ever. Where they are blocked, the read just fails.
 _OF_TERMINALS = ("SIGTTIN", "SIGTTOU")
+
+DEAF_WHEN_FORKED = sys.version_info >= (3, 13)
+_LARGE = 1 << 40  # more than one digit, as CPython keeps them
 
 _leave: Callable[[int, Any], None] | None = None
 
@@ -53,6 +57,21 @@ def leave_on_sigterm(leave: Callable[[], None]) -> None:
     if _signal.getsignal(_signal.SIGTERM) == _signal.SIG_DFL:
         _leave = asked
         _signal.signal(_signal.SIGTERM, asked)
+
+
+def heard_first(receive: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a `receive` before which handlers of signals that have come are run.
+
+    For a process that another thread than the main one has forked: from CPython 3.13 on, a signal
+    marks a thread that is not there any more, so that Python code goes on without its handler. A
+    product of large numbers looks for signals itself, and costs less than a system call.
+    """
+
+    def receive_after_handlers() -> Any:
+        _LARGE * _LARGE
+        return receive()
+
+    return receive_after_handlers
 
 
 def _do_nothing(signum: int, frame: Any) -> None:

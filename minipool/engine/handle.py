@@ -482,6 +482,8 @@ class Handle:
                 owner_pid=os.getppid(),
             )
         target = name.decode(errors="replace")
+        if isinstance(problem, PeerGone) and self.left and not self.has_begun:
+            return self._missed(target, start)
         self.tainted = self.tainted or f"{_FAULTS[type(problem)]} during {target!r}"
         if isinstance(problem, PeerGone):
             self.process.exitcode(_DYING)  # dying by itself: do not spoil its exit code
@@ -497,6 +499,18 @@ class Handle:
             self.cut_off()
         error.sent_ns = start
         self.fault = weakref.ref(error)  # the error itself would hold all that waits for its call
+        return error
+
+    def _missed(self, target: str, start: int) -> WorkerError:
+        """Return the error for a call that was sent to a worker as it left: it never begins.
+
+        The worker is closing its object, and is killed for nothing.
+        """
+        error = inquest.obituary(self, target, started=False)
+        self.death = None  # a recycling is none
+        self.tainted, self.in_call = self.tainted or SENT_SIGTERM, False
+        error.sent_ns = start
+        self.fault = weakref.ref(error)
         return error
 
     def failed_with(self, error: BaseException) -> bool:
