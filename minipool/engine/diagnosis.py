@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from multiprocessing import spawn
 from typing import TYPE_CHECKING
 
 from . import wire
@@ -71,4 +70,6 @@ def _silence(launcher: Launcher) -> str:
 
 
 def _executable() -> str:
+    from multiprocessing import spawn
+
     return os.fsdecode(spawn.get_executable() or "")

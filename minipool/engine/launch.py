@@ -13,7 +13,7 @@ import pickle
 import shutil
 import sys
 import tempfile
-from multiprocessing import process, spawn
+from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
@@ -239,6 +239,8 @@ def _check_main() -> None:
 
 def _check_executable() -> None:
     """Refuse where there is no interpreter that multiprocessing could start."""
+    from multiprocessing import spawn  # by those who use it: a forked worker pays for each page
+
     path = spawn.get_executable()
     if not path or shutil.which(path) is None:
         raise PoolStartError(
