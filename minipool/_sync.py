@@ -27,13 +27,14 @@ class Guard:
     """Lets one thread at a time run something.
 
     The thread that is inside may come in again: a signal handler or a finaliser runs in the midst
-    of what it interrupts, and leaves the hold to that. Any thread may call any method.
+    of what it interrupts, and leaves the hold to that. Any thread may call any method. `lock` is an
+    RLock that others enter in their own way.
     """
 
     __slots__ = ("_lock",)
 
-    def __init__(self) -> None:
-        self._lock: Any = threading.RLock()
+    def __init__(self, lock: Any = None) -> None:
+        self._lock: Any = threading.RLock() if lock is None else lock
 
     def run(self, work: Callable[..., T], /, *args: Any) -> T:
         """Return `work(*args)`, called when no other thread is inside."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import os
 import random
 import signal
 import threading
@@ -23,6 +24,7 @@ from minipool._sync import Guard, Latch, Notice
 from minipool.engine.blackbox import BlackBox
 from minipool.engine.oom import OomKills
 from minipool.engine.transcript import Transcript
+from minipool.engine.voice import Forwarder
 from strikes import Strike, strike_everywhere
 
 INTERRUPTS = 3000
@@ -261,10 +263,23 @@ def ask_and_read(box: BlackBox) -> None:
     box.stacks()
 
 
+def make_forwarder() -> Forwarder:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    os.close(reader)
+    return Forwarder(writer, memoryview(bytearray(8)), lambda: None, None)
+
+
+def tell_dropped(forwarder: Forwarder) -> None:
+    forwarder._dropped = 1
+    forwarder.tell_dropped()
+
+
 USES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "breaker": (CircuitBreaker, permit_and_land),
     "black box": (BlackBox, ask_and_read),
     "oom": (lambda: OomKills("/proc/vmstat"), OomKills.explain),
+    "voice": (make_forwarder, tell_dropped),
     "transcript": (lambda: Transcript(0, 1, [1], None), Transcript.last_lines),
 }
 
@@ -280,6 +295,9 @@ def test_struck_use_keeps_nobody_else_out(name: str, interrupts: Interrupts) -> 
         thing.voice.close()
     if name in ("black box", "transcript"):
         thing.abandon()
+    if name == "voice":
+        os.close(thing._fd)
+        thing.close()
 
 
 def test_manager_goes_on_whatever_strikes_those_who_wait_for_it(interrupts: Interrupts) -> None:

@@ -25,6 +25,7 @@ import struct
 import sys
 from typing import Any, Callable, Dict, NamedTuple, Optional
 
+from .._sync import Guard
 from . import table as t
 from . import wire
 from .baggage import Baggage
@@ -166,11 +167,8 @@ class Forwarder(logging.Handler):
         """Send the number alone."""
         if not self._dropped:
             return
-        self.acquire()  # another thread may be logging
-        try:
-            self._write(FIRST | LAST, os.getpid(), 0, b"")
-        finally:
-            self.release()
+        # Another thread may be logging.
+        Guard(self.lock).run(self._write, FIRST | LAST, os.getpid(), 0, b"")
 
 
 def _write_by_lines() -> None:
