@@ -179,7 +179,7 @@ class Waiting:
 
     def _wait_started(self, desk: Any, count: int, since: float, *more: Any) -> Any:
         self._came.release()
-        failure = self._wait(desk, count, since)
+        failure = self._wait(desk, count, since, *more)
         assert since or self.go_on.wait(LAST)
         return failure
 
