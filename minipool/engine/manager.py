@@ -279,10 +279,10 @@ class Manager:
                 # Not at full speed; a bell that no turn gets to silence would have it so.
                 ready([] if failed else [self.bell.reader], self.config.tick)
                 failed = True
-        self.bell.close()
-        OOM_KILLS.end()
         with self._changed:
             self._changed.notify_all()
+        self.bell.close()
+        OOM_KILLS.end()
         self._relay.close(_LOG_PATIENCE)
 
     def _wait(self) -> dict[Any, int]:
