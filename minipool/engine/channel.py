@@ -17,10 +17,11 @@ import os
 import select
 import struct
 import time
+from functools import partial
 from typing import Any, Callable, Iterable
 
 from . import sigpipe, wire
-from .descriptors import close_all, closer
+from .descriptors import close_all
 
 SMALL = 32 * 1024  # up to here one write takes all, as a rule: a pipe has room for twice as much
 CHUNK = 64 * 1024
@@ -74,7 +75,7 @@ class _Ends:
     def __init__(self, reader: int, writer: int, *more: int) -> None:
         self.reader, self.writer = reader, writer
         # In C, and so in one step: where code in Python begins, an interrupt may come in.
-        self.__del__ = closer(reader, writer, *more)
+        self.__del__ = partial(any, map(os.close, iter((reader, writer, *more))))
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
 

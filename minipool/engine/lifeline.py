@@ -17,10 +17,10 @@ import contextlib
 import os
 import signal
 import sys
+from functools import partial  # see `descriptors`
 from typing import Callable, NoReturn
 
 from . import wire
-from .descriptors import closer
 
 _F_SETSIG = 10  # Linux; the fcntl module has no name for it before 3.11
 
@@ -37,8 +37,8 @@ class Lifeline:
         self._pid = os.getpid()
         if sys.platform != "win32":
             self.read_fd, writer = os.pipe()
-            self._close_reader = closer(self.read_fd)
-            self._close_writer = closer(writer)
+            self._close_reader = partial(any, map(os.close, iter((self.read_fd,))))
+            self._close_writer = partial(any, map(os.close, iter((writer,))))
 
     def abandon(self) -> None:
         """Close the write end in a process that was forked from the owner."""

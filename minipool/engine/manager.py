@@ -295,10 +295,10 @@ class Manager:
                 self.standstills.rest(self.config.tick, self.config.tick, counts=False)
                 ready([] if failed else [self.bell.reader], self.config.tick)
                 failed = True
+        self._changed.post()
+        self.standstills.end()
         self.bell.close()
         OOM_KILLS.end()
-        self.standstills.end()
-        self._changed.post()
         self._relay.close(_LOG_PATIENCE)
 
     def _wait(self) -> dict[Any, int]:

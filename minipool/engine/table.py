@@ -20,9 +20,8 @@ import mmap
 import os
 import sys
 import time
+from functools import partial  # see `descriptors`
 from typing import Callable, Iterable, Sequence
-
-from .descriptors import closer
 
 MAGIC = 0x6D696E69706F6F6C  # "minipool"
 LAYOUT = 2  # raise it whenever a word moves
@@ -122,7 +121,7 @@ class Table:
         self._reserved, self._pid = 0, os.getpid()
         self._fd, self._map = _make(pool_name, portable)
         if self._fd is not None:
-            self._close_fd = closer(self._fd)
+            self._close_fd = partial(any, map(os.close, iter((self._fd,))))
         self._words = memoryview(self._map).cast("q")
         self._write_header(pool_name)
 
