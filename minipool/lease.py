@@ -134,7 +134,7 @@ class Lease(Generic[W]):
         """
         self._desk.count_fault(error)
         limit, attempts = self._timeout, Attempts(ATTEMPTS)
-        allowed = self._desk.manager.standstills.limit(limit, error.sent_ns / 1e9)
+        begun = error.sent_ns / 1e9
         while True:
             if handle.revoked is not None:
                 raise self._taken_away(handle, name.decode()) from error
@@ -147,14 +147,14 @@ class Lease(Generic[W]):
             if not first or not self._safe(error) or attempts.over:
                 raise attempts.told(error)
             needed = 0.0 if limit is None else self._desk.pace.needed(limit)
-            left = allowed.left()
+            left = self._left(begun, needed)
             if left is not None and left <= needed:
                 raise attempts.told(error)
             try:
                 handle = self._move(None if left is None else left - needed)
             except PoolError as refusal:  # why there is no other worker; not what became of it
                 raise attempts.told(error) from refusal
-            left = allowed.left()
+            left = self._left(begun, needed)
             if left is not None and left < needed:
                 raise attempts.told(error)  # a worker came, and too late
             try:
@@ -163,6 +163,13 @@ class Lease(Generic[W]):
                 if not handle.failed_with(again):
                     raise
                 error = again
+
+    def _left(self, begun: float, enough: float) -> float | None:
+        """Return how many seconds a call has left; where that is not enough, stops do not count."""
+        if self._timeout is None:
+            return None
+        left = begun + self._timeout - time.monotonic()
+        return left if left > enough else left + self._desk.manager.standstills.lost(begun)
 
     def _safe(self, error: WorkerError) -> bool:
         """Tell whether the call that failed so may be made again."""

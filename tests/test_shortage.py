@@ -67,7 +67,7 @@ def test_pool_that_has_too_few_is_refused_before_anything_is_started(
         pool.open()
     assert need in str(caught.value)
     assert f"may have {limit}; raise the limit of open files (`ulimit -n " in str(caught.value)
-    assert pool.closed
+    assert not pool.closed
     assert not ear.heard
     assert (taken(), threading.active_count()) == (before, threads)
 
@@ -299,7 +299,7 @@ def test_pool_without_a_thread_is_refused_and_keeps_nothing(
                 assert "can't start new thread" in str(error)
                 assert "`ulimit -u`" in str(error) and "`pids.max`" in str(error)
                 assert isinstance(error.__cause__, RuntimeError)
-                assert pool.closed
+                assert not pool.closed
                 del error
             pool.close()
         del pool

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 
+from minipool._sync import Notice
 from minipool.engine import standstill
 from minipool.engine.standstill import DefaultTimeout, Standstills
 
@@ -96,8 +96,13 @@ def test_caller_that_is_first_at_the_thaw_waits_for_the_manager(
     clock.now += 10.0
     found: list[float] = []
     asked = threading.Event()
-    gates: Any = account._gates
-    account._gates = Gates(gates, asked)  # type: ignore[assignment]
+    wait_for = account._heard_of.wait_for
+
+    def wait(condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        asked.set()
+        return wait_for(condition, timeout)
+
+    account._heard_of = Heard(account._heard_of, wait)  # type: ignore[assignment]
     caller = threading.Thread(target=lambda: found.append(account.lost(100.0)))
     caller.start()
     assert asked.wait(20), "it does not wait"
@@ -107,18 +112,11 @@ def test_caller_that_is_first_at_the_thaw_waits_for_the_manager(
     assert found == [pytest.approx(9.0)]
 
 
-class Gates:
-    """A deque that tells when something was put into it."""
+class Heard:
+    """A notice whose waits are seen."""
 
-    def __init__(self, gates: Any, put: threading.Event) -> None:
-        self._gates, self._put = gates, put
-
-    def append(self, gate: threading.Lock) -> None:
-        self._gates.append(gate)
-        self._put.set()
-
-    def popleft(self) -> Any:
-        return self._gates.popleft()
+    def __init__(self, notice: Notice, wait_for: Callable[..., bool]) -> None:
+        self.post, self.wait_for, self._gates = notice.post, wait_for, notice._gates
 
 
 def test_manager_that_stays_away_is_waited_for_with_a_bound(
@@ -151,7 +149,7 @@ def test_nobody_waits_for_a_manager_that_has_ended(account: Standstills, clock: 
     caller.join(20)
 
     assert found == [0.0]
-    assert not account._gates
+    assert not account._heard_of._gates
 
 
 @pytest.mark.parametrize("seconds", [0.0, 5.0, DefaultTimeout(0.0), DefaultTimeout(5.0)])
@@ -166,7 +164,7 @@ def test_caller_that_has_time_or_must_not_wait_does_not_wait_for_the_manager(
     caller.join(20)
 
     assert found == [seconds]
-    assert not account._gates
+    assert not account._heard_of._gates
 
 
 def test_limit_goes_on_by_what_was_lost(account: Standstills, clock: Clock) -> None:

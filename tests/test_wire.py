@@ -379,7 +379,7 @@ def test_stand_in_pickles_on() -> None:
 def test_results_that_cannot_travel_are_described() -> None:
     """Both directions of failure say what it was, and survive reasons without text."""
     there = wire.unpicklable_result(rogues.EvilText(), "Model")
-    here = wire.unreadable_result(rogues.EvilText())
+    here = wire.unreadable(rogues.EvilText(), pickle.loads, b"")
 
     assert "returned a Model" in str(there)
     assert "cannot be unpickled here" in str(here)

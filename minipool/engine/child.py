@@ -199,7 +199,7 @@ class _Worker:
             try:
                 return self._answer_requests()
             except BlockingIOError as error:
-                if not (self._leaving and self._end.was_waiting(error.__traceback__)):
+                if not (self._leaving and self._end.found_nothing(error.__traceback__)):
                     raise
                 if self._may_leave():
                     self._leave()

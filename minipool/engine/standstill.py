@@ -15,12 +15,12 @@ Periods are replaced, never changed, so any thread may read them; the manager al
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import math
 import threading
 import time
 from typing import Callable, Tuple
+
+from .._sync import Notice
 
 Periods = Tuple[Tuple[float, float], ...]  # begin and end, monotonic; in order, without overlaps
 
@@ -47,7 +47,7 @@ class Standstills:
         self._most = math.inf if most is None else most
         #: What the manager does now: from when it is late, by when it will be heard of again.
         self._phase = (math.inf, math.inf)
-        self._gates: collections.deque[threading.Lock] = collections.deque()
+        self._heard_of = Notice()
         self._stops: Periods = ()
         self._droughts: Periods = ()
         self._starting_since: float | None = None  # a drought is under way
@@ -78,9 +78,7 @@ class Standstills:
         if counts and now - was_due > LATE:
             self._stops = _with(self._stops, before, now)
         self._phase = late_from, due  # after that: whoever finds it in time finds the stop as well
-        with contextlib.suppress(IndexError):
-            while True:
-                self._gates.popleft().release()
+        self._heard_of.post()
 
     def note_starting(self, alone: bool) -> None:
         """Note whether, at this moment, no worker serves and one is starting."""
@@ -124,18 +122,12 @@ class Standstills:
         return self._starting_since is not None
 
     def catch_up(self) -> None:
-        """Wait for the manager, for a while, if it is late.
+        """Wait for the manager, for a while, if it is late."""
+        if self._is_late() and threading.get_ident() != self._thread:
+            self._heard_of.wait_for(lambda: not self._is_late(), _PATIENCE)
 
-        The gate is put up before the last look, and the manager looks for gates after it has said
-        that it is there: one of the two sees the other.
-        """
-        if self._clock() - self._phase[1] <= LATE or threading.get_ident() == self._thread:
-            return
-        gate = threading.Lock()
-        gate.acquire()
-        self._gates.append(gate)
-        if self._clock() - self._phase[1] > LATE:
-            gate.acquire(True, _PATIENCE)
+    def _is_late(self) -> bool:
+        return self._clock() - self._phase[1] > LATE
 
     def limit(self, seconds: float | None, since: float | None = None) -> TimeLimit:
         """Return a limit of so many seconds, from now on or since then; None: for ever."""

@@ -78,6 +78,14 @@ class _WorkerEnd:
             except BlockingIOError:
                 self.wait_on()
 
+    def found_nothing(self, trace: TracebackType | None) -> bool:
+        """Tell whether `receive` itself raised, before anything of a request was read."""
+        last = list(_frames(trace))[-1:]
+        return any(
+            frame.f_code is type(self).receive.__code__ and "frame" not in frame.f_locals
+            for frame in last
+        )
+
     def has_ended(self, error: BaseException) -> bool:
         """Tell whether the pipe has ended, or is closed; `error` is what reading it has raised.
 
