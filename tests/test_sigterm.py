@@ -192,7 +192,7 @@ def test_request_that_has_begun_to_come_is_taken_whole() -> None:
         end.stop_waiting()
         with pytest.raises(BlockingIOError) as caught:
             end.receive()
-        assert end.was_waiting(caught.value.__traceback__)
+        assert end.found_nothing(caught.value.__traceback__)
         os.set_blocking(ours.writer, True)
         os.write(ours.writer, frame[:1000])
         rest = threading.Thread(target=os.write, args=(ours.writer, frame[1000:]))

@@ -103,8 +103,8 @@ def launched(ensure_running: Callable[[], object], launch: Callable[[], T]) -> T
         try:
             ensure_running()
             return _in_time(launch)
-        except (EOFError, ConnectionError) as error:
-            problem, may_be_imports = _explained(error)
+        except (EOFError, ConnectionError):
+            problem, may_be_imports = _explained()
         # The error is forgotten here: its frames hold the descriptors of the start that failed.
         if not (may_be_imports and _drop_modules()):
             break
@@ -142,7 +142,7 @@ def _kill(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _explained(error: Exception) -> tuple[ServerGone, bool]:
+def _explained() -> tuple[ServerGone, bool]:
     """Return what has become of the server, and whether what it imported may have ended it."""
     pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     interpreter = f"it was started as sys.executable={executable()!r}"
@@ -157,13 +157,13 @@ def _explained(error: Exception) -> tuple[ServerGone, bool]:
     how, code = _end_of(pid)
     if pid is not None and pid == _Known.answered:
         return ServerGone(
-            f"the fork server (pid {pid}) {how}: {_named(error)}; its standard error tells why; "
+            f"the fork server (pid {pid}) {how}; its standard error tells why; "
             f"where it could not fork: {processes()}"
         ), False
     return ServerGone(
-        f"the fork server (pid {pid}) {how} before its first answer ({_named(error)}); "
+        f"the fork server (pid {pid}) {how} before its first answer; "
         f"{interpreter}: if that is no Python, name one by "
-        f"`multiprocessing.set_executable()`"
+        f"`multiprocessing.set_executable()`; where it could not fork: {processes()}"
     ), code not in _FROM_OUTSIDE
 
 
@@ -189,10 +189,6 @@ def _end_of(pid: int | None) -> tuple[str, int | None]:
         return "did not do what it was asked", None
     code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
     return f"ended {_words(code)}", code
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _words(exitcode: int) -> str:

@@ -35,6 +35,8 @@ def keep_standard_streams(conn: Any, setup: Setup) -> Any:
     """
     if os.name != "posix":
         return conn
+    from multiprocessing import parent_process
+
     voice = () if setup.voice is None else setup.voice.descriptors
     ends = (conn.reader, conn.writer) if isinstance(conn, Ends) else ()
     for used in (setup.table, setup.lifeline, setup.box, *voice, *ends):
@@ -44,6 +46,9 @@ def keep_standard_streams(conn: Any, setup: Setup) -> Any:
         moved = type(conn)(_moved(os.dup(conn.fileno())))
         conn.close()
         conn = moved
+    parent: Any = parent_process()
+    if parent is not None and parent._sentinel < _STREAMS:
+        parent._sentinel = _moved(parent._sentinel)
     for fd in range(_STREAMS):
         try:
             os.fstat(fd)
