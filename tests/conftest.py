@@ -57,8 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "impatient: the test times the wait for a worker's last words"
     )
     faulthandler.enable()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell did so, in the background
+    # A shell ignores some in the background, and `nohup` another.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGHUP", "SIGQUIT"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

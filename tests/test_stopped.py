@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from ears import handle_of, wait_until
 from minipool import CallTimeout, LeaseRevoked, Pool, PoolStartError
 
 STOPPED = "a signal such as SIGSTOP had stopped it"
@@ -48,6 +49,16 @@ def test_revocation_says_so() -> None:
     with Pool(size=1, lease_timeout=0.3, call_timeout=None) as pool:
         with pytest.raises(LeaseRevoked, match=STOPPED):
             pool.call(signal.raise_signal, signal.SIGSTOP)
+
+
+def test_one_that_is_killed_for_no_reason_given_is_buried_all_the_same() -> None:
+    with Pool(size=1) as pool:
+        handle = handle_of(pool, 0)
+        assert pool.call(abs, -1) == 1  # its end is no failed start
+        os.kill(handle.pid or 0, signal.SIGSTOP)
+        handle.kill()
+        wait_until(pool, lambda: pool.stats().workers_lost == 1)
+        assert pool.call(abs, -1) == 1
 
 
 def test_failed_start_says_so() -> None:

@@ -96,7 +96,9 @@ def ending_of(handle: Any) -> str:
     """Say in words how a worker ended, and in the midst of what or by which order of the pool."""
     how = describe(handle.process)
     if handle.process.killed:
-        return f"{how} ({with_stop(handle, handle.killed_for or handle.tainted)})"
+        reason = handle.killed_for or handle.tainted
+        why = handle.process.stopped if reason is None else with_stop(handle, reason)
+        return f"{how} ({why})" if why else how
     call = _running_call(handle)
     return f"{how} between calls" if call is None else f"{how} during {call!r}"
 

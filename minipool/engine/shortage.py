@@ -11,6 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from ..cgroup import pids
 from ..errors import ConfigError, MinipoolError, PoolStartError
 
 if TYPE_CHECKING:
@@ -154,8 +155,6 @@ def in_words(problem: BaseException) -> str:
 
 def processes() -> str:
     """Return how many processes there are, and may be: of this user, and of the control group."""
-    from ..cgroup import pids
-
     told = []
     with contextlib.suppress(ImportError, AttributeError, OSError):
         import resource
