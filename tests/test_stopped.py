@@ -52,10 +52,12 @@ def test_revocation_says_so() -> None:
 
 
 def test_one_that_is_killed_for_no_reason_given_is_buried_all_the_same() -> None:
-    with Pool(size=1) as pool:
+    with Pool(size=1, start_method="fork") as pool:  # a child of this process: it can be waited for
         handle = handle_of(pool, 0)
         assert pool.call(abs, -1) == 1  # its end is no failed start
-        os.kill(handle.pid or 0, signal.SIGSTOP)
+        pid = handle.pid or 0
+        os.kill(pid, signal.SIGSTOP)
+        assert os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
         handle.kill()
         wait_until(pool, lambda: pool.stats().workers_lost == 1)
         assert pool.call(abs, -1) == 1
