@@ -123,7 +123,7 @@ class Nearness:
     def tell_lost(self, record: Record, start: float | None) -> None:
         """With strict affinity, tell everyone who waited for a worker that is dead, once.
 
-        `start` is when the caller came; None: he has just found out.
+        `start` is when the caller came; None: it has just found out.
         """
         if start is None or (record.at_slot >= 0 and self.worker_of(record) is None):
             record.unbind()

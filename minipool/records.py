@@ -25,7 +25,7 @@ _stays = itertools.count(1)  # tell apart what one session left in a worker, eac
 
 
 class Stake:
-    """Lies in the frame of who owns a session without a worker: when it is gone, so is he."""
+    """Lies in the frame of a thread that owns a session without a worker, and goes with it."""
 
     __slots__ = ("__weakref__",)
 
@@ -118,8 +118,8 @@ class Record:
     def renewed(self) -> Record | None:
         """Return a copy to go on with; this one accepts no commit any more.
 
-        None: a commit is under way, so it has an owner. He says that he commits, then looks
-        whether he is fenced off; here it is the other way round: one of the two sees the other.
+        None: a commit is under way, so it has an owner. That says that it commits, then looks
+        whether it is fenced off; here it is the other way round: one of the two sees the other.
         """
         self.fenced = True
         if self.committing:

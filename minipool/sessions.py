@@ -494,9 +494,9 @@ class Sessions:
         record.used = used
 
     def take_away(self, record: Record) -> None:
-        """Free a session whose owner may still be at it, or was struck before he could.
+        """Free a session whose owner may still be at it, or was struck before it could.
 
-        It gets a new record, and the old one is fenced off: whatever he does with it is refused.
+        It gets a new record, and the old one is fenced off: whatever that owner does with it is refused.
         If a commit is under way, a sweep will do it.
         """
         me, key = object(), record.key
@@ -642,13 +642,13 @@ class Sessions:
         return used
 
     def _sweep_astray(self) -> None:
-        """Free a session whose owner was struck by an exception before he could."""
+        """Free a session whose owner was struck by an exception before it could."""
         stale, self._stale = self._stale, self._renewing.copy()
         for key, seat in stale.items():
             if self._renewing.get(key) is seat:
                 self._renewing.pop(key, None)
         for key, owned in self._owned.copy().items():
-            if owned[1]() is None:  # he was struck on his way to a lease
+            if owned[1]() is None:  # it was struck on its way to a lease
                 popped = self._owned.pop(key, owned)
                 if popped is not owned:
                     self._owned.setdefault(key, popped)  # the next owner was faster

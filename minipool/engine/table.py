@@ -6,7 +6,7 @@ does tear). Each word has one writer, so `words[i] += 1` is exact without a lock
 
 * the *owner line* is written in the parent, by whoever owns the slot at the moment;
 * the *worker line* is written by the worker process alone;
-* the histograms are written by the lease holder, into the row of the worker he holds.
+* the histograms are written by the lease holder, into the row of its worker.
 
 The memory is anonymous and made here: a memfd, else an unlinked temporary file, else, where
 nothing can be shared, private memory of the parent (then the worker's words come with its

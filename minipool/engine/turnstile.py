@@ -323,7 +323,7 @@ class Turnstile:
         if offer(slot, generation) is not generation:
             return self._publish_again(slot, generation)
         if self.closed and self.idle.pop(slot, None) is not None:
-            self._on_refused(slot, generation)  # had the closer popped it, it would be his
+            self._on_refused(slot, generation)  # had the closer popped it, it would be the closer's
             return False
         if self.waiters and (self.general or self.lines.get(slot)):
             self.pump(slot)

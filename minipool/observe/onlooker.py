@@ -94,7 +94,7 @@ def available() -> bool:
 
 
 def look(pid: int | None = None) -> tuple[list[PoolSight], list[Unreadable]]:
-    """Return every live pool of this user, or of one process of his; and what could not be read.
+    """Return every live pool of this user, or of one process of theirs; and what could not be read.
 
     Other users' processes are passed over; the one that was asked for by its pid is told of.
     """
@@ -145,7 +145,7 @@ def _tables(pid: int) -> list[tuple[int, str]]:
 
 
 def _see(pid: int, fd: int) -> tuple[tuple[int, int], PoolSight | None]:
-    """Read one table, with a key that is the same for all its descriptors; None: not his.
+    """Read one table, with a key that is the same for all its descriptors; None: not this user's.
 
     Raises:
         ValueError: it is no table that can be read; the text says why.

@@ -1,7 +1,7 @@
-"""Visitors of the dashboard: who is let in, and what each is told, in a thread of his own.
+"""Visitors of the dashboard: who is let in, and what each is told, in a thread of its own.
 
-Who is slow gets fewer readings, and who does not take what he is sent, or does not say what he
-wants, is hung up on: nobody waits for him, least of all the pool, which is only read.
+A slow one gets fewer readings. One that does not take what it is sent, or does not say what it
+wants, is hung up on: nobody waits for it, least of all the pool, which is only read.
 
 What keeps others out: the page is served to this machine alone, unless another address is bound,
 and then a token is asked for. The Host header must name this machine, so that a web site that
@@ -30,7 +30,7 @@ from .openmetrics import CONTENT_TYPE
 from .page import POLICY, page
 
 MOST_GUESTS = 64  # connections at a time; one more is hung up on
-PATIENCE = 10.0  # seconds a visitor has to say what he wants, and to take each piece of it
+PATIENCE = 10.0  # seconds a visitor has to say what it wants, and to take each piece of it
 _SILENT = 15.0  # seconds after which a stream without news says that it is there
 _SHORT_POLICY = "default-src 'none'; frame-ancestors 'none'"
 
@@ -90,7 +90,7 @@ class Server(HTTPServer):
         def answer() -> None:
             try:
                 self.finish_request(request, client_address)
-            except Exception:  # he hung up, or was hung up on
+            except Exception:  # it hung up, or was hung up on
                 self.handle_error(request, client_address)
             finally:
                 self.shutdown_request(request)
@@ -134,7 +134,7 @@ class Visit(BaseHTTPRequestHandler):
     timeout = PATIENCE  # of each read and each write
 
     def do_GET(self) -> None:
-        """Answer, if he may ask."""
+        """Answer, if it may ask."""
         where = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(where.query).items()}
         if not self._host_is_ours():
@@ -204,7 +204,7 @@ class Visit(BaseHTTPRequestHandler):
                    {"Content-Security-Policy": POLICY.format(nonce=nonce)})  # fmt: skip
 
     def _events(self, query: dict[str, str]) -> None:
-        """Send the newest reading, again and again, until he hangs up or we do."""
+        """Send the newest reading, again and again, until it hangs up or we do."""
         pool_id, window = query.get("pool", ""), _seconds(query.get("window", ""))
         self._head(200, "text/event-stream")
         if self.command == "HEAD":
