@@ -496,7 +496,7 @@ class Sessions:
     def take_away(self, record: Record) -> None:
         """Free a session whose owner may still be at it, or was struck before it could.
 
-        It gets a new record, and the old one is fenced off: whatever that owner does with it is refused.
+        It gets a new record, and the old one is fenced off: that owner may do nothing with it.
         If a commit is under way, a sweep will do it.
         """
         me, key = object(), record.key

@@ -127,7 +127,7 @@ class Dashboard:
     def _let_in(self, selector: selectors.BaseSelector) -> None:
         self._server.choked = False
         self._server.handle_request()
-        if self._server.choked:  # a visitor stands at the door still, and would be seen again at once
+        if self._server.choked:  # somebody is at the door still, and would be seen at once
             selector.unregister(self._server.socket)  # until the next tick
 
 
