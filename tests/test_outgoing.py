@@ -127,6 +127,19 @@ def test_a_post_that_was_struck_is_never_sent_twice(ends: Ends) -> None:
     assert arrived[-1] == arrived[-2] == frame  # struck at the very end, and not at all
 
 
+def test_what_follows_a_part_that_is_lost_is_not_sent_without_it(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(fd: int, data: Any) -> int:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(channel.os, "write", no_memory)
+        with pytest.raises(MemoryError):
+            ends.end.post(0, wire.ASSIGN, b"A" * 20_000, b"B" * 20_000)
+    assert not ends.end.unsent
+
+
 def test_the_length_of_calls_is_limited_after_the_assignment_as_before(ends: Ends) -> None:
     reader = threading.Thread(target=ends.worker.receive_assignment)
     reader.start()

@@ -383,6 +383,30 @@ def test_commit_during_which_the_link_was_turned_is_refused(
     store.close()
 
 
+@pytest.mark.parametrize("of_the_file", [False, True], ids=["folder", "file"])
+def test_link_that_is_missing_for_a_moment_costs_no_session(
+    current: Path, of_the_file: bool
+) -> None:
+    """It was not turned in one step: removed, and made again."""
+    link, path = current, current / "store"
+    if of_the_file:
+        SQLiteStore(str(path)).close()
+        link = path = current.parent / "store"
+        link.symlink_to("release1/store")
+    store = SQLiteStore(str(path))
+    store.create("a", {"n": b"1"})
+    leads_to = link.readlink() if hasattr(link, "readlink") else os.readlink(link)
+    link.unlink()
+    for _ in range(2):
+        with pytest.raises(SessionError):
+            store.has("a")
+        assert not os.path.lexists(link), "a new store is made in its place"
+    link.symlink_to(leads_to)
+    store.commit("a", 2, {"n": b"2"})
+    assert store.read("a") == (2, {"n": b"2"})
+    store.close()
+
+
 def test_link_that_was_turned_back_leads_to_what_was_there(current: Path) -> None:
     store = SQLiteStore(str(current / "store"))
     other = SQLiteStore(str(current.resolve() / "store"))

@@ -313,6 +313,9 @@ class FastEnd(End):
             except OSError:
                 self.unsent.clear()
                 raise PeerGone from None
+            except BaseException:
+                self.unsent.clear()  # without that part the others would be garbage
+                raise
             if rest:
                 self.unsent.appendleft(rest)
                 self._widen_once()

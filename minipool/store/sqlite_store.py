@@ -241,7 +241,9 @@ class SQLiteStore:
         real = os.path.realpath(self.path)
         if real == database.path:
             return  # it is the file that was deleted or replaced: `transact` sees to that
-        self._left_behind = database
+        gone = real == self.path and not os.path.exists(real)
+        if os.path.isdir(os.path.dirname(real)) and not gone:  # else it is just being turned
+            self._left_behind = database
         text = (
             f"{what} in {self.path!r}: a link was turned while the store was in use, and leads to "
             f"{real!r} instead of {database.path!r}; {so}; the next use begins with the file that "
