@@ -158,9 +158,14 @@ class LeaseRevoked(LeaseError):
 
 
 class SessionError(MinipoolError):
-    """Something is wrong with a session; its committed state is as it was."""
+    """Something is wrong with a session; its committed state is as it was.
+
+    `in_doubt`: or else it is what was to be committed: the store refused only afterwards, as its
+    file was deleted, replaced or led away from meanwhile. The next use asks what is there then.
+    """
 
     session_id: str
+    in_doubt: bool = False
 
 
 class SessionNotFound(SessionError):

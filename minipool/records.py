@@ -35,8 +35,9 @@ class Record:
 
     __slots__ = (
         "_before", "affinity", "at_generation", "at_slot", "at_version", "begun", "born",
-        "committing", "doubtful", "fenced", "holder", "key", "known", "lost_at", "opened", "serial",
-        "sessions", "state", "stay", "strict", "thread", "used", "version", "warm_head", "weight",
+        "claimed", "committing", "doubtful", "fenced", "holder", "key", "known", "lost_at",
+        "serial", "sessions", "state", "stay", "strict", "thread", "used", "version", "warm_head",
+        "weight",
     )  # fmt: skip
 
     def __init__(self, sessions: Any, key: str) -> None:
@@ -55,8 +56,8 @@ class Record:
         self.strict = False  # the present lease wants the session's own worker or none
         self.serial = next(_serials)
         self.thread = 0  # that owns it, before there is a lease
-        self.opened = False  # False: not yet read from the store
-        self.begun = False  # True: by its present owner, who may have to undo that in the store
+        self.claimed = False  # True: it may be ours in the store
+        self.begun = False  # True: it was begun there by its first owner, who may have to undo that
         self.holder: Handle | None = None  # the worker of the present lease
         self.fenced = False  # True: it is another record's by now; nothing is committed any more
         self.committing = False
@@ -128,7 +129,7 @@ class Record:
         copy = Record(self.sessions, self.key)
         copy.state, copy.version, copy.born = self.state, self.version, self.born
         copy.at_slot, copy.at_generation = self.at_slot, self.at_generation
-        copy.serial, copy.lost_at, copy.opened = self.serial, self.lost_at, True
+        copy.serial, copy.lost_at = self.serial, self.lost_at
         copy.stay, copy.known = self.stay, self.known
         copy.doubtful, copy.weight = self.doubtful, self.weight
         return copy
@@ -144,7 +145,7 @@ class Record:
 
         Raises:
             SessionError: the store refused, or the state would outgrow `max_message`; the state is
-                what it was.
+                what it was, unless the error is `in_doubt`.
         """
         self.committing = True
         try:

@@ -54,7 +54,10 @@ class Sessions:
         self._store = store
         self.nearness = Nearness(desk)
         self._affinity = desk.config.affinity
+        #: What is ours in the store has a record here, or else is owed there: to be deleted (True)
+        #: or only let go. Housekeeping sees to that if the store refused it at once.
         self._records: dict[str, Record] = {}
+        self._owed: dict[str, bool] = {}
         self._line = Turnstile("fifo", swept=True)
         #: Owned by a thread, but without a worker: not astray while the thread's stake is there.
         self._owned: dict[str, tuple[Record, weakref.ref[Stake]]] = {}
@@ -102,7 +105,6 @@ class Sessions:
             record = self._new(key, stake, lambda record: self._write(record, packed, scoped))
             if record is None:
                 raise _exists(key)
-            record.begun = False
         except BaseException:
             mine = self._mine(key, before)
             if mine is not None:
@@ -124,25 +126,40 @@ class Sessions:
             if known is not record:
                 return None  # others can queue for it from here on
             self._own(record, stake)
+            if key in self._owed:
+                self._pay(key)
             if stays:
                 self._check_room()
             fill(record)
-            record.opened = True
             if stays:
                 self._records[key] = record
-                self._make_room_for(record)
+                self._make_room()
             return record
         except BaseException:
             if self._line.current.get(key) is record:
                 self._unmake(record)
             raise
 
-    def _unmake(self, record: Record) -> None:
-        """Forget a record that was to be made; in the store is what was there before."""
-        if record.begun and self._store is not None:
-            with contextlib.suppress(SessionError):  # as it was the store that refused
-                self._store.delete(record.key)
+    def _unmake(self, record: Record, later: bool = False) -> None:
+        """Forget a record that was not made to its end; in the store is what was there before.
+
+        What may be ours there is given back, or owed if that must be done later: else no other
+        process could use it while this one lives, and nothing would end it.
+        """
+        if record.claimed:
+            self._owed[record.key] = record.begun or self._owed.get(record.key, False)
+            if not later:
+                with contextlib.suppress(SessionError):  # as it was the store that refused
+                    self._pay(record.key)
         self._forget(record)
+
+    def _pay(self, key: str) -> None:
+        """Give back in the store what is owed there. By the session's owner here."""
+        if self._owed[key]:
+            self._store.delete(key)
+        elif hasattr(self._store, "let_go"):
+            self._store.let_go(key)
+        self._owed.pop(key, None)
 
     def _write(self, record: Record, packed: dict[str, bytes], scoped: bool) -> None:
         """Begin a session with a state, in the store first."""
@@ -155,14 +172,14 @@ class Sessions:
                 self._write_over(record, state, scoped)
             else:
                 self._check_forgets(record.key)
-                record.begun = True
+                record.begun = record.claimed = True
                 try:
                     made = self._store.create(record.key, state)
-                except SessionError:
-                    record.begun = False  # nothing has changed
+                except SessionError as problem:
+                    record.claimed = problem.in_doubt
                     raise
                 if not made:  # another process was faster
-                    record.begun = False
+                    record.claimed = False
                     raise _exists(record.key)
         record.load(record.version or int(bool(state)), packed)
 
@@ -171,7 +188,8 @@ class Sessions:
         found = self._store.read(record.key) if scoped else None
         if found is None or _SCOPE not in (found[1] or {}):
             raise _exists(record.key)
-        found = self._store.open(record.key)  # raises SessionBusy: that process lives
+        record.begun = True  # what a dead block has left is over in any case
+        found = self._open(record)  # raises SessionBusy: that process lives
         version, old = (0, None) if found is None else found
         changes: Changes = {**dict.fromkeys(old or {}), **state}
         self._store.commit(record.key, version + 1, changes)
@@ -183,7 +201,7 @@ class Sessions:
             return
         if create and self._is_full() and not self._store.has(record.key):
             self._check_forgets(record.key)
-        loaded = self._store.open(record.key)
+        loaded = self._open(record)
         if loaded is not None:
             version, state = loaded
             if state is not None and _SCOPE in state:  # it is no block's any more
@@ -194,6 +212,15 @@ class Sessions:
         record.begun = True
         if not create:  # it was there a moment ago
             raise _not_found(record.key)
+
+    def _open(self, record: Record) -> Loaded | None:
+        record.claimed = True  # first: from here on it may be ours there
+        try:
+            loaded: Loaded | None = self._store.open(record.key)
+        except SessionError:
+            record.claimed = False
+            raise
+        return loaded
 
     def end(self, key: str, timeout: float | None) -> None:
         """End a session, after its present lease; nothing if there is none. See `Pool`."""
@@ -227,11 +254,16 @@ class Sessions:
             stake = Stake()
             self._own(record, stake)
             try:
+                self._owed[record.key] = True  # if the rest is interrupted, it is done later
                 self._store.delete(record.key)  # first: who comes next must not find it there
-            except BaseException:
+            except BaseException as problem:
+                if isinstance(problem, SessionError):
+                    record.doubtful = record.doubtful or problem.in_doubt
+                    self._owed.pop(record.key, None)
                 self._put_back(record)
                 raise
         handles = self.nearness.tell_over(record)
+        self._owed.pop(record.key, None)
         self._forget(record)
         return handles
 
@@ -274,23 +306,6 @@ class Sessions:
         """
         if self._is_full():
             self._store.delete(key)  # changes nothing
-
-    def _make_room_for(self, record: Record) -> None:
-        """Make room for a session that was begun, or take it back.
-
-        If the store, which has agreed to forget sessions a moment ago, now refuses both, there is
-        one too many until it does: what was begun there is not left behind by an error.
-        """
-        try:
-            self._make_room()
-        except SessionError:
-            if record.begun and self._store is not None:
-                try:
-                    self._store.delete(record.key)
-                except SessionError:
-                    return
-                record.begun = False
-            raise
 
     def _make_room(self) -> None:
         """End the session that was not used for the longest time, if there are too many."""
@@ -487,8 +502,11 @@ class Sessions:
 
     def _put_back(self, record: Record) -> None:
         """Offer a session again that was taken, and not used; one that was not to stay goes."""
+        if self._owed.get(record.key) and not record.fenced:
+            self._forget(record)  # its end was interrupted
+            return
         if record.key not in self._records and not record.fenced:
-            self._forget(record)
+            self._unmake(record)
             return
         used = record.used
         self.give_back(record)
@@ -520,8 +538,9 @@ class Sessions:
         """Put changes into the store, if there is one. In doubt until memory has them as well.
 
         Raises:
-            SessionError: the store refused, and nothing has changed. SessionBusy: another process
-                has the session by now, and it is forgotten here.
+            SessionError: the store refused, and nothing has changed, unless it is `in_doubt`: then
+                the next use asks the store. SessionBusy: another process has the session by now,
+                and it is forgotten here.
         """
         if self._store is None:
             return
@@ -529,7 +548,7 @@ class Sessions:
         try:
             self._store.commit(record.key, record.version + 1, changes)
         except SessionError as problem:
-            record.doubtful = False
+            record.doubtful = problem.in_doubt
             if isinstance(problem, SessionBusy):
                 self._disown(record)
             raise
@@ -560,7 +579,9 @@ class Sessions:
         record = self._records.get(checked_key(key))
         if record is not None:
             return Snapshot(self.committed(record))
-        loaded = None if self._store is None else self._store.read(key)
+        loaded = None
+        if self._store is not None and not self._owed.get(key):
+            loaded = self._store.read(key)
         if loaded is None:
             raise SessionNotFound(f"there is no session {key!r}", session_id=key)
         return Snapshot(_unmarked(loaded)[1] or {})
@@ -606,6 +627,8 @@ class Sessions:
         By the manager, and where there is a store by its housekeeping.
         """
         until = time.monotonic() + seconds
+        for key in tuple(self._owed):
+            self._pay_late(key)
         oldest = self._line.oldest()
         while oldest is not None and self._is_expired(oldest[1]):
             if self._line.claim(*oldest):
@@ -616,10 +639,16 @@ class Sessions:
             oldest = self._line.oldest()
         return False
 
+    def _pay_late(self, key: str) -> None:
+        """Give back in the store what it refused; not if somebody here is at that session now."""
+        record = self._new(key, Stake(), lambda record: None, stays=False)
+        if record is not None:
+            self._forget(record)
+
     def has_expired(self) -> bool:
         """Tell whether `expire` would find something."""
         oldest = self._line.oldest()
-        return oldest is not None and self._is_expired(oldest[1])
+        return bool(self._owed) or (oldest is not None and self._is_expired(oldest[1]))
 
     def _is_expired(self, record: Record) -> bool:
         return record.used < time.monotonic() - self._config.session_ttl
@@ -667,10 +696,10 @@ class Sessions:
             if before.get(key) != record.used or key in self._line.idle:
                 continue
             remark(INFO, "session %r had lost its owner and is free again", key)
-            if key in self._records:
+            if key in self._records and not self._owed.get(key):
                 self.take_away(record)
             else:
-                self._forget(record)
+                self._unmake(record, later=True)
 
     def _held(self, record: Record) -> bool:
         """Tell whether a session has a lease, or will have one in a moment."""

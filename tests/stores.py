@@ -16,6 +16,7 @@ class NotingStore:
     def __init__(self) -> None:
         self.kept: dict[str, tuple[int, dict[str, bytes]]] = {}
         self.taken: set[str] = set()  # by another process that lives
+        self.ours: set[str] = set()  # which no other process could use
         self.asked: list[tuple[str, str]] = []  # method, thread
         self.used: list[dict[str, float]] = []
         self.closed = threading.Event()
@@ -34,6 +35,7 @@ class NotingStore:
         self._refuse_taken(key)
         found = self.kept.get(key)
         self.kept.setdefault(key, (0, {}))
+        self.ours.add(key)
         return None if found is None else (found[0], dict(found[1]))
 
     def create(self, key: str, state: Mapping[str, bytes]) -> bool:
@@ -41,6 +43,7 @@ class NotingStore:
         if key in self.kept:
             return False
         self.kept[key] = (int(bool(state)), dict(state))
+        self.ours.add(key)
         return True
 
     def has(self, key: str) -> bool:
@@ -64,6 +67,11 @@ class NotingStore:
         self._begin("delete", key)
         if key not in self.taken:
             self.kept.pop(key, None)
+            self.ours.discard(key)
+
+    def let_go(self, key: str) -> None:
+        self._begin("let_go", key)
+        self.ours.discard(key)
 
     def beat(self, used: Mapping[str, float]) -> None:
         self._begin("beat")
@@ -81,13 +89,13 @@ class LockedStore(NotingStore):
         super().__init__()
         self.locked = threading.Event()
         self.waited = threading.Event()  # something has waited
-        self.let_go = threading.Event()
+        self.unlocked = threading.Event()
         self.before = self._wait
 
     def _wait(self, method: str, key: str) -> None:
         if self.locked.is_set():
             self.waited.set()
-            assert self.let_go.wait(30), f"{method} was never let go"
+            assert self.unlocked.wait(30), f"{method} was never let go"
 
 
 class RefusingStore(NotingStore):

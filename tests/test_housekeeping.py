@@ -91,7 +91,7 @@ def test_locked_store_holds_up_no_death(expire: bool) -> None:
                 ),
             )
             assert pool.call(os.getpid)
-        store.let_go.set()
+        store.unlocked.set()
     assert store.closed.is_set()
 
 
@@ -114,7 +114,7 @@ def test_close_does_not_wait_for_a_locked_store_for_ever(
     assert pool._desk is not None and pool._desk.manager.done
     assert not store.closed.is_set() and len(housekeepers()) == 1
     assert any("has not let go" in message for message in caplog.messages)
-    store.let_go.set()
+    store.unlocked.set()
     assert store.closed.wait(20)
 
 

@@ -26,6 +26,7 @@ from minipool import (
     WorkerStartError,
 )
 from minipool.engine.desk import could_not_start
+from minipool.engine.fleet import Fleet
 from minipool.engine.launch import Launcher
 from minipool.engine.verdict import Verdict, by_chance
 from minipool.store import SQLiteStore
@@ -248,6 +249,24 @@ def test_pool_that_may_have_no_thread_says_so_and_keeps_nothing(
         assert len(os.listdir("/proc/self/fd")) == before
     with pool:
         assert pool.call("add") == 1
+
+
+def test_step_that_fails_as_nothing_could_be_started_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first thing to be given back is refused; memory and descriptors are given back."""
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool(Counter, size=1)
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        patch.setattr(Fleet, "_forget_frames", fails)
+        with pytest.raises(PoolStartError):
+            pool.open()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(

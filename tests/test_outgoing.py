@@ -251,6 +251,29 @@ def test_a_main_module_that_hangs_is_given_up_in_time(tmp_path: Path, gate: Gate
     assert "not ready within 0.5 s" in err
 
 
+@pytest.mark.logs_errors
+@pytest.mark.skipif(PORTABLE, reason="there a thread sends")
+def test_worker_that_will_never_have_the_rest_is_given_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would wait for what was lost when the pool had no memory to send it."""
+    flush, lost = channel.FastEnd.flush, threading.Event()
+
+    def lose_a_part(end: Any) -> None:
+        if end.unsent and sum(map(len, end.unsent)) < 4 << 20 and not lost.is_set():
+            lost.set()
+            end.unsent.clear()
+            raise MemoryError
+        flush(end)
+
+    monkeypatch.setattr(channel.FastEnd, "flush", lose_a_part)
+    pool = Pool(Counter, args=(bytes(4 << 20),), size=1, init_timeout=1000)
+    with pytest.raises(PoolStartError, match="a part of what it was sent was lost"):
+        pool.open()
+    assert lost.is_set()
+    pool.close()
+
+
 ANSWERS_EARLY = """
     import contextlib, os, struct
     if __name__ == "__mp_main__":

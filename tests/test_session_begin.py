@@ -157,8 +157,10 @@ def test_session_for_which_the_store_makes_no_room_is_not_begun(begun_by: str) -
         lambda pool: pool.checkout(session="new").release(),
     ],
 )
-def test_session_that_cannot_be_taken_back_was_begun(begin: Callable[[Any], object]) -> None:
-    """The store refuses from the deletion of the old one on: both stay, and no error says else."""
+def test_session_that_cannot_be_taken_back_is_deleted_later(
+    begin: Callable[[Any], object],
+) -> None:
+    """The store refuses from the deletion of the old one on, when the new one is there."""
     store = RefusingStore()
 
     def refuse(method: str, key: str) -> None:
@@ -168,15 +170,92 @@ def test_session_that_cannot_be_taken_back_was_begun(begin: Callable[[Any], obje
 
     with full_pool(store) as pool:
         store.before = refuse
-        begin(pool)
-        assert {info.session_id for info in pool.sessions()} == {"a", "b", "new"}
-        assert call(pool, "new", add) == 1
         with pytest.raises(SessionError, match="delete is refused"):
-            pool.create_session("next")
-        assert set(store.kept) == {"a", "b", "new", "old", "taken"}
+            begin(pool)
+        assert {info.session_id for info in pool.sessions()} == {"a", "b"}
+        assert "new" in store.kept
+        with pytest.raises(SessionNotFound):
+            pool.session_state("new")
+        with pytest.raises(SessionError, match="delete is refused"):
+            begin(pool)
         store.before = lambda method, key: None
-        pool.create_session("next")
-        assert len(pool.sessions()) == 2 and "next" in store.kept
+        assert pool._sessions.has_expired() and not pool._sessions.expire(1.0)  # housekeeping
+        assert "new" not in store.kept and store.ours == {"a", "b"}
+        begin(pool)
+        assert len(pool.sessions()) == 2 and store.ours >= {"new"}
+
+
+def begin_a_block(pool: Pool[None]) -> None:
+    pool.session("old").__enter__()
+
+
+@pytest.mark.parametrize("refused", [{"delete"}, {"delete", "let_go"}])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pool: pool.checkout(session="old").release(),
+        lambda pool: pool.end_session("old"),
+    ],
+)
+def test_session_in_the_store_that_came_to_nothing_here_is_let_go(
+    use: Callable[[Any], object], refused: set[str]
+) -> None:
+    """Else no other process could use it while this one lives."""
+    store = RefusingStore()
+    with full_pool(store) as pool:
+        store.refused = set(refused)
+        with pytest.raises(SessionError, match="delete is refused"):
+            use(pool)
+        assert {info.session_id for info in pool.sessions()} == {"a", "b"}
+        assert pool.session_state("old") == {"x": 0}
+        store.refused.clear()
+        pool._sessions.expire(1.0)  # housekeeping
+        assert "old" not in store.ours
+        assert store.kept["old"] == (1, {"x": pickle.dumps(0)})
+        use(pool)
+        assert len(pool.sessions()) == 2
+
+
+def test_what_a_dead_block_has_left_is_over_though_no_room_is_made_for_the_next() -> None:
+    store = RefusingStore()
+    with full_pool(store) as pool:
+        store.kept["old"] = (1, {"x": pickle.dumps(0), sessions._SCOPE: b""})
+
+        def refuse(method: str, key: str) -> None:
+            if method == "delete" and key == "a":
+                raise SessionError("refused; nothing was changed")
+
+        store.before = refuse
+        with pytest.raises(SessionError, match="refused"):
+            begin_a_block(pool)
+        assert "old" not in store.kept and store.ours == {"a", "b"}
+        store.before = lambda method, key: None
+        begin_a_block(pool)
+        assert pool.session_state("old") == {}
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_session_whose_end_was_interrupted_is_over(done: bool) -> None:
+    """Whether the store has deleted it or not: if not, that is done later."""
+    store = NotingStore()
+    with Pool(size=1, session_store=store) as pool:
+        pool.create_session("a", {"n": 1})
+        delete = store.delete
+
+        def struck(key: str) -> None:
+            if done:
+                delete(key)
+            raise Strike
+
+        store.delete = struck  # type: ignore[method-assign]
+        with pytest.raises(Strike):
+            pool.end_session("a")
+        store.delete = delete  # type: ignore[method-assign]
+        with pytest.raises(SessionNotFound):
+            pool.session_state("a")
+        assert not pool._sessions.expire(1.0)  # housekeeping
+        assert not store.kept and not store.ours and not pool._sessions._owed
+        assert call(pool, "a", add) == 1
 
 
 # -- ids -----------------------------------------------------------------------------------------
@@ -284,7 +363,7 @@ def test_interrupted_creation_leaves_what_was_there(stored: bool) -> None:
             pool._sessions._sweep()  # finds whatever was struck at the very end
         pool.end_session("a")
         if store is not None:
-            assert set(store.kept) == {"there"}
+            assert set(store.kept) == {"there"} == store.ours | {"there"}
 
 
 def state_of(pool: Pool[Any], key: str) -> Any:

@@ -79,12 +79,17 @@ def kill_workers(pool: Pool[Any], stop: threading.Event, seconds: float) -> int:
     for _ in range(int(seconds / 0.05)):
         if stop.wait(0.05):
             break
-        handles = list(pool._handles().values())
-        ready = [handle for handle in handles if handle.ready_ns and not handle.ended_ns]
-        if ready:
-            chance.choice(ready).kill()
-            killed += 1
+        killed += kill_one(pool, chance)
     return killed
+
+
+def kill_one(pool: Pool[Any], chance: random.Random) -> bool:
+    """Kill a worker, any one that is ready; False if none is."""
+    handles = list(pool._handles().values())
+    ready = [handle for handle in handles if handle.ready_ns and not handle.ended_ns]
+    if ready:
+        chance.choice(ready).kill()
+    return bool(ready)
 
 
 @pytest.mark.exhaustive
@@ -118,9 +123,12 @@ APPLICATION = """
 
 
 def count_and_tell(store: str, folder: str, log: int) -> None:
-    """Count in the sessions of a store until killed; write each reply to the log."""
+    """Count in the sessions of a store until killed; write each reply to the log.
+
+    A worker is killed for every 16 replies: by the clock, a slow machine would see no replies.
+    """
     with Pool(size=WORKERS, session_store=store) as pool:
-        stop = threading.Event()
+        replied = threading.Semaphore(0)
 
         def work(number: int) -> None:
             chance = random.Random()
@@ -134,10 +142,13 @@ def count_and_tell(store: str, folder: str, log: int) -> None:
                     os.write(log, f"! {number} {problem!r}\n".encode())
                     raise
                 os.write(log, f"{key} {n}\n".encode())
+                replied.release()
 
         for number in range(THREADS):
             threading.Thread(target=work, args=(number,), daemon=True).start()
-        kill_workers(pool, stop, 600.0)
+        chance = random.Random()
+        while all(replied.acquire(timeout=60) for _ in range(16)):
+            kill_one(pool, chance)
 
 
 @pytest.mark.slow

@@ -428,6 +428,36 @@ def test_link_that_was_turned_back_leads_to_what_was_there(current: Path) -> Non
     other.close()
 
 
+def test_commit_that_was_refused_afterwards_is_found_when_the_path_leads_back(
+    current: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was made, only the store knows: a commit that follows it goes on from there."""
+    with Pool(size=1, session_store=current / "store") as pool:
+        pool.create_session("a", {"n": 1})
+        commit = rows.commit_session
+
+        def turned_meanwhile(*args: Any) -> None:
+            commit(*args)
+            turn(current, "release2")
+
+        monkeypatch.setattr(rows, "commit_session", turned_meanwhile)
+        with pool.checkout(session="a") as w:
+            with pytest.raises(SessionError, match="link was turned") as caught:
+                w.state["n"] = 2
+            monkeypatch.undo()
+            turn(current, "release1")
+            assert caught.value.in_doubt
+            assert w.state["n"] == 2
+            w.state["m"] = 3
+        assert pool.session_state("a") == {"n": 2, "m": 3}
+        turn(current, "release2")
+        with pytest.raises(SessionError, match="link was turned") as caught:
+            pool.create_session("b")
+        assert not caught.value.in_doubt
+        turn(current, "release1")
+    assert committed(current / "store", "a") is not None
+
+
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
 def test_file_behind_a_link_that_was_deleted_or_replaced_is_told_as_such(
     current: Path, how: str

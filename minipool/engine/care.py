@@ -109,6 +109,9 @@ class Care:
             handle.channel.flush()
         except PeerGone:
             self._hung_up(handle)
+        except BaseException:  # no memory; an interrupt
+            self.condemn(handle, "a part of what it was sent was lost")
+            raise
 
     def _hung_up(self, handle: Handle) -> None:
         """Give a worker whose pipe has ended a moment to end by itself: its exit code tells why."""

@@ -450,8 +450,13 @@ class Fleet:
 
     # -- end ---------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Give back the shared memory. What was counted stays readable."""
+    def givings_back(self) -> tuple[Callable[[], object], ...]:
+        """Return what gives back the shared memory. What was counted stays readable."""
+        scribe = () if self.scribe is None else (self.scribe.close,)
+        return (self._forget_frames, *scribe, self.table.close)
+
+    def _forget_frames(self) -> None:
+        """Forget where failures came from: such a frame holds a row, and that the memory."""
         cause = None if self.breaker is None else self.breaker.cause
         verdict = None if self.verdict is None else self.verdict.failure
         for failure in (self.last_failure, cause, verdict):
@@ -459,9 +464,6 @@ class Fleet:
                 # Its frames hold a row, and that the memory. Its class may have code for this.
                 BaseException.with_traceback(failure, None)
                 failure = failure.__cause__
-        if self.scribe is not None:
-            self.scribe.close()
-        self.table.close()
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner."""

@@ -11,6 +11,7 @@ pool not at all, so a forgotten pool can be collected, and survives its own fail
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import threading
 import time
@@ -161,8 +162,9 @@ class Manager:
             if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
                 for keeper in self.keepers:
                     keeper.join(_KEEPERS_GRACE)  # the caller is told when nothing is kept
-                for give_back in (*self._givings_back(), self.bell.close, self.at_end):
-                    give_back()
+                with contextlib.ExitStack() as steps:  # one that fails holds up no other
+                    for give_back in (self.at_end, self.bell.close, *self._givings_back()[::-1]):
+                        steps.callback(give_back)
                 self.done = True
             raise
 
@@ -618,7 +620,10 @@ class Manager:
 
     def _givings_back(self) -> tuple[Callable[[], object], ...]:
         """Return what gives back memory and descriptors, when there are no workers."""
-        return self.fleet.close, self._leave_breaker, self._close_others, self._launcher.close
+        return (
+            *self.fleet.givings_back(), self._leave_breaker, self._close_others,
+            self._launcher.close,
+        )  # fmt: skip
 
     def _leave_breaker(self) -> None:
         breaker = self.fleet.breaker

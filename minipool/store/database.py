@@ -186,7 +186,7 @@ class Database:
         `what` begins the text of an error; None while the file is being opened.
 
         Raises:
-            SessionError: it could not be done, and nothing was changed.
+            SessionError: it could not be done, and nothing was changed, unless it is `in_doubt`.
         """
         held = _Held()
         deadline = time.monotonic() + patience
@@ -297,19 +297,11 @@ class Database:
 
     def _refuse_moved(self, what: str | None, db: Connection | None) -> None:
         """Refuse to go on with a file that is not at the path any more, nor its log."""
-        try:
-            found = os.stat(self.path)
-            if (found.st_dev, found.st_ino) == self.file:
-                if db is None or db.wal is None:
-                    return
-                found = os.stat(self._wal_path)
-                if (found.st_dev, found.st_ino) == db.wal:
-                    return
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError:
-            return  # rights were given up since: nobody can tell
-        raise self._moved(what, db)
+        log = None if db is None else db.wal
+        if files.leads_elsewhere(self.path, self.file) or (
+            log is not None and files.leads_elsewhere(self._wal_path, log)
+        ):
+            raise self._moved(what, db)
 
     def _moved(self, what: str | None, db: Connection | None) -> SessionError:
         """Give up a file that is not at the path any more; return the error that tells of it."""
@@ -330,7 +322,7 @@ class Database:
             f"use the store first"
         )
         logger().warning("%s", text)
-        return SessionError(text)
+        return SessionError(text, in_doubt=True)
 
     # -- connections -------------------------------------------------------------------------
 

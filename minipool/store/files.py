@@ -66,6 +66,17 @@ def identity(path: str) -> File | None:
     return found.st_dev, found.st_ino
 
 
+def leads_elsewhere(path: str, file: File) -> bool:
+    """Tell whether a path leads to another file by now, or to none; False if nobody can tell."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # rights were given up since
+        return False
+    return (found.st_dev, found.st_ino) != file
+
+
 def size_of(path: str) -> int:
     """Return the size of a file in bytes; 0 if there is none."""
     try:

@@ -202,7 +202,12 @@ def delete_session(db: Connection, owner: str, key: str) -> None:
         db.execute("DELETE FROM state WHERE session=?", (key,))
 
 
-def let_go(db: Connection, owner: str) -> None:
+def let_one_go(db: Connection, owner: str, key: str) -> None:
+    """See `SQLiteStore.let_go`."""
+    db.execute("UPDATE session SET owner=NULL WHERE id=? AND owner=?", (key, owner))
+
+
+def let_all_go(db: Connection, owner: str) -> None:
     """Give up all sessions of an owner, which ends."""
     db.execute("UPDATE session SET owner=NULL WHERE owner=?", (owner,))
     db.execute("DELETE FROM owner WHERE id=?", (owner,))

@@ -6,8 +6,10 @@ file: a session belongs to one at a time, which says so in the file and renews t
 the sessions of a dead owner are taken over. Stores of one process share its connections.
 
 Any object with the same methods can be a store: `open`, `create`, `has`, `read`, `commit`,
-`delete`, `close` (and `beat` and `expire`, if it wants to). Any thread may call them. When they
-cannot do what they are asked, they raise a SessionError, and nothing has changed.
+`delete`, `close` (and `let_go`, `beat` and `expire`, if it wants to). Any thread may call them.
+When they cannot do what they are asked, they raise a SessionError, and nothing has changed, or its
+`in_doubt` is True. To delete, or let go, what is not there or not ours changes nothing, and is no
+error.
 """
 
 from __future__ import annotations
@@ -114,8 +116,9 @@ class SQLiteStore:
         is an error; the next use goes on with the file that is there then, or with a new one.
 
         Raises:
-            SessionError: the file could not be written. SessionBusy: the session is not ours, or
-                not of the version before.
+            SessionError: the file could not be written; if it is `in_doubt`, it was not at the
+                path any more afterwards. SessionBusy: the session is not ours, or not of the
+                version before.
         """
         rows.checked_id(key)
         what = f"session {key!r} could not be committed"
@@ -123,10 +126,16 @@ class SQLiteStore:
         self._transact(what, rows.commit_session, self._owner, key, version, changed)
 
     def delete(self, key: str) -> None:
-        """Forget a session, if it is ours."""
+        """Forget a session, if it is there and ours; nothing otherwise."""
         rows.checked_id(key)
         what = f"session {key!r} could not be deleted"
         self._transact(what, rows.delete_session, self._owner, key)
+
+    def let_go(self, key: str) -> None:
+        """Leave a session, if it is ours, to whichever process opens it next, as it is."""
+        rows.checked_id(key)
+        what = f"session {key!r} could not be let go"
+        self._transact(what, rows.let_one_go, self._owner, key)
 
     @property
     def is_closed(self) -> bool:
@@ -145,35 +154,45 @@ class SQLiteStore:
         owners.end(self._owner)  # whatever the file says
         later = False
         try:
-            later = not self._let_go(_HOUSEKEEPING_S) and self._let_go_later()
+            later = self._is_held(self._database)
         finally:
             if not later:
                 self._database.leave(self)
 
-    def _let_go(self, patience: float) -> bool:
+    def _is_held(self, database: Database) -> bool:
+        """Let go of our sessions in a file, at once or, which is True, by a thread that leaves."""
+        return not self._let_go(database, _HOUSEKEEPING_S) and self._let_go_later(database)
+
+    def _let_go(self, database: Database, patience: float) -> bool:
         """Let go of our sessions; False if the file is locked for longer, or cannot be written."""
         try:
-            self._database.transact(
-                "sessions could not be let go", rows.let_go, self._owner,
+            database.transact(
+                "sessions could not be let go", rows.let_all_go, self._owner,
                 patience=patience, queue=_QUEUE_S,
             )  # fmt: skip
         except SessionError:
             return False
         return True
 
-    def _let_go_later(self) -> bool:
-        """Start a thread that lets go; False if there can be none."""
+    def _let_go_later(self, database: Database) -> bool:
+        """Start a thread that lets go, and leaves the file; False if there can be none."""
 
         def go_on() -> None:
             try:
-                any(self._let_go(_LETTING_GO_S / 6) for _ in range(6))
+                any(self._uses_again(database) or self._let_go(database, _LETTING_GO_S / 6)
+                    for _ in range(6))  # fmt: skip
             finally:
-                self._database.leave(self)
+                if not self._uses_again(database):
+                    database.leave(self)
 
         with contextlib.suppress(RuntimeError):
             threading.Thread(target=go_on, name="minipool-store-close", daemon=True).start()
             return True
         return False
+
+    def _uses_again(self, database: Database) -> bool:
+        """Tell whether a file that was left is used again: the path has led back to it."""
+        return database is self._database and not self._closed
 
     # -- housekeeping ------------------------------------------------------------------------
 
@@ -219,25 +238,20 @@ class SQLiteStore:
         database = self._present(what)
         linked = database.path != self.path
         if linked:
-            self._refuse_left(what, database, "nothing was changed")
+            self._refuse_left(what, database, written=False)
         result = database.transact(what, work, *args, **waiting)
         if linked:
-            self._refuse_left(what, database, "what was just written may be lost")
+            self._refuse_left(what, database, written=True)
         return result
 
-    def _refuse_left(self, what: str, database: Database, so: str) -> None:
+    def _refuse_left(self, what: str, database: Database, written: bool) -> None:
         """Refuse to go on with a file that the path does not lead to any more: a link was turned.
 
         A program that is started now begins with the file that is there now.
         """
-        try:
-            found = os.stat(self.path)
-            if (found.st_dev, found.st_ino) == database.file:
-                return
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError:
-            return  # rights were given up since: nobody can tell
+        if not files.leads_elsewhere(self.path, database.file):
+            return
+        so = "what was just written may be lost" if written else "nothing was changed"
         real = os.path.realpath(self.path)
         if real == database.path:
             return  # it is the file that was deleted or replaced: `transact` sees to that
@@ -251,7 +265,7 @@ class SQLiteStore:
             f"replaces, or stop all that use it first"
         )
         logger().warning("%s", text)
-        raise SessionError(text)
+        raise SessionError(text, in_doubt=written)
 
     def _look(self, what: str, work: Callable[..., T], *args: Any) -> T:
         """Read, beside those that write."""
@@ -275,17 +289,9 @@ class SQLiteStore:
             raise SessionError(f"{what}: the store is closed")
         old = self._database
         if old.closed or old is self._left_behind:
-            self._leave(old)
             self._database = self._joined()
             self._left_behind = None
+            # The path may have led back meanwhile; else others may have our sessions there.
+            if old is not self._database and (old.closed or not self._is_held(old)):
+                old.leave(self)
         return self._database
-
-    def _leave(self, database: Database) -> None:
-        """Leave a file that is not at the path any more; others may have our sessions there."""
-        if not database.closed:
-            with contextlib.suppress(SessionError):
-                database.transact(
-                    "sessions could not be let go", rows.let_go, self._owner,
-                    patience=_HOUSEKEEPING_S, queue=_QUEUE_S,
-                )  # fmt: skip
-        database.leave(self)
