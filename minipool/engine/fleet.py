@@ -461,7 +461,7 @@ class Fleet:
         verdict = None if self.verdict is None else self.verdict.failure
         for failure in (self.last_failure, cause, verdict):
             while failure is not None:
-                # Its frames hold a row, and that the memory. Its class may have code for this.
+                # Unlike an assignment, this runs no code of its class.
                 BaseException.with_traceback(failure, None)
                 failure = failure.__cause__
 
