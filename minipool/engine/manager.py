@@ -153,7 +153,8 @@ class Manager:
             for keeper in self.keepers:
                 keeper.end()
             if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
-                with contextlib.ExitStack() as steps:  # one that fails holds up no other
+                # One that fails holds up no other, nor hides what happened.
+                with contextlib.suppress(Exception), contextlib.ExitStack() as steps:
                     for give_back in (self.at_end, self.bell.close, *self._givings_back()[::-1]):
                         steps.callback(give_back)
                 self.done = True
