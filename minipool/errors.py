@@ -160,8 +160,8 @@ class LeaseRevoked(LeaseError):
 class SessionError(MinipoolError):
     """Something is wrong with a session; its committed state is as it was.
 
-    `in_doubt`: or else it is what was to be committed: the store refused only afterwards, as its
-    file was deleted, replaced or led away from meanwhile. The next use asks what is there then.
+    `in_doubt`: unless it is what it was to become. The store refused only afterwards, as its file
+    was deleted or replaced, or the path led elsewhere. The next use asks what is there then.
     """
 
     session_id: str

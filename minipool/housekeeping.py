@@ -1,7 +1,8 @@
 """Housekeeping: what a session store needs done all the time, in a thread of its own.
 
 One thread for each pool that has a store. It gives signs of life, notes in the store which
-sessions were used, deletes those that have expired, and closes the store when the pool has ended.
+sessions were used, deletes those that have expired, undoes there what the store refused to undo
+before, and closes the store when the pool has ended.
 So neither the manager, which must never wait for the outside, nor a caller does any of that, and
 no number of committing threads keeps it from being done.
 
@@ -33,13 +34,16 @@ if TYPE_CHECKING:
 
         def expire(self, seconds: float) -> bool: ...
 
+        def pay_owed(self, until: float) -> SessionError | None: ...
+
 
 _BEAT_S = 2.0  # seconds between two signs of life, and notes of what was used
 _EXPIRY_S = 60.0  # seconds between two looks for what nobody in this process has, at most
 # What may be in trouble, in the words of the log.
-_SIGN, _DELETE = "the sign of life could not be given", "expired sessions could not be deleted"
+_SIGN, _DELETE = "the sign of life could not be given", "sessions could not be deleted"
 _DELETE_OLD, _PASS = "old sessions could not be deleted", "housekeeping failed"
 _BATCH_S = 0.05  # seconds at a time for what has expired: signs of life have to be punctual
+_LAST_S = 1.0  # seconds at the end for what the store has refused before
 _BREATH_S = 0.005  # seconds between two batches, for those who commit
 
 
@@ -106,8 +110,8 @@ class Housekeeping(Keeper):
         while not self.ended:
             try:
                 self._go_on()
-                if _SIGN not in self._troubles:  # else it would only take longer
-                    self._give_sign()
+                if _SIGN not in self._troubles and self._give_sign():  # else it only takes longer
+                    self._tried(_DELETE, self._pay_owed)
                 self._close()
             except BaseException:
                 continue  # struck on its way from one thing to the next, and none is left out
@@ -176,6 +180,13 @@ class Housekeeping(Keeper):
     def _expire(self) -> bool:
         sessions = self._sessions()
         return sessions is not None and sessions.expire(_BATCH_S)
+
+    def _pay_owed(self) -> bool:
+        sessions = self._sessions()
+        refused = None if sessions is None else sessions.pay_owed(time.monotonic() + _LAST_S)
+        if refused is not None:
+            raise refused
+        return False
 
     def _tried(self, what: str, step: Callable[[], bool]) -> bool:
         """Do one thing and return what it does; False if it failed, which is logged."""

@@ -57,7 +57,7 @@ class Record:
         self.serial = next(_serials)
         self.thread = 0  # that owns it, before there is a lease
         self.claimed = False  # True: it may be ours in the store
-        self.begun = False  # True: it was begun there by its first owner, who may have to undo that
+        self.begun = False  # True: made there by its first owner, who may have to undo it
         self.holder: Handle | None = None  # the worker of the present lease
         self.fenced = False  # True: it is another record's by now; nothing is committed any more
         self.committing = False
@@ -110,6 +110,11 @@ class Record:
         """Hear that the worker does not have what it was thought to have."""
         self.at_version = -1
         self.warm_head = None
+
+    def doubt(self) -> None:
+        """Have the store asked before the next use: neither memory nor a worker can tell."""
+        self.doubtful = True
+        self.missing()
 
     def unbind(self) -> None:
         """Forget where it is warm."""

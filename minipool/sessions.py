@@ -92,7 +92,8 @@ class Sessions:
         Raises:
             SessionExists: there is one of that id; it is as it was. SessionError: there are too
                 many, all in use, or the store refused, or the state is too large to be sent.
-                CallMismatch: a value cannot be pickled. Nothing was begun.
+                SessionBusy: one of that id is just being deleted. CallMismatch: a value cannot be
+                pickled. Nothing was begun.
         """
         self._desk.check_open()
         key = checked_key(key)
@@ -102,15 +103,40 @@ class Sessions:
             raise problem
         before, stake = self._owned.get(key), Stake()
         try:
-            record = self._new(key, stake, lambda record: self._write(record, packed, scoped))
-            if record is None:
-                raise _exists(key)
+            record = None
+            while record is None:
+                record = self._new(key, stake, lambda record: self._write(record, packed, scoped))
+                if record is None and not self._is_gone(key):
+                    raise _exists(key) if key not in self._owed else _being_undone(key)
         except BaseException:
             mine = self._mine(key, before)
             if mine is not None:
                 self._unmake(mine)
             raise
         self.give_back(record)
+
+    def _is_gone(self, key: str) -> bool:
+        """Tell whether a session that is here is not in the store; then it is forgotten here too.
+
+        So it is if another had to go for one whose begin was interrupted.
+        """
+        known = self._line.current.get(key)
+        if known is None or not known.doubtful:
+            return known is None
+        before, stake = self._owned.get(key), Stake()
+        try:
+            token = self._line.try_take_this(key)
+            if token is None:
+                return False
+            self._own(token[1], stake)
+            self.settle(token[1])
+        except SessionBusy:
+            return True
+        except BaseException:
+            self._let_go(key, before)
+            raise
+        self._put_back(token[1])
+        return False
 
     def _new(
         self, key: str, stake: Stake, fill: Callable[[Record], object], stays: bool = True
@@ -146,12 +172,14 @@ class Sessions:
         What may be ours there is given back, or owed if that must be done later: else no other
         process could use it while this one lives, and nothing would end it.
         """
-        if record.claimed:
-            self._owed[record.key] = record.begun or self._owed.get(record.key, False)
-            if not later:
-                with contextlib.suppress(SessionError):  # as it was the store that refused
-                    self._pay(record.key)
-        self._forget(record)
+        try:
+            if record.claimed:
+                self._owed[record.key] = record.begun or self._owed.get(record.key, False)
+                if not later:
+                    with contextlib.suppress(SessionError):  # as it was the store that refused
+                        self._pay(record.key)
+        finally:
+            self._forget(record)
 
     def _pay(self, key: str) -> None:
         """Give back in the store what is owed there. By the session's owner here."""
@@ -217,8 +245,8 @@ class Sessions:
         record.claimed = True  # first: from here on it may be ours there
         try:
             loaded: Loaded | None = self._store.open(record.key)
-        except SessionError:
-            record.claimed = False
+        except SessionError as problem:
+            record.claimed = problem.in_doubt
             raise
         return loaded
 
@@ -248,45 +276,57 @@ class Sessions:
             self._config.health_check_timeout,
         )
 
-    def _over(self, record: Record) -> list[Handle]:
-        """Forget a session that the caller owns; return its workers, which are told."""
+    def _over(self, record: Record, wanted: bool = True) -> list[Handle]:
+        """Forget a session that the caller owns; return its workers, which are told.
+
+        If that is interrupted, it is done later; or the session goes on, if it is there still,
+        where its end is not `wanted` but makes room, or the store has failed.
+        """
         if self._store is not None:
-            stake = Stake()
+            stake, doubtful = Stake(), record.doubtful
             self._own(record, stake)
             try:
-                self._owed[record.key] = True  # if the rest is interrupted, it is done later
+                if wanted:
+                    self._owed[record.key] = True
+                record.doubt()
                 self._store.delete(record.key)  # first: who comes next must not find it there
             except BaseException as problem:
-                if isinstance(problem, SessionError):
-                    record.doubtful = record.doubtful or problem.in_doubt
+                in_doubt = getattr(problem, "in_doubt", False)
+                if isinstance(problem, SessionError) and not in_doubt:
+                    record.doubtful = doubtful
+                if isinstance(problem, Exception) and not in_doubt:
                     self._owed.pop(record.key, None)
                 self._put_back(record)
                 raise
-        handles = self.nearness.tell_over(record)
-        self._owed.pop(record.key, None)
-        self._forget(record)
-        return handles
+        return self._forget(record, over=True)
 
-    def _forget(self, record: Record) -> None:
+    def _forget(self, record: Record, over: bool = False) -> list[Handle]:
+        """Take a session out of memory; its workers are told, and returned.
+
+        If it is `over`, nothing is owed in the store.
+        """
+        handles = self.nearness.tell_over(record)
         record.fenced = True
         self._owned.pop(record.key, None)
         self._records.pop(record.key, None)
+        if over:
+            self._owed.pop(record.key, None)
         self._line.current.pop(record.key, None)  # last: then another may begin it anew
         self._line.dismiss(record.key)  # who waits for it looks again, and finds it gone
+        return handles
 
-    def _disown(self, record: Record) -> None:
-        """Forget a session that another process has taken over: the next use opens it anew."""
+    def _disown(self, record: Record, reason: str = "taken over by another process") -> None:
+        """Forget a session that is not ours in the store any more: the next use opens it anew."""
         me = object()
         if self._renewing.setdefault(record.key, me) is not me:
             return
         try:
             if record.fenced or self._line.current.get(record.key) is not record:
                 return
-            self.nearness.tell_over(record)
             self._forget(record)
         finally:
             self._renewing.pop(record.key, None)
-        self.nearness.tell("session.lost", record, reason="taken over by another process")
+        self.nearness.tell("session.lost", record, reason=reason)
 
     def _check_room(self) -> None:
         """Refuse a session for which no room could be made."""
@@ -317,7 +357,7 @@ class Sessions:
                     f"(max_sessions={self._config.max_sessions}); raise `max_sessions`"
                 )
             if self._line.claim(*oldest):
-                self._over(oldest[1])
+                self._over(oldest[1], wanted=False)
                 self.nearness.tell("session.lost", oldest[1], reason="evicted")
 
     # -- using -------------------------------------------------------------------------------
@@ -502,8 +542,8 @@ class Sessions:
 
     def _put_back(self, record: Record) -> None:
         """Offer a session again that was taken, and not used; one that was not to stay goes."""
-        if self._owed.get(record.key) and not record.fenced:
-            self._forget(record)  # its end was interrupted
+        if self._owed.get(record.key) and not record.fenced:  # its end was interrupted
+            self._forget(record)
             return
         if record.key not in self._records and not record.fenced:
             self._unmake(record)
@@ -557,16 +597,23 @@ class Sessions:
         """Ask the store what the last commit has come to, if that was interrupted. By the owner.
 
         Raises:
-            SessionError: it cannot tell now.
+            SessionError: it cannot tell now. SessionBusy: the session is another process' by now,
+                or is not there any more, and it is forgotten here.
         """
-        if record.doubtful and self._store is not None:
-            try:
-                loaded = self._store.open(record.key)
-            except SessionBusy:
-                self._disown(record)
-                raise
-            record.load(*_unmarked(loaded or (0, None)))
-            record.doubtful = False
+        if not record.doubtful or self._store is None:
+            return
+        try:
+            loaded = self._store.open(record.key) if self._store.has(record.key) else None
+        except SessionBusy:
+            self._disown(record)
+            raise
+        if loaded is None or loaded[0] not in (record.version, record.version + 1):
+            if loaded is not None:  # another one, of the same id
+                self._owed[record.key] = False
+            self._disown(record, "gone from the store")
+            raise _gone(record.key)
+        record.load(*_unmarked(loaded))
+        record.doubtful = False
 
     # -- looking and sweeping ----------------------------------------------------------------
 
@@ -577,8 +624,8 @@ class Sessions:
             SessionNotFound: there is no such session.
         """
         record = self._records.get(checked_key(key))
-        if record is not None:
-            return Snapshot(self.committed(record))
+        if record is not None and (not record.doubtful or record.committing):
+            return Snapshot(record.state or {})
         loaded = None
         if self._store is not None and not self._owed.get(key):
             loaded = self._store.read(key)
@@ -591,10 +638,13 @@ class Sessions:
 
         Raises:
             SessionError: its last commit was interrupted, and the store cannot tell now.
+                SessionBusy: it is not there any more.
         """
         if record.doubtful and not record.committing and self._store is not None:
             loaded = self._store.read(record.key)
-            return (_unmarked(loaded)[1] if loaded is not None else None) or {}
+            if loaded is None:
+                raise _gone(record.key)
+            return _unmarked(loaded)[1] or {}
         return record.state or {}
 
     def records(self) -> list[Record]:
@@ -622,13 +672,12 @@ class Sessions:
             self._manager.order(self._expire_in_pieces)
 
     def expire(self, seconds: float) -> bool:
-        """End sessions that have expired, for so long; True: there are more.
+        """End sessions that have expired, for so long, after what is owed; True: there are more.
 
         By the manager, and where there is a store by its housekeeping.
         """
         until = time.monotonic() + seconds
-        for key in tuple(self._owed):
-            self._pay_late(key)
+        refused = self.pay_owed(until)
         oldest = self._line.oldest()
         while oldest is not None and self._is_expired(oldest[1]):
             if self._line.claim(*oldest):
@@ -637,13 +686,26 @@ class Sessions:
             if time.monotonic() >= until:
                 return True
             oldest = self._line.oldest()
+        if refused is not None:
+            raise refused
         return False
 
-    def _pay_late(self, key: str) -> None:
-        """Give back in the store what it refused; not if somebody here is at that session now."""
-        record = self._new(key, Stake(), lambda record: None, stays=False)
-        if record is not None:
-            self._forget(record)
+    def pay_owed(self, until: float) -> SessionError | None:
+        """Give back in the store what it refused; return why, if it still refuses one of them.
+
+        Not what somebody here is at now: that is settled there.
+        """
+        refused = None
+        for key in tuple(self._owed):
+            try:
+                record = self._new(key, Stake(), lambda record: None, stays=False)
+                if record is not None:
+                    self._forget(record)
+            except SessionError as problem:
+                refused = problem
+            if time.monotonic() >= until:
+                break
+        return refused
 
     def has_expired(self) -> bool:
         """Tell whether `expire` would find something."""
@@ -723,6 +785,21 @@ def _unmarked(loaded: Loaded) -> Loaded:
 def _exists(key: str) -> SessionExists:
     return SessionExists(
         f"there is a session {key!r} already; end it first, or use `checkout(session=...)`",
+        session_id=key,
+    )
+
+
+def _being_undone(key: str) -> SessionBusy:
+    return SessionBusy(
+        f"session {key!r} is just being deleted, as it came to nothing before; try again",
+        session_id=key,
+    )
+
+
+def _gone(key: str) -> SessionBusy:
+    return SessionBusy(
+        f"session {key!r} is not in the store any more, or another one is in its place; nothing "
+        f"was committed; check out again to go on with what is there",
         session_id=key,
     )
 

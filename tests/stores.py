@@ -20,11 +20,16 @@ class NotingStore:
         self.asked: list[tuple[str, str]] = []  # method, thread
         self.used: list[dict[str, float]] = []
         self.closed = threading.Event()
+        self.doubted: set[str] = set()  # what is done and then refused
         self.before: Callable[[str, str], object] = lambda method, key: None
 
     def _begin(self, method: str, key: str = "") -> None:
         self.asked.append((method, threading.current_thread().name))
         self.before(method, key)
+
+    def _doubt(self, method: str) -> None:
+        if method in self.doubted:
+            raise SessionError(f"{method} may have been done", in_doubt=True)
 
     def _refuse_taken(self, key: str) -> None:
         if key in self.taken:
@@ -36,6 +41,7 @@ class NotingStore:
         found = self.kept.get(key)
         self.kept.setdefault(key, (0, {}))
         self.ours.add(key)
+        self._doubt("open")
         return None if found is None else (found[0], dict(found[1]))
 
     def create(self, key: str, state: Mapping[str, bytes]) -> bool:
@@ -62,12 +68,14 @@ class NotingStore:
         assert version == before + 1, f"{key} goes from {before} to {version}"
         changed = {name: changes.get(name, data) for name, data in {**state, **changes}.items()}
         self.kept[key] = (version, {n: data for n, data in changed.items() if data is not None})
+        self._doubt("commit")
 
     def delete(self, key: str) -> None:
         self._begin("delete", key)
         if key not in self.taken:
             self.kept.pop(key, None)
             self.ours.discard(key)
+        self._doubt("delete")
 
     def let_go(self, key: str) -> None:
         self._begin("let_go", key)

@@ -449,7 +449,8 @@ def failing_fleet() -> Iterator[Fleet]:
     for _ in range(4):
         assert fleet.spawn(1) == []
     yield fleet
-    fleet.close()
+    for give_back in fleet.givings_back():
+        give_back()
 
 
 def test_success_between_two_looks_ends_the_row(failing_fleet: Fleet) -> None:

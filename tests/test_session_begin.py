@@ -20,6 +20,7 @@ from minipool import (
     SessionError,
     SessionExists,
     SessionNotFound,
+    current_session,
     records,
     sessions,
 )
@@ -234,28 +235,146 @@ def test_what_a_dead_block_has_left_is_over_though_no_room_is_made_for_the_next(
         assert pool.session_state("old") == {}
 
 
-@pytest.mark.parametrize("done", [False, True])
-def test_session_whose_end_was_interrupted_is_over(done: bool) -> None:
+def test_session_that_may_be_ours_is_let_go() -> None:
+    """The store has opened it, and refused that afterwards."""
+    store = RefusingStore()
+    with full_pool(store) as pool:
+        store.doubted = {"open"}
+        with pytest.raises(SessionError, match="may have been done"):
+            pool.checkout(session="old")
+        assert store.ours == {"a", "b"} and "old" in store.kept
+
+
+def test_what_the_store_goes_on_refusing_holds_up_no_other() -> None:
+    store = RefusingStore("delete", "let_go")
+    with Pool(size=1, session_store=store, session_ttl=600) as pool:
+        for key in ("a", "b", "c"):
+            pool.create_session(key)
+        store.kept["old"] = (1, {"x": pickle.dumps(0)})
+        with pytest.raises(SessionError, match="delete is refused"):
+            pool.end_session("old")
+        for record in pool._sessions.records():
+            record.used -= 1000
+
+        def refuse(method: str, key: str) -> None:
+            if key == "old":
+                raise SessionError("refused for good")
+
+        store.before = refuse
+        with pytest.raises(SessionError, match="refused for good"):
+            pool._sessions.expire(60.0)
+        assert store.ours == {"old"} and not pool.sessions()
+        store.before = lambda method, key: None
+    assert not store.ours  # given back as the pool ended
+
+
+class Mourner:
+    """Notes the sessions whose end it has seen."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def begin(self) -> None:
+        current_session().local["here"] = True
+
+    def session_ended(self, session: Any) -> None:
+        self.ended.append(session.id)
+
+    def seen(self) -> list[str]:
+        return self.ended
+
+
+@pytest.mark.parametrize("how", ["struck before", "struck after", "in doubt"])
+def test_session_whose_end_was_interrupted_is_over(how: str) -> None:
     """Whether the store has deleted it or not: if not, that is done later."""
     store = NotingStore()
-    with Pool(size=1, session_store=store) as pool:
+    with Pool(Mourner, size=1, session_store=store) as pool:
         pool.create_session("a", {"n": 1})
+        pool.options(session="a").call("begin")
         delete = store.delete
 
         def struck(key: str) -> None:
-            if done:
+            if how != "struck before":
                 delete(key)
             raise Strike
 
-        store.delete = struck  # type: ignore[method-assign]
-        with pytest.raises(Strike):
-            pool.end_session("a")
-        store.delete = delete  # type: ignore[method-assign]
+        if how == "in doubt":
+            store.doubted = {"delete"}
+            with pytest.raises(SessionError, match="may have been done"):
+                pool.end_session("a")
+            store.doubted.clear()
+        else:
+            store.delete = struck  # type: ignore[method-assign]
+            with pytest.raises(Strike):
+                pool.end_session("a")
+            store.delete = delete  # type: ignore[method-assign]
         with pytest.raises(SessionNotFound):
             pool.session_state("a")
-        assert not pool._sessions.expire(1.0)  # housekeeping
+        pool._sessions.expire(60.0)  # housekeeping
         assert not store.kept and not store.ours and not pool._sessions._owed
-        assert call(pool, "a", add) == 1
+        assert pool._desk is not None
+        pool._desk.manager.command(lambda: None)  # its worker is told by an order before that
+        assert pool.call("seen") == ["a"]
+        pool.create_session("a")
+        assert pool.session_state("a") == {}
+
+
+@pytest.mark.parametrize("problem", [Strike, MemoryError, ConnectionError])
+def test_session_whose_eviction_failed_goes_on(problem: type[BaseException]) -> None:
+    """It was there, and nobody wanted its end."""
+    store = NotingStore()
+    with full_pool(store) as pool:
+
+        def fail(method: str, key: str) -> None:
+            if method == "delete":
+                store.before = lambda method, key: None
+                raise problem("no more")
+
+        store.before = fail
+        with pytest.raises(problem):
+            pool.create_session("new")
+        pool._sessions.expire(60.0)
+        assert store.ours == {"a", "b"} and "new" not in store.kept
+        assert call(pool, "a", get, "x") == 1 and call(pool, "b", get, "x") == 2
+
+
+def test_end_of_an_evicted_session_is_told_where_it_was_done_after_all() -> None:
+    store = RefusingStore()
+    with full_pool(store) as pool:
+
+        def doubt(method: str, key: str) -> None:
+            store.doubted = {"delete"} if key == "a" else set()
+
+        store.before = doubt
+        with pytest.raises(SessionError, match="may have been done"):
+            pool.create_session("new")
+        pool._sessions.expire(60.0)
+        assert store.ours == {"b"} == set(store.kept) - {"old", "taken"}
+        with pytest.raises(SessionNotFound):
+            pool.session_state("a")
+        with pytest.raises(SessionBusy, match="not in the store any more"):
+            call(pool, "a", get, "x")
+        assert pool.session_state("b") == {"x": 2}
+
+
+def test_session_that_was_evicted_after_all_can_be_begun_again() -> None:
+    store = RefusingStore()
+    with full_pool(store) as pool:
+        delete = store.delete
+
+        def struck(key: str) -> None:
+            delete(key)
+            if key == "a":
+                raise Strike
+
+        store.delete = struck  # type: ignore[method-assign]
+        with pytest.raises(Strike):
+            pool.create_session("new")
+        store.delete = delete  # type: ignore[method-assign]
+        pool.create_session("a", {"x": 5})
+        with pytest.raises(SessionExists):
+            pool.create_session("a")
+        assert pool.session_state("a") == {"x": 5}
 
 
 # -- ids -----------------------------------------------------------------------------------------

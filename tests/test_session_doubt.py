@@ -210,7 +210,7 @@ def test_doubt_about_a_session_that_was_taken_over_ends() -> None:
 
 
 def test_doubt_about_a_session_that_is_gone_ends() -> None:
-    """Another process took it over and ended it: it begins anew, whole."""
+    """Another process took it over and ended it: that is told, and the next use begins anew."""
     store = NotingStore()
     with Pool(size=1, session_store=store) as pool:
         with pool.checkout(session="a") as w:
@@ -230,8 +230,15 @@ def test_doubt_about_a_session_that_is_gone_ends() -> None:
             store.commit = commit  # type: ignore[method-assign]
             store.before = lambda method, key: None
             del store.kept["a"]
-            assert w.call(add) == 1
-            assert dict(w.state) == {"n": 1} == kept(store, "a")
+            with pytest.raises(SessionNotFound):
+                pool.session_state("a")
+            with pytest.raises(SessionBusy, match="not in the store any more"):
+                dict(w.state)
+            with pytest.raises(SessionBusy, match="not in the store any more"):
+                w.call(add)
+        assert not store.ours - {"a"} and not store.kept
+        assert call(pool, "a", add) == 1
+        assert kept(store, "a") == {"n": 1}
         pool.end_session("a")
         with pytest.raises(SessionNotFound):
             pool.session_state("a")

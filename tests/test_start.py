@@ -149,7 +149,8 @@ def test_back_off_doubles_up_to_a_cap_with_jitter(luck: float, factor: float) ->
         assert before + delay <= fleet.not_before <= after + delay
         assert fleet.start_failures == fleet.failures_in_a_row == failures
     assert fleet.handles == {}
-    fleet.close()
+    for give_back in fleet.givings_back():
+        give_back()
 
 
 def test_pool_recovers_by_itself_when_starting_works_again(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import scripts
-from minipool import Pool, SessionBusy, SessionError
+from minipool import Pool, SessionBusy, SessionError, SessionNotFound
 from minipool.store import SQLiteStore, files, rows
 
 posix = pytest.mark.skipif(os.name != "posix", reason="there are no such rights")
@@ -456,6 +456,30 @@ def test_commit_that_was_refused_afterwards_is_found_when_the_path_leads_back(
         assert not caught.value.in_doubt
         turn(current, "release1")
     assert committed(current / "store", "a") is not None
+
+
+def test_session_whose_file_is_not_there_any_more_does_not_go_on_empty(
+    current: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit that was in doubt is with all the others in the file that the path has left."""
+    with Pool(size=1, session_store=current / "store", strict_sessions=True) as pool:
+        pool.create_session("a", {"n": 1, "m": 1})
+        commit = rows.commit_session
+
+        def turned_meanwhile(*args: Any) -> None:
+            commit(*args)
+            turn(current, "release2")
+
+        with pool.checkout(session="a") as w:
+            monkeypatch.setattr(rows, "commit_session", turned_meanwhile)
+            with pytest.raises(SessionError, match="link was turned"):
+                w.state["n"] = 2
+            monkeypatch.undo()
+            with pytest.raises(SessionBusy, match="not in the store any more"):
+                w.state["n"] = 3
+        with pytest.raises(SessionNotFound):
+            pool.checkout(session="a")
+    assert committed(current / "store", "a") is None
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced"])

@@ -162,7 +162,8 @@ class Manager:
             if isinstance(problem, (RuntimeError, MemoryError)):  # else the thread may be running
                 for keeper in self.keepers:
                     keeper.join(_KEEPERS_GRACE)  # the caller is told when nothing is kept
-                with contextlib.ExitStack() as steps:  # one that fails holds up no other
+                # One that fails holds up no other, nor hides what happened.
+                with contextlib.suppress(Exception), contextlib.ExitStack() as steps:
                     for give_back in (self.at_end, self.bell.close, *self._givings_back()[::-1]):
                         steps.callback(give_back)
                 self.done = True

@@ -154,14 +154,14 @@ class SQLiteStore:
         owners.end(self._owner)  # whatever the file says
         later = False
         try:
-            later = self._is_held(self._database)
+            later = self._lets_go_later(self._database)
         finally:
             if not later:
                 self._database.leave(self)
 
-    def _is_held(self, database: Database) -> bool:
+    def _lets_go_later(self, database: Database) -> bool:
         """Let go of our sessions in a file, at once or, which is True, by a thread that leaves."""
-        return not self._let_go(database, _HOUSEKEEPING_S) and self._let_go_later(database)
+        return not self._let_go(database, _HOUSEKEEPING_S) and self._start_letting_go(database)
 
     def _let_go(self, database: Database, patience: float) -> bool:
         """Let go of our sessions; False if the file is locked for longer, or cannot be written."""
@@ -174,7 +174,7 @@ class SQLiteStore:
             return False
         return True
 
-    def _let_go_later(self, database: Database) -> bool:
+    def _start_letting_go(self, database: Database) -> bool:
         """Start a thread that lets go, and leaves the file; False if there can be none."""
 
         def go_on() -> None:
@@ -241,7 +241,7 @@ class SQLiteStore:
             self._refuse_left(what, database, written=False)
         result = database.transact(what, work, *args, **waiting)
         if linked:
-            self._refuse_left(what, database, written=True)
+            self._refuse_left(what, database, written=waiting.get("mode") != "DEFERRED")
         return result
 
     def _refuse_left(self, what: str, database: Database, written: bool) -> None:
@@ -292,6 +292,6 @@ class SQLiteStore:
             self._database = self._joined()
             self._left_behind = None
             # The path may have led back meanwhile; else others may have our sessions there.
-            if old is not self._database and (old.closed or not self._is_held(old)):
+            if not self._uses_again(old) and (old.closed or not self._lets_go_later(old)):
                 old.leave(self)
         return self._database
