@@ -53,6 +53,7 @@ class Assignment:
     env: dict[str, str]
     limits: dict[str, float]
     baggage: Baggage | None  # what travels with each call
+    places: tuple[str, ...]  # where this pool was opened, and those that it is below of
 
     def parts(self, levels: dict[str, int]) -> tuple[bytes, bytes]:
         """Return what is sent to a worker whose loggers have these levels.

@@ -55,6 +55,8 @@ _current: CurrentWorker | None = None
 # How far a worker's start has come: what it may do meanwhile depends on it, see `nesting`.
 FETCHING, MAKING = "fetching", "making"  # its class, by imports; then its object
 stage: str | None = None  # neither: it is ready, or this is no worker
+places: tuple[str, ...] = ()  # where the pools were opened that this process is below of
+refused: str | None = None  # why the last opening was refused in this process
 
 
 def current_worker() -> CurrentWorker | None:
@@ -84,7 +86,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
 
     Without an `inherited` assignment, the first frame is one.
     """
-    global _current, stage
+    global _current, places, stage
     stage = FETCHING
     conn = keep_standard_streams(conn, setup)
     group = lead_a_group() and setup.kill_group
@@ -102,6 +104,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     except (EOFError, OSError):
         end_all(group)  # the owner is gone, or has done with us
     _current = CurrentWorker(assignment.pool, setup.slot, setup.generation)
+    places = assignment.places
     _show_in_ps(f"{assignment.pool}/{setup.slot}")
     os.environ.update(assignment.env)
     if setup.voice is not None:
