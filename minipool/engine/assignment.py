@@ -35,6 +35,7 @@ class Setup:
     lifeline: wire.Descriptor | None
     box: wire.Descriptor | None
     portable: bool
+    main: dict[str, Any] | None  # how to import the main module; None: that is done, or not needed
     voice: Voice | None  # how logs and output get out
 
 

@@ -86,9 +86,10 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
 
     Without an `inherited` assignment, the first frame is one.
     """
-    global _current, places, stage
-    stage = FETCHING
+    global _current, places, refused, stage
+    stage, refused = FETCHING, None
     conn = keep_standard_streams(conn, setup)
+    problem = None if setup.main is None else _main_refused(setup.main)
     group = lead_a_group() and setup.kill_group
     dispositions.begin()
     die_with_parent(setup.lifeline, group)
@@ -113,7 +114,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
         setup.voice.begin(seen, lambda: None if _session is None else _session.id, baggage)
     worker = _Worker(end, words, shared=setup.table is not None, forked=inherited is not None)
     try:
-        worker.start(setup, assignment)
+        worker.start(setup, assignment, problem)
         del assignment  # its arguments are the object's business now
         worker.serve()
         orphaned = False
@@ -144,8 +145,10 @@ class _Worker:
         self._leaving = False  # SIGTERM has come
         self._parent_knows = False  # of that, and will tell it to stop
 
-    def start(self, setup: Setup, assignment: Assignment) -> None:
+    def start(self, setup: Setup, assignment: Assignment, problem: Exception | None) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
+
+        `problem` is why it need not be tried.
 
         Raises:
             SystemExit: it could not be made; the parent knows why.
@@ -156,6 +159,8 @@ class _Worker:
         self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
         try:
+            if problem is not None:
+                raise problem
             if assignment.limits:
                 limit(assignment.limits)
             for module in assignment.preload:
@@ -174,7 +179,7 @@ class _Worker:
                 self._object = make(*args, **kwargs)
             self._sessions = WarmSessions(self._object)
         except BaseException as error:
-            self._end.send(0, wire.START_FAILED, wire.pack_error(error))
+            self._end.send(0, wire.START_FAILED, wire.pack_error(_blamed(error)))
             raise SystemExit(1) from None
         for kind, name, body in assignment.warm_up:
             status, reply = self._run(kind, name, body)
@@ -428,6 +433,43 @@ def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup) -> Assignmen
     if setup.voice is not None:
         setup.voice.levels = levels
     return assignment
+
+
+def _main_refused(words: dict[str, Any]) -> Exception | None:
+    """Import the main module; return what it raised if it was refused to open a pool.
+
+    The parent shall tell that, and once. Anything else it raises is told as multiprocessing does.
+    """
+    from multiprocessing import process, spawn
+
+    current: Any = process.current_process()
+    current._inheriting = True
+    try:
+        spawn.prepare(words)
+    except Exception as error:
+        if refused is not None:
+            return error
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1) from None
+    finally:
+        del current._inheriting
+    return None
+
+
+def _blamed(error: BaseException) -> BaseException:
+    """Return what is to be told of a start that failed.
+
+    If it was refused to open a pool, that is it, and its text says all: there is no traceback.
+    """
+    if refused is None:
+        return error
+    from ..errors import PoolStartError
+
+    if isinstance(error, PoolStartError) and str(error) == refused:
+        return error.with_traceback(None)
+    blamed = PoolStartError(f"{refused}; after that the start failed by {wire.named(error)}")
+    blamed.__cause__ = error
+    return blamed
 
 
 def _import(preload: str) -> None:

@@ -20,7 +20,8 @@ from ..errors import CallMismatch, ConfigError, PoolStartError
 from . import child, shortage, wire
 from .assignment import Assignment, Setup
 from .lifeline import Lifeline
-from .nesting import Opening, refusal
+from .nesting import Opening, refusal, silence
+from .popen import main_module
 
 if TYPE_CHECKING:
     from ..commands import Command
@@ -116,6 +117,7 @@ class Launcher:
             kill_group=self.config.kill_group,
             max_message=self.config.max_message,
             portable=self.portable,
+            main=None if self.method == "fork" else main_module(),
             voice=None,
         )
 
@@ -221,6 +223,7 @@ def _checked_opening() -> Opening:
     why = refusal(opening)
     if why is not None:
         child.refused = why
+        silence(why, preloaded_name())
         raise PoolStartError(why)
     return opening
 

@@ -20,8 +20,9 @@ import sys
 import threading
 from multiprocessing import process
 from types import FrameType
-from typing import Iterator
+from typing import Any, Iterator
 
+from ..errors import PoolStartError
 from . import child
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -118,11 +119,28 @@ def refusal(opening: Opening) -> str | None:
     return None
 
 
+def silence(why: str, preloaded: str) -> None:
+    """Have the fork server end by a refusal without a word: each worker will tell the parent.
+
+    But only one that was started for workers, which is to import the module `preloaded`.
+    """
+    frames = _of_fork_server()
+    if not any(preloaded in frame.f_locals.get("preload", ()) for frame in frames):
+        return
+    show = sys.excepthook
+
+    def show_others(kind: Any, error: BaseException, trace: Any) -> None:
+        if not (isinstance(error, PoolStartError) and str(error) == why):
+            show(kind, error, trace)
+
+    sys.excepthook = show_others
+
+
 def _role() -> str | None:
     """Say what this process is that must not open a pool now; None if it may."""
     if _inherits():
         return "a worker that is still importing what it needs"
-    if _is_fork_server():
+    if _of_fork_server():
         return "the fork server, which imports it for all workers"
     if child.stage == child.FETCHING:
         return "a worker that is still importing what it needs"
@@ -140,15 +158,16 @@ def _inherits() -> bool:
     return bool(getattr(process.current_process(), "_inheriting", False))
 
 
-def _is_fork_server() -> bool:
-    """Tell whether this is multiprocessing's fork server itself, and not one that it has forked."""
+def _of_fork_server() -> list[FrameType]:
+    """Return what runs of multiprocessing's fork server, if this is it, and not forked by it."""
     main = threading.main_thread().ident
-    names = {
-        frame.f_code.co_name
+    frames = [
+        frame
         for frame in _outwards(sys._current_frames().get(main or 0))
         if frame.f_globals.get("__name__") == "multiprocessing.forkserver"
-    }
-    return "main" in names and "_serve_one" not in names
+    ]
+    names = {frame.f_code.co_name for frame in frames}
+    return frames if "main" in names and "_serve_one" not in names else []
 
 
 def _is_module(frame: FrameType) -> bool:

@@ -331,7 +331,7 @@ def pack_error(error: BaseException) -> bytes:
     envelope: dict[str, Any] = {
         "type_name": _type_name(error),
         "message": _message(error),
-        "traceback": text_of(error),
+        "traceback": text_of(error) if error.__traceback__ or error.__cause__ else "",
         "pickled": None,
         "exits": isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)),
     }
@@ -353,8 +353,9 @@ def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
         try:
             error = pickle.loads(pickled)
             if isinstance(error, BaseException):
-                # Not by `error.__cause__ = `, which a `__setattr__` of its class would take.
-                _CAUSE.__set__(error, RemoteTraceback(envelope["traceback"]))
+                if envelope["traceback"]:
+                    # Not by `error.__cause__ = `, which a `__setattr__` of its class would take.
+                    _CAUSE.__set__(error, RemoteTraceback(envelope["traceback"]))
                 mark_answered(error)
                 if isinstance(error, ModuleNotFoundError):
                     from .whereabouts import add_whereabouts
