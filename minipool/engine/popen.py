@@ -298,8 +298,9 @@ def main_module() -> dict[str, Any] | None:
 def preparation_data(name: str, bare: bool = False) -> dict[str, Any]:
     """Return what multiprocessing tells a process of that name about this one.
 
-    With `bare`, nothing of the main module. Without the current directory if that is gone: the process is where the fork server is, or
-    where we are. And without what is no string in `sys.path`, which is not looked at anyway.
+    Without the current directory if that is gone: the process is where the fork server is, or
+    where we are. Without what is no string in `sys.path`, which is not looked at anyway. And, with
+    `bare`, without the main module.
     """
     from multiprocessing import spawn
 
