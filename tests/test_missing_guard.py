@@ -67,6 +67,19 @@ print(pool.call("add", 1))
 
 
 @served
+def test_script_that_exits_when_it_is_refused_is_told_of_that(method: str, tmp_path: Path) -> None:
+    script = f"""{TOP}
+try:
+    pool = Pool(Counter, size=1, start_method=sys.argv[1]).open()
+except Exception as error:
+    sys.exit(f"told: {{error}}")
+"""
+    code, _, err = scripts.run(tmp_path, script, method)
+    assert code == 1
+    assert err.count("told: ") == 1 and "put what opens the pool under" in err
+
+
+@served
 def test_other_failure_of_the_main_script_is_shown_by_its_own_hook(
     method: str, tmp_path: Path
 ) -> None:

@@ -145,7 +145,7 @@ class _Worker:
         self._leaving = False  # SIGTERM has come
         self._parent_knows = False  # of that, and will tell it to stop
 
-    def start(self, setup: Setup, assignment: Assignment, problem: Exception | None) -> None:
+    def start(self, setup: Setup, assignment: Assignment, problem: BaseException | None) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
 
         `problem` is why it need not be tried.
@@ -435,7 +435,7 @@ def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup) -> Assignmen
     return assignment
 
 
-def _main_refused(words: dict[str, Any]) -> Exception | None:
+def _main_refused(words: dict[str, Any]) -> BaseException | None:
     """Import the main module; return what it raised if it was refused to open a pool.
 
     The parent shall tell that, and once. Anything else it raises is told as multiprocessing does.
@@ -446,9 +446,11 @@ def _main_refused(words: dict[str, Any]) -> Exception | None:
     current._inheriting = True
     try:
         spawn.prepare(words)
-    except Exception as error:
+    except BaseException as error:
         if refused is not None:
             return error
+        if not isinstance(error, Exception):
+            raise
         sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1) from None
     finally:
@@ -459,15 +461,17 @@ def _main_refused(words: dict[str, Any]) -> Exception | None:
 def _blamed(error: BaseException) -> BaseException:
     """Return what is to be told of a start that failed.
 
-    If it was refused to open a pool, that is it, and its text says all: there is no traceback.
+    If it was refused to open a pool, that is it. Its text says all, without a traceback, unless
+    something else came of it.
     """
     if refused is None:
         return error
     from ..errors import PoolStartError
 
-    if isinstance(error, PoolStartError) and str(error) == refused:
-        return error.with_traceback(None)
-    blamed = PoolStartError(f"{refused}; after that the start failed by {wire.named(error)}")
+    why = wire.named(error)
+    if refused in why:
+        return PoolStartError(refused)
+    blamed = PoolStartError(f"{refused}; after that the start failed by {why}")
     blamed.__cause__ = error
     return blamed
 

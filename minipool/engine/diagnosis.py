@@ -50,7 +50,8 @@ def _guard(launcher: Launcher) -> str:
     opening = launcher.opening
     if opening is not None and opening.comes_by_itself:
         return (
-            f"{opening.text}, and if workers import that too, each would open one: {opening.remedy}"
+            f"{opening.text}, and if workers come to do so as well, each would open one: "
+            f"{opening.remedy}"
         )
     return (
         "if your main script opens the pool without an `if __name__ == '__main__':` guard, add one"
