@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,29 @@ thread.start()
     assert out.startswith("[\"PoolStartError thread 'early' opens a pool"), out
     assert f"({tmp_path / 'app.py'}, line " in out and "start that thread in a function" in out
     assert imports == 2
+
+
+class OpensItsOwn:
+    """Has a pool of its own class below it as soon as it is made."""
+
+    def __init__(self, counts: str, start_method: str) -> None:
+        with open(counts, "a+") as file:
+            file.write("!")
+            file.seek(0)
+            if len(file.read()) > MOST:
+                os._exit(9)
+        args = (counts, start_method)
+        self.inner = Pool(OpensItsOwn, args=args, size=1, start_method=start_method).open()
+
+
+def test_constructor_that_opens_a_pool_of_its_own_class_ends(
+    start_method: str, tmp_path: Path
+) -> None:
+    counts = tmp_path / "counts"
+    pool = Pool(OpensItsOwn, args=(str(counts), start_method), size=1, start_method=start_method)
+    with pytest.raises(PoolStartError, match="processes would start without end; open it later"):
+        pool.open()
+    assert len(counts.read_text()) == 2
 
 
 class Deepens:

@@ -7,8 +7,8 @@ A worker that is ready may have a pool of its own, and so may the object in it a
 
 But its own code may import, late, what opened the pool that it belongs to. So each worker is told
 at which *places* the pools were opened that it is below of (see `child.places`), and none is opened
-again at the same place by an import, or by a thread of the same code. Whatever else opens pools
-below pools is stopped at a depth that no program needs.
+again at the same place by an import, by a thread of the same code, or by a constructor. Whatever
+else opens pools below pools is stopped at a depth that no program needs.
 
 What runs is read off the stacks, which costs nothing but where a pool is opened.
 """
@@ -46,8 +46,9 @@ class Opening:
         top = next((frame for frame in frames if _is_module(frame)), None)
         own_thread = threading.get_ident() != threading.main_thread().ident
         name = None if top is None else str(top.f_globals.get("__name__"))
-        #: whether an import opens it, and not that of the main module, or a thread
-        self.comes_by_itself = own_thread if name is None else name not in _MAIN
+        making = child.stage == child.MAKING
+        #: whether an import opens it, and not that of the main module, a thread, or a constructor
+        self.comes_by_itself = own_thread or making if name is None else name not in _MAIN
         #: what is compared, also between processes: a file, or how the thread came here
         self.place = _way(others) if top is None else _file(top)
         if top is not None and name not in _MAIN:
@@ -57,14 +58,16 @@ class Opening:
             self.text = f"your main script {_spot(top)} opens a pool as it is imported"
             self.remedy = f"put what opens the pool under {_GUARD}"
         elif own_thread:
-            self.text = _of_thread(others[:1])
+            thread = threading.current_thread().name
+            self.text = f"thread {thread!r} opens a pool{_spots(others[:1])}"
             self.remedy = (
                 f"start that thread in a function that workers do not call, or under {_GUARD} in "
                 f"the main script"
             )
         else:
-            self.text = f"`{by}()` opens a pool"
-            self.remedy = "open it later"
+            made = "what makes a worker's object" if making else f"`{by}()`"
+            self.text = f"{made} opens a pool{_spots(others[:1])}"
+            self.remedy = "open it later, in a call"
 
     @property
     def comes_again(self) -> bool:
@@ -93,10 +96,8 @@ def _remedy(by: str) -> str:
     )
 
 
-def _of_thread(users: list[FrameType]) -> str:
-    name = threading.current_thread().name
-    spots = [f" {_spot(user)}" for user in users if not _file(user).startswith(_STDLIB)]
-    return f"thread {name!r} opens a pool{''.join(spots)}"
+def _spots(users: list[FrameType]) -> str:
+    return "".join(f" {_spot(user)}" for user in users if not _file(user).startswith(_STDLIB))
 
 
 def refusal(opening: Opening) -> str | None:
