@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import importlib
-import operator
 import pickle
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from .deadline import Deadline
+from .engine import wire
 from .errors import (
     CallMismatch,
     ProgramExists,
@@ -370,8 +369,7 @@ def _make(program_id: str, card: Mapping[str, Any], recipe: bytes) -> _Made:
     """
     factory, args = pickle.loads(recipe)
     if isinstance(factory, str):
-        module, _, name = factory.partition(":")
-        factory = operator.attrgetter(name)(importlib.import_module(module))
+        factory = wire.find(factory)
     made = factory(*args)
     run = getattr(made, "execute", made)
     if not callable(run):

@@ -218,7 +218,8 @@ def test_opening_all_of_a_pool_that_serves_with_one_leaves_it_as_it_is(tmp_path:
 def test_closed_pool_that_could_not_start_says_why(opened: Callable[[Any], Any]) -> None:
     pool = Pool(RaisesAtStart, size=1)
     ear = Ear(pool, "pool.init", "pool.terminate")
-    with pytest.raises(PoolStartError, match="no weights here; correct that; open a new pool"):
+    advice = r"no weights here; correct the worker's code that raised it \(.*\); open a new pool"
+    with pytest.raises(PoolStartError, match=advice):
         opened(pool)
     assert pool.closed and managers() == []
     for use in (pool.open, lambda: pool.call("x"), pool.checkout, pool.wait_ready, pool.drain):
@@ -275,16 +276,25 @@ def test_step_that_fails_as_nothing_could_be_started_holds_up_no_other(
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
         (EOFError("unexpected EOF"), "the fork server has ended"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
-        (LookupError("no weights here"), "correct that"),
+        (LookupError("no weights here"), "; correct what raised that; "),
+        (PoolStartError("put it under the guard"), "did not start; x"),
+        (WorkerStartError("it was killed"), "; correct what kept that worker from starting; "),
     ],
-    ids=["process", "server", "descriptor", "class"],
+    ids=["process", "server", "descriptor", "class", "refusal", "death"],
 )
 def test_remedy_fits_what_kept_a_worker_from_starting(cause: Exception, remedy: str) -> None:
     failure = WorkerStartError("worker 0 did not start")
     failure.__cause__ = cause
     assert remedy in str(could_not_start("p", failure, "x"))
     cause.__cause__ = OSError("its traceback in the worker")
-    assert "did not start; correct that; x" in str(could_not_start("p", failure, "x"))
+    assert "did not start; correct the worker's code that raised it (" in str(
+        could_not_start("p", failure, "x")
+    )
+
+
+def test_remedy_for_a_name_that_a_worker_lacks_is_about_the_name() -> None:
+    with pytest.raises(PoolStartError, match=r"correct that name, or the worker's code that"):
+        Pool("workers:NoSuchClass", size=1).open()
 
 
 def test_pool_closed_in_good_order_has_no_reason() -> None:

@@ -159,7 +159,8 @@ def test_opening_that_fails_leaves_a_pool_open_that_was_opened_before(
     pool = Pool(FailsWhileFileExists, args=(str(obstacle),), size=1)
     first(pool)
     with pytest.raises(
-        PoolStartError, match="is in the way; correct that; the pool goes on trying"
+        PoolStartError,
+        match=r"is in the way; correct the worker's code .*; the pool goes on trying",
     ):
         pool.open()
     assert not pool.closed

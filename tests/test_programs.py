@@ -283,6 +283,8 @@ def test_name_that_leads_nowhere_is_an_error_of_the_factory(programs: Programs) 
         programs.create("bad", "no_such_module:Thing")
     with pytest.raises(AttributeError):
         programs.create("bad", "test_programs:NoSuchThing")
+    with pytest.raises(AttributeError, match="did you mean 'Scale'"):
+        programs.create("bad", "test_programs:Scal")
     assert programs.list() == []
 
 

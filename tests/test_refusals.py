@@ -247,7 +247,7 @@ def test_refusal_tells_of_starts_that_fail(tmp_path: Path) -> None:
     assert "no worker serves" in told
     assert "the last start failed: worker 0 did not start: OSError:" in told
     assert "is in the way" in told
-    assert told.endswith("correct that")
+    assert told.endswith("correct what made the last start fail")
 
 
 def test_refusal_of_a_nested_checkout_blames_nobody_else(pool: Pool[Stateful]) -> None:

@@ -285,6 +285,19 @@ def test_missing_class_is_told_with_the_workers_own_error() -> None:
     assert isinstance(caught.value.__cause__, AttributeError)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"), [("workers:Countr", "'Counter'"), ("workers:Counter.ad", "'add'")]
+)
+def test_name_that_is_nearly_right_is_told_the_right_one(name: str, near: str) -> None:
+    with pytest.raises(PoolStartError, match=f"; did you mean {near}.*\\?; correct that name"):
+        Pool(name, size=1).open()
+
+
+def test_name_without_a_near_one_is_told_as_python_does() -> None:
+    with pytest.raises(PoolStartError, match="has no attribute 'Xyzzyqq'; correct that name"):
+        Pool("workers:Xyzzyqq", size=1).open()
+
+
 # -- main modules that workers cannot import ---------------------------------------------------
 
 UNGUARDED = """

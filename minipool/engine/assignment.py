@@ -35,6 +35,7 @@ class Setup:
     lifeline: wire.Descriptor | None
     box: wire.Descriptor | None
     portable: bool
+    main: dict[str, Any] | None  # how to import the main module; None: that is done, or not needed
     voice: Voice | None  # how logs and output get out
 
 
@@ -53,6 +54,7 @@ class Assignment:
     env: dict[str, str]
     limits: dict[str, float]
     baggage: Baggage | None  # what travels with each call
+    places: tuple[str, ...]  # where this pool was opened, and those that it is below of
 
     def parts(self, levels: dict[str, int]) -> tuple[bytes, bytes]:
         """Return what is sent to a worker whose loggers have these levels.

@@ -55,6 +55,8 @@ _current: CurrentWorker | None = None
 # How far a worker's start has come: what it may do meanwhile depends on it, see `nesting`.
 FETCHING, MAKING = "fetching", "making"  # its class, by imports; then its object
 stage: str | None = None  # neither: it is ready, or this is no worker
+places: tuple[str, ...] = ()  # where the pools were opened that this process is below of
+refused: str | None = None  # why the last opening was refused in this process
 
 
 def current_worker() -> CurrentWorker | None:
@@ -84,9 +86,10 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
 
     Without an `inherited` assignment, the first frame is one.
     """
-    global _current, stage
-    stage = FETCHING
+    global _current, places, refused, stage
+    stage, refused = FETCHING, None
     conn = keep_standard_streams(conn, setup)
+    problem = None if setup.main is None else _main_refused(setup.main)
     group = lead_a_group() and setup.kill_group
     dispositions.begin()
     die_with_parent(setup.lifeline, group)
@@ -102,6 +105,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     except (EOFError, OSError):
         end_all(group)  # the owner is gone, or has done with us
     _current = CurrentWorker(assignment.pool, setup.slot, setup.generation)
+    places = assignment.places
     _show_in_ps(f"{assignment.pool}/{setup.slot}")
     os.environ.update(assignment.env)
     if setup.voice is not None:
@@ -110,7 +114,7 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
         setup.voice.begin(seen, lambda: None if _session is None else _session.id, baggage)
     worker = _Worker(end, words, shared=setup.table is not None, forked=inherited is not None)
     try:
-        worker.start(setup, assignment)
+        worker.start(setup, assignment, problem)
         del assignment  # its arguments are the object's business now
         worker.serve()
         orphaned = False
@@ -141,8 +145,10 @@ class _Worker:
         self._leaving = False  # SIGTERM has come
         self._parent_knows = False  # of that, and will tell it to stop
 
-    def start(self, setup: Setup, assignment: Assignment) -> None:
+    def start(self, setup: Setup, assignment: Assignment, problem: BaseException | None) -> None:
         """Make the user's object and tell the parent that it is there, or why it is not.
+
+        `problem` is why it need not be tried.
 
         Raises:
             SystemExit: it could not be made; the parent knows why.
@@ -153,6 +159,8 @@ class _Worker:
         self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
         try:
+            if problem is not None:
+                raise problem
             if assignment.limits:
                 limit(assignment.limits)
             for module in assignment.preload:
@@ -171,7 +179,7 @@ class _Worker:
                 self._object = make(*args, **kwargs)
             self._sessions = WarmSessions(self._object)
         except BaseException as error:
-            self._end.send(0, wire.START_FAILED, wire.pack_error(error))
+            self._end.send(0, wire.START_FAILED, wire.pack_error(_blamed(error)))
             raise SystemExit(1) from None
         for kind, name, body in assignment.warm_up:
             status, reply = self._run(kind, name, body)
@@ -425,6 +433,47 @@ def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup) -> Assignmen
     if setup.voice is not None:
         setup.voice.levels = levels
     return assignment
+
+
+def _main_refused(words: dict[str, Any]) -> BaseException | None:
+    """Import the main module; return what it raised if it was refused to open a pool.
+
+    The parent shall tell that, and once. Anything else it raises is told as multiprocessing does.
+    """
+    from multiprocessing import process, spawn
+
+    current: Any = process.current_process()
+    current._inheriting = True
+    try:
+        spawn.prepare(words)
+    except BaseException as error:
+        if refused is not None:
+            return error
+        if not isinstance(error, Exception):
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1) from None
+    finally:
+        del current._inheriting
+    return None
+
+
+def _blamed(error: BaseException) -> BaseException:
+    """Return what is to be told of a start that failed.
+
+    If it was refused to open a pool, that is it. Its text says all, without a traceback, unless
+    something else came of it.
+    """
+    if refused is None:
+        return error
+    from ..errors import PoolStartError
+
+    why = wire.named(error)
+    if refused in why:
+        return PoolStartError(refused)
+    blamed = PoolStartError(f"{refused}; after that the start failed by {why}")
+    blamed.__cause__ = error
+    return blamed
 
 
 def _import(preload: str) -> None:

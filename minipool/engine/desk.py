@@ -17,7 +17,14 @@ from itertools import islice
 from typing import Any
 
 from .._sync import Guard, guarded
-from ..errors import CheckoutTimeout, PoolClosed, PoolForked, PoolStartError, TooManyWaiters
+from ..errors import (
+    CheckoutTimeout,
+    PoolClosed,
+    PoolForked,
+    PoolStartError,
+    TooManyWaiters,
+    WorkerError,
+)
 from ..telemetry import logger, warn
 from . import shortage, wire
 from . import table as t
@@ -471,16 +478,25 @@ def could_not_start(name: str | None, failure: BaseException, what_then: str) ->
     """Return the error that tells why a pool is not open; a new one for each caller."""
     cause = failure.__cause__ or failure
     why = shortage.in_words(failure)
-    error = PoolStartError(f"{name} could not start: {why}; {_remedy(cause)}; {what_then}")
+    told = "; ".join(filter(None, (why, _remedy(cause), what_then)))
+    error = PoolStartError(f"{name} could not start: {told}")
     error.__cause__ = cause
     return error
 
 
 def _remedy(cause: BaseException) -> str:
-    """Say what helps against what kept a worker, or the manager, from being started."""
+    """Say what helps against what kept a worker, or the manager, from being started.
+
+    Nothing if the cause does so itself.
+    """
     number = getattr(cause, "errno", None)
     if cause.__cause__ is not None:  # raised in the worker, by code of the user's
-        return "correct that"
+        traced = "that raised it (the cause has its traceback)"
+        if isinstance(cause, (AttributeError, ImportError)):
+            return f"correct that name, or the worker's code {traced}"
+        return f"correct the worker's code {traced}"
+    if isinstance(cause, PoolStartError):
+        return ""
     if number in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (`ulimit -n`), or lower `size`"
     if number == errno.EAGAIN or "start new thread" in str(cause):
@@ -490,7 +506,9 @@ def _remedy(cause: BaseException) -> str:
             "the fork server has ended, and its standard error tells why: often it is a limit of "
             "processes (`ulimit -u`, `pids.max`)"
         )
-    return "correct that"
+    if isinstance(cause, WorkerError):
+        return "correct what kept that worker from starting"
+    return "correct what raised that"
 
 
 def closed_error(name: str | None, failure: BaseException | None) -> PoolClosed:

@@ -47,11 +47,11 @@ def _last_place(handle: Handle | None) -> str:
 
 def _guard(launcher: Launcher) -> str:
     """Say what may be wrong with a program whose workers cannot even import its main module."""
-    if launcher.opener is not None:
+    opening = launcher.opening
+    if opening is not None and opening.comes_by_itself:
         return (
-            f"{launcher.opener} opens the pool as it is imported, and if workers import it too, "
-            f"each would open one: make the pool there without `open()`, as its first use opens "
-            f"it, or open it in a function"
+            f"{opening.text}, and if workers come to do so as well, each would open one: "
+            f"{opening.remedy}"
         )
     return (
         "if your main script opens the pool without an `if __name__ == '__main__':` guard, add one"

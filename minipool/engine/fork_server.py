@@ -2,8 +2,9 @@
 
 The first start that needs it starts it, and waits while it imports the main module (on newer
 Pythons) and what is to be preloaded. It passes over an ImportError, and ends with any other
-exception, whose traceback goes to standard error; the start then fails with a bare EOFError or,
-since CPython 3.14, ConnectionResetError. Where a module's import hangs, so does the start.
+exception, whose traceback goes to standard error (but see `nesting.silence`); the start then fails
+with a bare EOFError or, since CPython 3.14, ConnectionResetError. Where a module's import hangs, so
+does the start.
 
 So a server that ends before its first answer is started once more, without those modules. Each
 worker imports what the server has not (see `child`), and what that raises reaches the parent like

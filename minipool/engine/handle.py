@@ -141,7 +141,8 @@ class Handle:
         args = (theirs, setup, assignment if forks else None)
         self._portable, self._limit = setup.portable, setup.max_message
         self.box = blackbox.make()
-        self.process = WorkerProcess(context, name, main, args, setup.kill_group, self.box)
+        bare = setup.main is not None
+        self.process = WorkerProcess(context, name, main, args, setup.kill_group, self.box, bare)
         setup.box = None if self.box is None else self.box.theirs
 
     def start(self) -> None:

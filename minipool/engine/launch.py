@@ -17,11 +17,11 @@ from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
-from . import shortage, wire
+from . import child, shortage, wire
 from .assignment import Assignment, Setup
-from .child import main
 from .lifeline import Lifeline
-from .nesting import importing, refusal
+from .nesting import Opening, refusal, silence
+from .popen import main_module
 
 if TYPE_CHECKING:
     from ..commands import Command
@@ -60,10 +60,11 @@ class Launcher:
             env=dict(config.worker_env or {}),
             limits=config.limits,
             baggage=self.baggage,
+            places=(),
         )
         self.context: Any = None
         self.lifeline: Lifeline | None = None
-        self.opener: str | None = None  # the module that opens the pool as it is imported
+        self.opening: Opening | None = None
 
     def open(self) -> None:
         """Check the environment and prepare for the first start.
@@ -71,9 +72,9 @@ class Launcher:
         Raises:
             PoolStartError: no worker could be started here, and why; nothing was started.
         """
-        _check_process()
+        self.opening = _checked_opening()
+        self.assignment.places = (*child.places, self.opening.place)
         shortage.expect_descriptors(self.config)
-        self.opener = importing()
         if self.method != "fork":
             _check_main()
             _check_executable()
@@ -116,6 +117,7 @@ class Launcher:
             kill_group=self.config.kill_group,
             max_message=self.config.max_message,
             portable=self.portable,
+            main=None if self.method == "fork" else main_module(),
             voice=None,
         )
 
@@ -215,11 +217,15 @@ def _packed_codec(codec: Any) -> bytes:
         ) from problem
 
 
-def _check_process() -> None:
-    """Refuse where every worker would come to open the pool again."""
-    why = refusal()
+def _checked_opening() -> Opening:
+    """Return what opens the pool now; refuse it where every worker would come to do so again."""
+    opening = Opening()
+    why = refusal(opening)
     if why is not None:
+        child.refused = why
+        silence(why, preloaded_name())
         raise PoolStartError(why)
+    return opening
 
 
 def _check_main() -> None:
@@ -295,5 +301,5 @@ def preloaded_name() -> str:
 
 def main_name() -> str:
     """Return the name of the module that workers run, wherever this package was copied to."""
-    target: Callable[..., Any] = main
+    target: Callable[..., Any] = child.main
     return target.__module__

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .blackbox import BlackBox
 
 _kept: list[Any] = []  # what must not be closed, and streams whose collection would flush them
+_OF_MAIN = ("init_main_from_name", "init_main_from_path")
 _MODULES = {
     "fork": "multiprocessing.popen_fork",
     "spawn": "multiprocessing.popen_spawn_posix",
@@ -39,19 +40,20 @@ _MODULES = {
 }
 
 
-def use_for(child: Any, box: BlackBox | None) -> None:
+def use_for(child: Any, box: BlackBox | None, bare: bool = False) -> None:
     """Have a process object that is not started yet be launched this way, where it can be.
 
     It is to be no daemon, whatever this process is: what ends with us may have children. `box`
-    takes the word of the fork server, too; None: a pipe of its own does.
+    takes the word of the fork server, too; None: a pipe of its own does. `bare`: its target imports
+    the main module itself (see `main_module`).
     """
     child.daemon = False
     child.authkey = bytes(child.authkey)  # see `_authkey_of_ours`
     if sys.platform != "win32":
-        child._Popen = functools.partial(_popen, box=box)
+        child._Popen = functools.partial(_popen, box=box, bare=bare)
 
 
-def _popen(child: Any, box: BlackBox | None) -> Any:
+def _popen(child: Any, box: BlackBox | None, bare: bool) -> Any:
     """Launch a process: as `Process._Popen`, whose place this takes."""
     del child._Popen  # the object may have to be pickled
     method = child._start_method
@@ -63,21 +65,21 @@ def _popen(child: Any, box: BlackBox | None) -> Any:
         if method == "forkserver":
             from .fork_server import launched  # where there is one
 
-            return launched(ensure_server, functools.partial(_launch, method, child, box))
-        return _launch(method, child, None)
+            return launched(ensure_server, functools.partial(_launch, method, child, box, bare))
+        return _launch(method, child, None, bare)
 
 
-def _launch(method: str, child: Any, box: BlackBox | None) -> Any:
+def _launch(method: str, child: Any, box: BlackBox | None, bare: bool) -> Any:
     popen = importlib.import_module(_MODULES[method]).Popen
     made = popen.__new__(popen)
     made._fds = []
     made.returncode = made.finalizer = None
     if box is not None:
-        _launch_by_server(made, child, box)
+        _launch_by_server(made, child, box, bare)
         return made
     launch = popen._launch
     if method != "fork":
-        launch = rebound(launch, spawn=_Spawn())
+        launch = rebound(launch, spawn=_Spawn(bare))
     try:
         launch(made, child)
     except BrokenPipeError:
@@ -160,7 +162,7 @@ def _server() -> Any:
     return forkserver._forkserver
 
 
-def _launch_by_server(made: Any, child: Any, box: BlackBox) -> None:
+def _launch_by_server(made: Any, child: Any, box: BlackBox, bare: bool) -> None:
     """Have the fork server start a process, and send what it has to say of it to the black box.
 
     The process is told what to do when its pid is known: so nothing comes before that.
@@ -168,7 +170,7 @@ def _launch_by_server(made: Any, child: Any, box: BlackBox) -> None:
     Raises:
         OSError, EOFError: no process was started; everything is given back.
     """
-    payload = _payload(made, child)
+    payload = _payload(made, child, bare)
     status = box.lend_to_server()
     ours = theirs = -1
     try:
@@ -183,12 +185,12 @@ def _launch_by_server(made: Any, child: Any, box: BlackBox) -> None:
         close_all(fd for fd in (ours, theirs, status) if fd >= 0)
 
 
-def _payload(made: Any, child: Any) -> memoryview:
+def _payload(made: Any, child: Any, bare: bool) -> memoryview:
     """Return what the new process reads first: the words about its parent, and its object."""
     from multiprocessing import context, reduction
 
     buffer = io.BytesIO()
-    words = preparation_data(child._name)
+    words = preparation_data(child._name, bare)
     context.set_spawning_popen(made)
     try:
         reduction.dump(words, buffer)
@@ -262,11 +264,14 @@ def _leave(server: Any) -> None:
 class _Spawn:
     """`multiprocessing.spawn`, but for what it tells a new process."""
 
+    def __init__(self, bare: bool = False) -> None:
+        self._bare = bare
+
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module("multiprocessing.spawn"), name)
 
     def get_preparation_data(self, name: str) -> dict[str, Any]:
-        return preparation_data(name)
+        return preparation_data(name, self._bare)
 
 
 class _Os:
@@ -279,11 +284,23 @@ class _Os:
         return ""
 
 
-def preparation_data(name: str) -> dict[str, Any]:
+def main_module() -> dict[str, Any] | None:
+    """Return how a new process is told to import the main module; None: by multiprocessing alone.
+
+    What its import raises there ends the process before anything of ours runs in it.
+    """
+    if sys.platform == "win32":
+        return None
+    words = preparation_data("")
+    return {key: words[key] for key in _OF_MAIN if key in words}
+
+
+def preparation_data(name: str, bare: bool = False) -> dict[str, Any]:
     """Return what multiprocessing tells a process of that name about this one.
 
     Without the current directory if that is gone: the process is where the fork server is, or
-    where we are. And without what is no string in `sys.path`, which is not looked at anyway.
+    where we are. Without what is no string in `sys.path`, which is not looked at anyway. And, with
+    `bare`, without the main module.
     """
     from multiprocessing import spawn
 
@@ -296,6 +313,8 @@ def preparation_data(name: str) -> dict[str, Any]:
     if "sys_path" in words:  # plain strings, as the fork server is told them in Python's words
         entries = [entry for entry in words["sys_path"] if isinstance(entry, str)]
         words["sys_path"] = [str.__str__(entry) for entry in entries]
+    for key in _OF_MAIN if bare else ():
+        words.pop(key, None)
     return words
 
 

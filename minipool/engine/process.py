@@ -50,7 +50,8 @@ REAP_TIMEOUT = 1.0  # seconds from a worker's death to its exit code, which a se
 class WorkerProcess:
     """A process; with a pidfd where the system has them.
 
-    With `kill_group`, SIGKILL and the process's own end also end what it started.
+    With `kill_group`, SIGKILL and the process's own end also end what it started. With `bare` its
+    target imports the main module itself.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class WorkerProcess:
         args: tuple[Any, ...],
         kill_group: bool = False,
         box: BlackBox | None = None,
+        bare: bool = False,
     ) -> None:
         self._reaping = Guard()  # a signal handler may kill what its thread reaps
         self._waiting = Guard()  # for its end, on descriptors that stay open meanwhile
@@ -78,6 +80,7 @@ class WorkerProcess:
         self._pidfd: int | None = None
         self._kills_group = kill_group and hasattr(os, "killpg")
         # What the fork server has to say comes through it; it stays open until `close`.
+        self._bare = bare
         self._box = box if self._served and _has_pidfds() and _can_reopen() else None
 
     def start(self) -> None:
@@ -87,7 +90,7 @@ class WorkerProcess:
             OSError, EOFError, RuntimeError: no process was started.
         """
         _expect_room()
-        popen.use_for(self._process, self._box)
+        popen.use_for(self._process, self._box, self._bare)
         try:
             unsignalled(_start_unlisted, self._process)
         except OSError as error:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _TOLD = 3  # leases, those that are held longest
 _MORE = "raise `size` or `checkout_timeout`"
+_START = "correct what made the last start fail"
 
 
 def refusal(manager: Manager, mine: int, waited: float) -> tuple[str, str]:
@@ -59,12 +60,12 @@ def _nobody_serves(manager: Manager) -> tuple[str, str]:
         are = "1 is" if len(booting) == 1 else f"{len(booting)} are"
         why = f"no worker serves yet: {are} starting, for {longest:.1f} s{failed}"
         if failure is not None:
-            return why, "correct that"
+            return why, _START
         return why, "raise the timeout, or wait for the start with `open()` or `wait_ready()`"
     pause = retry_in(fleet, time.monotonic())
     if failure is not None:
         soon = "" if pause is None else f"; the next is tried in {pause:.1f} s"
-        return f"no worker serves{failed}{soon}", "correct that"
+        return f"no worker serves{failed}{soon}", _START
     return "no worker serves, and the next is about to be started", "raise the timeout"
 
 

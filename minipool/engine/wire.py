@@ -145,11 +145,19 @@ def find(name: str) -> Any:
     """Import what `name_of` named.
 
     Raises:
-        ImportError, AttributeError: there is no such thing in this process.
+        ImportError, AttributeError: there is no such thing in this process; perhaps one of nearly
+            that name, which is told then.
     """
     module, _, path = name.partition(":")
     __import__(module)
-    return _walk(sys.modules[module], path)
+    try:
+        return _walk(sys.modules[module], path)
+    except AttributeError as error:
+        hint = _hint(sys.modules[module], path)
+        if not hint:
+            raise
+        # Not the same error: Python would add what it takes for near, too, to its traceback.
+        raise AttributeError(f"{error}{hint}").with_traceback(error.__traceback__) from None
 
 
 def find_for(owner: Any, name: str) -> Any:
@@ -174,6 +182,25 @@ def _walk(start: Any, path: str) -> Any:
     for part in path.split("."):
         start = getattr(start, part)
     return start
+
+
+def _hint(start: Any, path: str) -> str:
+    """Say which names are near the first one of a path that is not there; "" if none is."""
+    for part in path.split("."):
+        try:
+            start = getattr(start, part)
+        except AttributeError:
+            near = _near(part, start)
+            return f"; did you mean {near}?" if near else ""
+    return ""
+
+
+def _near(name: str, owner: Any) -> str:
+    """Return the names that an object has and that are near another, in words."""
+    import difflib
+
+    known = [each for each in dir(owner) if not each.startswith("_")]
+    return " or ".join(map(repr, difflib.get_close_matches(name, known, 3)))
 
 
 def why_unreachable(target: Any, starts_by_fork: bool) -> str | None:
@@ -331,7 +358,7 @@ def pack_error(error: BaseException) -> bytes:
     envelope: dict[str, Any] = {
         "type_name": _type_name(error),
         "message": _message(error),
-        "traceback": text_of(error),
+        "traceback": text_of(error) if error.__traceback__ or error.__cause__ else "",
         "pickled": None,
         "exits": isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)),
     }
@@ -353,8 +380,9 @@ def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
         try:
             error = pickle.loads(pickled)
             if isinstance(error, BaseException):
-                # Not by `error.__cause__ = `, which a `__setattr__` of its class would take.
-                _CAUSE.__set__(error, RemoteTraceback(envelope["traceback"]))
+                if envelope["traceback"]:
+                    # Not by `error.__cause__ = `, which a `__setattr__` of its class would take.
+                    _CAUSE.__set__(error, RemoteTraceback(envelope["traceback"]))
                 mark_answered(error)
                 if isinstance(error, ModuleNotFoundError):
                     from .whereabouts import add_whereabouts
@@ -471,10 +499,8 @@ def text_of(error: BaseException) -> str:
 
 def no_such_method(owner: Any, name: str) -> CallMismatch:
     """Build the error for a method the worker's object does not have, with the likeliest ones."""
-    import difflib
-
-    known = [n for n in dir(owner) if not n.startswith("_")]
-    near = difflib.get_close_matches(name, known, 3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {known[:12]}"
+    near = _near(name, owner)
+    known = [each for each in dir(owner) if not each.startswith("_")]
+    hint = f"did you mean {near}?" if near else f"it has {known[:12]}"
     kind = "the module" if isinstance(owner, ModuleType) else type(owner).__name__
     return CallMismatch(f"{kind} has no method {name!r}; {hint}")
