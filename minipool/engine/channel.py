@@ -18,10 +18,13 @@ import select
 import struct
 import time
 from functools import partial
-from typing import Any, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Callable, Iterable
 
 from . import sigpipe, wire
 from .descriptors import close_all
+
+if TYPE_CHECKING:
+    import threading  # which no worker needs for this
 
 SMALL = 32 * 1024  # up to here one write takes all, as a rule: a pipe has room for twice as much
 CHUNK = 64 * 1024
@@ -93,6 +96,9 @@ class End:
         self._due: float | None = None  # when it is to be answered, as it was when it began
         #: Returns how many seconds since then counted against no deadline; see `standstill`.
         self.lost: Callable[[float], float] = _nothing
+
+    #: The thread that sends, or has sent, what the pipe may not have room for, if there is one.
+    sender: threading.Thread | None = None
 
     def _deadline(self, timeout: float | None, start: int) -> float | None:
         """Return by when the call under way is to be answered, on the monotonic clock."""

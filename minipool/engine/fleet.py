@@ -10,6 +10,7 @@ import collections
 import functools
 import math
 import random
+import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Iterator
@@ -92,6 +93,7 @@ class Fleet:
         self._failed_ns = 0
         self._pause = 0.0  # after the last failure
         self._served_ns = 0
+        self._senders: tuple[threading.Thread, ...] = ()  # that may still send to the dead
         # What workers that ended have counted, and the rows of the last ones: whoever held such a
         # worker may be about to count its last reply. Replaced as one, and never changed: else a
         # row that moves from the one to the other would be counted twice, or not at all.
@@ -377,6 +379,9 @@ class Fleet:
         self._hush(handle)
         self._vacate(handle)
         self._part(handle)
+        if handle.channel.sender is not None:
+            senders = (*self._senders, handle.channel.sender)
+            self._senders = tuple(sender for sender in senders if sender.is_alive())
         self._hooks.emit(
             "worker.terminate",
             {"calls": calls, "lifetime": lifetime},
@@ -462,6 +467,12 @@ class Fleet:
         if self.scribe is not None:
             self.scribe.close()
         self.table.close()
+
+    def join(self, timeout: float) -> None:
+        """Wait for threads that still send to workers which have ended: that ends them, too."""
+        until = time.monotonic() + timeout
+        for sender in self._senders:
+            sender.join(max(0.0, until - time.monotonic()))
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner."""

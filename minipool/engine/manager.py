@@ -263,6 +263,7 @@ class Manager:
             for keeper in self.keepers:
                 if keeper.ended:
                     keeper.join(timeout)
+            self.fleet.join(timeout)
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner. Takes no lock."""
