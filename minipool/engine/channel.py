@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Iterable
 
 from . import sigpipe, wire
-from .descriptors import close_all
+from .descriptors import close_all, lift_connection, pipe_into
 
 if TYPE_CHECKING:
     import threading  # which no worker needs for this
@@ -446,20 +446,19 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     """Make a pipe; return what becomes the parent's end and what travels to the worker."""
     if portable:
         ends: tuple[Any, Any] = context.Pipe(duplex=True)
+        for end in ends:
+            lift_connection(end)
         return ends
-    requests = os.pipe()
+    fds: list[int] = []
     try:
-        replies = os.pipe()
+        pipe_into(fds)
+        pipe_into(fds)
+        out = sigpipe.lasting(*fds[:2])
     except OSError:
-        close_all(requests)
+        close_all(fds)
         raise
-    try:
-        out = sigpipe.lasting(*requests)
-    except OSError:
-        close_all((*requests, *replies))
-        raise
-    theirs = wire.Ends(wire.Descriptor(requests[0]), wire.Descriptor(replies[1]))
-    return _Ends(replies[0], *out), theirs
+    theirs = wire.Ends(wire.Descriptor(fds[0]), wire.Descriptor(fds[3]))
+    return _Ends(fds[2], *out), theirs
 
 
 def widen(fd: int) -> None:

@@ -16,17 +16,17 @@ current directory is gone, nor where `sys.path` holds what the import system ign
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import io
 import os
 import select
 import sys
 import types
+from functools import partial
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from .descriptors import close_all
+from .descriptors import beyond_streams, close_all, pipe
 
 if TYPE_CHECKING:
     from .blackbox import BlackBox
@@ -48,7 +48,7 @@ def use_for(child: Any, box: BlackBox | None) -> None:
     child.daemon = False
     child.authkey = bytes(child.authkey)  # see `_authkey_of_ours`
     if sys.platform != "win32":
-        child._Popen = functools.partial(_popen, box=box)
+        child._Popen = partial(_popen, box=box)
 
 
 def _popen(child: Any, box: BlackBox | None) -> Any:
@@ -58,12 +58,12 @@ def _popen(child: Any, box: BlackBox | None) -> Any:
     if method == "fork":
         stuck = _flush_what_takes_it()
         if stuck:
-            child._target = functools.partial(_run_with_new_streams, stuck, child._target)
+            child._target = partial(_run_with_new_streams, stuck, child._target)
     with _authkey_of_ours():
         if method == "forkserver":
             from .fork_server import launched  # where there is one
 
-            return launched(ensure_server, functools.partial(_launch, method, child, box))
+            return launched(ensure_server, partial(_launch, method, child, box))
         return _launch(method, child, None)
 
 
@@ -75,15 +75,25 @@ def _launch(method: str, child: Any, box: BlackBox | None) -> Any:
     if box is not None:
         _launch_by_server(made, child, box)
         return made
-    launch = popen._launch
-    if method != "fork":
-        launch = rebound(launch, spawn=_Spawn())
+    if method == "fork":
+        launch = rebound(popen._launch, os=_Pipes())
+    else:
+        launch = partial(beyond_streams, rebound(popen._launch, spawn=_Spawn()))
     try:
         launch(made, child)
     except BrokenPipeError:
         if not _was_started(made):
             raise
     return made
+
+
+class _Pipes:
+    """`os`, but that no end of its pipes has the number of a standard stream."""
+
+    pipe = staticmethod(pipe)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
 
 
 def _was_started(popen: Any) -> bool:
@@ -149,7 +159,7 @@ def ensure_server() -> None:
             os.mkdir(folder, 0o700)  # something has cleaned the temporary directory
     server = _server()
     try:
-        rebound(type(server).ensure_running, spawn=_Spawn())(server)
+        beyond_streams(rebound(type(server).ensure_running, spawn=_Spawn()), server)
     except (FileNotFoundError, PermissionError) as error:
         raise OSError(error.errno, error.strerror, error.filename or folder) from error
 
@@ -172,8 +182,8 @@ def _launch_by_server(made: Any, child: Any, box: BlackBox) -> None:
     status = box.lend_to_server()
     ours = theirs = -1
     try:
-        theirs, ours = os.pipe()
-        _ask_server([theirs, status], made._fds, box)
+        theirs, ours = pipe()
+        beyond_streams(_ask_server, [theirs, status], made._fds, box)
         os.close(status)
         status = -1  # else the end of the server would not be the end of the pipe
         made.pid = box.pid_from_server(_server()._forkserver_pid)

@@ -32,7 +32,7 @@ from typing import Any, Callable
 from .._sync import Guard, guarded
 from . import popen
 from .blackbox import LAST_WORDS, BlackBox
-from .descriptors import close_all
+from .descriptors import close_all, lifted
 from .oom import OOM_KILLS
 from .sigpipe import unsignalled
 
@@ -403,7 +403,7 @@ def _pidfd(pid: int | None) -> int | None:
         ProcessLookupError: there is no such process any more.
     """
     try:
-        return os.pidfd_open(pid) if pid is not None else None
+        return lifted(os.pidfd_open(pid)) if pid is not None else None
     except ProcessLookupError:
         raise
     except (AttributeError, OSError):
