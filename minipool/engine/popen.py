@@ -15,6 +15,7 @@ current directory is gone, nor where `sys.path` holds what the import system ign
 
 from __future__ import annotations
 
+import _signal
 import contextlib
 import importlib
 import io
@@ -78,6 +79,7 @@ def _launch(method: str, child: Any, box: BlackBox | None) -> Any:
     if method == "fork":
         launch = rebound(popen._launch, os=_Pipes())
     else:
+        _ensure_tracker()
         launch = partial(beyond_streams, rebound(popen._launch, spawn=_Spawn()))
     try:
         launch(made, child)
@@ -85,6 +87,20 @@ def _launch(method: str, child: Any, box: BlackBox | None) -> Any:
         if not _was_started(made):
             raise
     return made
+
+
+def _ensure_tracker() -> None:
+    """Start multiprocessing's resource tracker, if it does not run; here nothing changes by that.
+
+    Some Pythons unblock SIGINT by that, in this thread and so in all that it starts.
+    """
+    from multiprocessing import resource_tracker
+
+    blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
+    try:
+        beyond_streams(resource_tracker.ensure_running)
+    finally:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, blocked)
 
 
 class _Pipes:
@@ -159,6 +175,7 @@ def ensure_server() -> None:
             os.mkdir(folder, 0o700)  # something has cleaned the temporary directory
     server = _server()
     try:
+        _ensure_tracker()
         beyond_streams(rebound(type(server).ensure_running, spawn=_Spawn()), server)
     except (FileNotFoundError, PermissionError) as error:
         raise OSError(error.errno, error.strerror, error.filename or folder) from error
@@ -306,7 +323,19 @@ def preparation_data(name: str) -> dict[str, Any]:
     if "sys_path" in words:  # plain strings, as the fork server is told them in Python's words
         entries = [entry for entry in words["sys_path"] if isinstance(entry, str)]
         words["sys_path"] = [str.__str__(entry) for entry in entries]
+    if hasattr(_signal, "pthread_sigmask"):
+        words["minipool"] = _Uninterrupted()
     return words
+
+
+class _Uninterrupted:
+    """Blocks SIGINT in the process that reads it, before that imports anything of the program's.
+
+    Until it leads a group of its own, the keys that interrupt the program reach it as well.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _signal.pthread_sigmask, (_signal.SIG_BLOCK, (int(_signal.SIGINT),))
 
 
 def rebound(function: Any, **names: object) -> Callable[..., Any]:
