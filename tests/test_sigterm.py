@@ -372,8 +372,8 @@ def test_service_that_is_ended_as_a_whole_loses_no_call(
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for pid in map(int, children.read_text().split()):
-            found += [pid, *_descendants(pid)]
+        for one in map(int, children.read_text().split()):
+            found += [one, *_descendants(one)]
     return found
 
 

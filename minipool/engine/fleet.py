@@ -26,7 +26,7 @@ from .handle import Handle
 from .health import SECOND_NS
 from .inquest import Death, hold, reason_of
 from .launch import Launcher
-from .process import signal_name
+from .process import reap_outlived, signal_name
 from .standstill import Standstills
 from .states import WorkerState as S
 from .verdict import MANY, Verdict, by_chance
@@ -469,10 +469,14 @@ class Fleet:
         self.table.close()
 
     def join(self, timeout: float) -> None:
-        """Wait for threads that still send to workers which have ended: that ends them, too."""
+        """Wait for what is about to end with its worker, or with the lifeline.
+
+        Threads that still send to one that has ended, and workers that could not be killed.
+        """
         until = time.monotonic() + timeout
         for sender in self._senders:
             sender.join(max(0.0, until - time.monotonic()))
+        reap_outlived(max(0.0, until - time.monotonic()))
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner."""

@@ -19,6 +19,7 @@ cannot, through the sentinel, which is a second descriptor then.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
@@ -86,6 +87,7 @@ class WorkerProcess:
         Raises:
             OSError, EOFError, RuntimeError: no process was started.
         """
+        reap_outlived(0.0)
         _expect_room()
         popen.use_for(self._process, self._box)
         try:
@@ -335,6 +337,8 @@ class WorkerProcess:
         with contextlib.suppress(ValueError, AssertionError):
             popen = self._process._popen
             if popen is not None and (self._served or popen.poll() is None):
+                if not self._served:
+                    _outlived.append(popen.pid)
                 popen.returncode = self._last_exitcode or 0  # else it could not be closed
             self._process.close()
         self._close_pidfd()
@@ -348,6 +352,35 @@ class WorkerProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+
+_outlived: collections.deque[int] = collections.deque()  # children that were given up alive
+
+
+def reap_outlived(timeout: float) -> None:
+    """Reap the children that were given up and have ended since, or do so in time.
+
+    Their pids are nobody else's until then.
+    """
+    until = time.monotonic() + timeout
+    for _ in range(len(_outlived)):
+        with contextlib.suppress(IndexError):  # another thread was faster
+            pid = _outlived.popleft()
+            if not _reaped(pid, max(0.0, until - time.monotonic())):
+                _outlived.append(pid)
+
+
+def _reaped(pid: int, timeout: float) -> bool:
+    try:
+        fd = _pidfd(pid)
+        if fd is not None:
+            try:
+                connection.wait([fd], timeout)
+            finally:
+                os.close(fd)
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except (ProcessLookupError, ChildProcessError):
+        return True  # something else in this program did, or this is a fork of its parent
 
 
 def _start_unlisted(child: Any) -> None:
