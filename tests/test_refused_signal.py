@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Iterator
@@ -169,6 +172,48 @@ def test_worker_that_outlives_sigkill_is_given_up_and_nothing_of_it_is_kept(
     told = {"refused": "cannot be killed, and is cut off", "in vain": "it is given up"}[how]
     assert [record.getMessage() for record in caplog.records if f"(pid {pid})" in record.getMessage()
             and told in record.getMessage()], caplog.text  # fmt: skip
+
+
+def cling(path: str) -> None:
+    """Stand at the gate, and do not end with the parent."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # of the listing itself
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ASYNC:
+                os.close(fd)  # the lifeline
+    pass_gate(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the lifeline is a thread")
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_caller_of_a_worker_that_is_given_up_waits_no_longer(
+    start_method: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the close, though the worker lives on; it is reaped once it ends."""
+    monkeypatch.setattr(manager, "_GIVE_UP_NS", 200_000_000)
+    monkeypatch.setattr(process.signal, "pidfd_send_signal", lambda *_: None)
+    pool = Pool(size=1, start_method=start_method, close_timeout=0.1, call_timeout=None).open()
+    pid = pool.workers()[0].pid or 0
+    problems: list[type] = []
+
+    def call() -> None:
+        try:
+            pool.call(cling, gate.path)
+        except Exception as problem:
+            problems.append(type(problem))
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    gate.wait_arrived()
+    try:
+        pool.close()
+        caller.join(20)
+        assert problems == [LeaseRevoked]
+        os.kill(pid, 0)  # it is there
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    wait_gone(pid)
+    with Pool(size=1, start_method=start_method):
+        pass  # whose start, and whose close, reaps what has ended
 
 
 def test_process_that_was_not_killed_is_not_told_as_killed(gate: Gate, powerless: None) -> None:
