@@ -91,6 +91,8 @@ def test_lease_of_a_worker_that_cannot_be_killed_is_revoked(
         pid = pool.workers()[0].pid
         with pytest.raises(LeaseRevoked):
             pool.call(pass_gate, gate.path)
+        keeper = pool._desk.manager  # type: ignore[union-attr]
+        keeper._limits = keeper._limits._replace(lease_ns=None)  # on a busy machine more come late
         assert pool.call(getpid) != pid
         gate.open()
         assert ear.wait("worker.terminate").metadata["pid"] == pid
