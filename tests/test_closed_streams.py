@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,32 @@ def test_nothing_of_a_pool_has_the_number_of_a_stream_that_is_closed(
     lines = ["of a program", "printed", "told", "written"]
     assert code == 0, err
     assert (tmp_path / "told").read_text() == repr([[], nowhere, pipes, nowhere, [], lines, []])
+
+
+WATCHED = """
+    import contextlib, os
+    from minipool import Pool
+
+    if __name__ == "__main__":
+        asked, told = os.dup(0), os.dup(1)
+        for fd in range(3):
+            os.close(fd)
+        with Pool(size=1) as pool, pool.dashboard() as dashboard:
+            os.write(told, f"{dashboard.url}\\n".encode())
+            os.read(asked, 1)
+            for fd in range(3):
+                with contextlib.suppress(OSError):
+                    os.fstat(fd)
+                    os.write(told, b"%d " % fd)
+"""
+
+
+def test_nothing_of_a_dashboard_has_it_either(tmp_path: Path) -> None:
+    """Nor has a visitor's connection, which would get to see what is printed."""
+    process = scripts.start(tmp_path, WATCHED, stdin=subprocess.PIPE)
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    with urllib.request.urlopen(f"{url}events", timeout=20) as events:
+        assert events.readline()
+        out, _ = process.communicate("!", timeout=20)
+    assert (process.returncode, out) == (0, "")
