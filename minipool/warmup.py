@@ -131,7 +131,10 @@ class _WarmUp:
             for helper in helpers:
                 helper.start()
             for helper in helpers:
-                helper.join(min(threading.TIMEOUT_MAX, left() + _MARGIN))
+                seconds_left = math.inf
+                while helper.is_alive() and seconds_left > 0:  # a stop gives more, meanwhile
+                    seconds_left = left()
+                    helper.join(min(threading.TIMEOUT_MAX, seconds_left + _MARGIN))
         except BaseException:
             self._over = True
             raise

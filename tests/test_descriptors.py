@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
 
+import scripts
 from ears import wait_until
 from minipool import Pool, WorkerDied
 from minipool.engine import blackbox, process
@@ -19,6 +21,66 @@ from strikes import strike_everywhere, unstruck
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfds")
 LAST = 20.0
+
+
+WITHOUT_STREAMS = """
+    import contextlib, os, threading
+    from minipool.engine import descriptors
+    from minipool.engine.lifeline import Lifeline
+    from minipool.engine.bell import Bell
+    from minipool.engine.table import Table
+    from strikes import strike_everywhere
+
+    def all_open():
+        found = set()
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):
+                os.fstat(fd)
+                found.add(fd)
+        return found
+
+    def have():
+        lifeline, bell, table = Lifeline(), Bell(), Table("struck")
+        assert not all_open() & {0, 1, 2}
+        lifeline.close(), bell.close(), table.close()
+
+    def lend_a_number():
+        here, there = threading.Event(), threading.Event()
+        def redirect():
+            here.wait(20)
+            os.dup2(told, 1)  # as a program does that turns into a daemon
+            there.set()
+        thread = threading.Thread(target=redirect)
+        thread.start()
+        def action():
+            here.set()
+            assert there.wait(20)
+            os.close(2)
+            return all_open()
+        during = descriptors.beyond_streams(action)
+        assert {0, 1} <= during
+        thread.join()
+        os.write(1, b"lent ")
+        assert not all_open() & {0, 2}
+        os.close(1)
+
+    told = os.open("told", os.O_WRONLY | os.O_CREAT, 0o600)
+    for fd in range(3):
+        os.close(fd)
+    lend_a_number()
+    have()
+    before = all_open()
+    struck = strike_everywhere(have, descriptors)
+    assert all_open() == before, all_open()
+    os.write(told, b"%d" % (struck > 20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_program_without_streams_loses_no_descriptor_by_an_interrupt(tmp_path: Path) -> None:
+    """While ours go to other numbers, nor one that it makes a stream of in that moment."""
+    code, _, _ = scripts.run(tmp_path, WITHOUT_STREAMS)
+    assert (code, (tmp_path / "told").read_text()) == (0, "lent 1")
 
 
 def taken() -> int:

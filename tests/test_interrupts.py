@@ -18,7 +18,6 @@ import pytest
 
 from chatters import add
 from minipool import CallTimeout, Metrics, Pool, WorkerDied
-from minipool.engine import lifeline, table
 from minipool.engine.bell import Bell, ready
 from strikes import strike_everywhere, unstruck
 from workers import identity
@@ -157,10 +156,7 @@ def test_session_keeps_what_was_committed_after_an_interrupt_anywhere(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a callback
 def test_interrupted_open_or_close_leaves_nothing() -> None:
-    """A pool that was interrupted as it opened or closed can be closed, and nothing is left of it.
-
-    Only where the kernel has just made a descriptor is there a step too few to keep it.
-    """
+    """A pool that was interrupted as it opened or closed can be closed, and nothing is left of it."""
     pools: list[Pool[None]] = []
 
     def use() -> None:
@@ -174,7 +170,7 @@ def test_interrupted_open_or_close_leaves_nothing() -> None:
         pools[0].close()
 
     use()
-    assert strike_everywhere(use, *modules_of("minipool") - {table, lifeline}) > 200
+    assert strike_everywhere(use, *modules_of("minipool")) > 200
     pools.pop().close(5)
 
 

@@ -9,6 +9,7 @@ import select
 import threading
 from multiprocessing import reduction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterator
 
 import pytest
@@ -17,7 +18,8 @@ import scripts
 from ears import Ear, handle_of, wait_until
 from gates import Gate
 from minipool import Pool, PoolStartError, current_session
-from minipool.engine import channel, wire
+from minipool._sync import Latch
+from minipool.engine import channel, portable, wire
 from minipool.engine.channel import FastEnd, PeerGone
 from minipool.engine.workerend import FastWorkerEnd
 from strikes import Blow, Strike
@@ -238,6 +240,36 @@ def test_a_main_module_that_hangs_holds_up_no_close(tmp_path: Path, gate: Gate) 
     program.stdin.write("\n")
     program.stdin.flush()
     assert scripts.finish(program) == (0, "opened\n['MainThread']\n", "")
+
+
+def test_close_waits_for_what_sends_aside_and_with_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The send ends with its worker, and the thread that makes it a moment later."""
+    monkeypatch.setenv("MINIPOOL_PORTABLE", "1")
+    joined = threading.Event()
+    waits: list[float | None] = []
+    senders: list[threading.Thread] = []
+
+    class Sender(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            waits.append(timeout)
+            joined.set()
+            super().join(LAST)
+
+    class Sent(Latch):
+        def set(self) -> None:
+            super().set()
+            senders.append(threading.current_thread())
+            joined.wait(LAST)  # this is its last step but one
+
+    monkeypatch.setattr(portable, "Latch", Sent)
+    monkeypatch.setattr(portable, "threading", SimpleNamespace(Thread=Sender))
+    with Pool(size=1) as pool:
+        assert pool.call(len, bytes(1 << 20)) == 1 << 20
+
+    alive = [sender.is_alive() for sender in senders]
+    joined.set()
+    assert alive == [False]
+    assert waits[0] is not None and 0 < waits[0] <= 1
 
 
 def test_a_main_module_that_hangs_is_given_up_in_time(tmp_path: Path, gate: Gate) -> None:

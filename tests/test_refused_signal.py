@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import gc
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Iterator
@@ -14,7 +18,7 @@ import scripts
 from ears import Ear, handle_of
 from gates import Gate, pass_gate
 from minipool import CallTimeout, LeaseRevoked, Pool
-from minipool.engine import process
+from minipool.engine import manager, process
 from scripts import wait_gone
 from workers import getpid
 
@@ -87,6 +91,8 @@ def test_lease_of_a_worker_that_cannot_be_killed_is_revoked(
         pid = pool.workers()[0].pid
         with pytest.raises(LeaseRevoked):
             pool.call(pass_gate, gate.path)
+        keeper = pool._desk.manager  # type: ignore[union-attr]
+        keeper._limits = keeper._limits._replace(lease_ns=None)  # on a busy machine more come late
         assert pool.call(getpid) != pid
         gate.open()
         assert ear.wait("worker.terminate").metadata["pid"] == pid
@@ -114,6 +120,102 @@ def test_last_worker_that_cannot_be_killed_does_not_hold_up_the_close(
     caller.join(20)
     assert [type(problem) for problem in problems] == [LeaseRevoked]
     wait_gone(pid)  # the pool's end is the end of its lifeline
+
+
+def _kept() -> tuple[set[str], set[threading.Thread]]:
+    """Return what this process has open, and its threads."""
+    return set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+
+
+@pytest.mark.parametrize("path", ["", "1"], ids=["fast", "portable"])
+@pytest.mark.parametrize("how", ["refused", "in vain"])
+def test_worker_that_outlives_sigkill_is_given_up_and_nothing_of_it_is_kept(
+    start_method: str,
+    how: str,
+    path: str,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As one that waits for a disk or a network share in the kernel; a refusal is told at once."""
+
+    def send(fd: int, signum: int, *more: Any) -> None:
+        if how == "refused":
+            raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setenv("MINIPOOL_PORTABLE", path)
+    monkeypatch.setattr(manager, "_GIVE_UP_NS", 1 << 62 if how == "refused" else 200_000_000)
+    problems: list[type] = []
+
+    def call() -> None:
+        try:
+            pool.call(pass_gate, gate.path)
+        except Exception as problem:
+            problems.append(type(problem))
+
+    before = _kept()
+    pool: Pool[Any] = Pool(size=2, start_method=start_method, close_timeout=0.1, call_timeout=None)
+    ear = Ear(pool.open(), "worker.terminate")
+    caller = threading.Thread(target=call)
+    caller.start()
+    gate.wait_arrived()
+    (pid,) = (info.pid or 0 for info in pool.workers() if info.state == "leased")
+    with monkeypatch.context() as patch:
+        patch.setattr(process.signal, "pidfd_send_signal", send)
+        pool.close()
+    ended = {event.metadata["pid"] for event in ear.of("worker.terminate")}
+    assert pid in ended and len(ended) == 2, "it has not ended in its time"
+    caller.join(20)
+    del caller
+    assert problems == [LeaseRevoked]
+    wait_gone(pid)  # the pool's end is the end of its lifeline
+    gc.collect()  # what an error's traceback has held
+    assert _kept() == before
+    told = {"refused": "cannot be killed, and is cut off", "in vain": "it is given up"}[how]
+    assert [record.getMessage() for record in caplog.records if f"(pid {pid})" in record.getMessage()
+            and told in record.getMessage()], caplog.text  # fmt: skip
+
+
+def cling(path: str) -> None:
+    """Stand at the gate, and do not end with the parent."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # of the listing itself
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ASYNC:
+                os.close(fd)  # the lifeline
+    pass_gate(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the lifeline is a thread")
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_caller_of_a_worker_that_is_given_up_waits_no_longer(
+    start_method: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does the close, though the worker lives on; it is reaped once it ends."""
+    monkeypatch.setattr(manager, "_GIVE_UP_NS", 200_000_000)
+    monkeypatch.setattr(process.signal, "pidfd_send_signal", lambda *_: None)
+    pool = Pool(size=1, start_method=start_method, close_timeout=0.1, call_timeout=None).open()
+    pid = pool.workers()[0].pid or 0
+    problems: list[type] = []
+
+    def call() -> None:
+        try:
+            pool.call(cling, gate.path)
+        except Exception as problem:
+            problems.append(type(problem))
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    gate.wait_arrived()
+    try:
+        pool.close()
+        caller.join(20)
+        assert problems == [LeaseRevoked]
+        os.kill(pid, 0)  # it is there
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    wait_gone(pid)
+    with Pool(size=1, start_method=start_method):
+        pass  # whose start, and whose close, reaps what has ended
 
 
 def test_process_that_was_not_killed_is_not_told_as_killed(gate: Gate, powerless: None) -> None:

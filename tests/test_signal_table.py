@@ -7,8 +7,10 @@ signals in test_worker_terminal.py; here is the rest, and the list of all rows.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -87,6 +89,54 @@ def test_sigint_does_nothing_to_a_worker(start_method: str, gate: Gate) -> None:
         sender.join(20)
 
 
+IMPORTS = """
+    import os, signal, sys, threading
+    from minipool import Pool
+
+    class Model:
+        def blocked(self):
+            return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    if __name__ == "__mp_main__":
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if __name__ == "__main__":
+        with Pool(Model, size=1, start_method=sys.argv[1]) as pool:
+            print(pool.call("blocked"))
+"""
+
+
+def test_sigint_does_nothing_to_a_worker_that_is_importing_the_program(
+    start_method: str, tmp_path: Path
+) -> None:
+    """It is in the program's group still, so a Ctrl-C reaches it."""
+    assert scripts.run(tmp_path, IMPORTS, start_method) == (0, "False\n", "")
+
+
+STARTS = """
+    import os, sys
+    from minipool import Pool
+    from workers import getpid
+
+    if __name__ == "__main__":
+        os.environ["INTERRUPTED"] = "1"
+        with Pool(size=2, start_method=sys.argv[1]) as pool:
+            print(pool.call(getpid) != os.getpid())
+"""
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_sigint_does_nothing_to_an_interpreter_that_is_starting(
+    start_method: str, tmp_path: Path
+) -> None:
+    """Be it that of a worker, or of the fork server."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nif os.environ.get('INTERRUPTED'): os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    env = scripts.environment(first_path=str(tmp_path))
+    assert scripts.run(tmp_path, STARTS, start_method, env=env) == (0, "True\n", "")
+
+
 class TermsAtStart:
     def __init__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -98,6 +148,67 @@ def test_sigterm_ends_a_worker_that_is_booting() -> None:
     pool.open(wait=False)
     assert "by SIGTERM" in str(ear.wait("error").metadata["error"])
     pool.terminate()
+
+
+def test_sigterm_ends_one_that_is_forked_where_the_program_handles_it() -> None:
+    """What the program does with it is not what its workers do."""
+    came: list[int] = []
+    former = signal.signal(signal.SIGTERM, lambda signum, frame: came.append(signum))
+    pool = Pool(TermsAtStart, size=1, start_method="fork")
+    ear = Ear(pool, "error")
+    try:
+        pool.open(wait=False)
+        assert "by SIGTERM" in str(ear.wait("error").metadata["error"])
+    finally:
+        pool.terminate()
+        signal.signal(signal.SIGTERM, former)
+    assert not came
+
+
+def _interrupt_myself() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signal_in_a_forked_worker_wakes_no_event_loop_of_the_program() -> None:
+    ours, loops = socket.socketpair()
+    for end in (ours, loops):
+        end.setblocking(False)
+    former = signal.set_wakeup_fd(loops.fileno())
+    try:
+        with Pool(size=1, start_method="fork") as pool:
+            pool.call(_interrupt_myself)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+    finally:
+        signal.set_wakeup_fd(former)
+        ours.close()
+        loops.close()
+
+
+def _read_by_c_while_interrupted() -> int:
+    """Return how many bytes a C library reads, which does not try again when it is interrupted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    reader, writer = os.pipe()
+    main = threading.main_thread().ident or 0
+
+    def interrupt() -> None:
+        for _ in range(500):
+            signal.pthread_kill(main, signal.SIGINT)
+            os.sched_yield()
+        os.write(writer, b"!")
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    count: int = libc.read(reader, ctypes.create_string_buffer(1), 1)
+    sender.join()
+    os.close(reader)
+    os.close(writer)
+    return count
+
+
+def test_sigint_lets_no_call_of_a_c_library_fail(start_method: str) -> None:
+    with Pool(size=1, start_method=start_method) as pool:
+        assert pool.call(_read_by_c_while_interrupted) == 1
 
 
 SERVED = """

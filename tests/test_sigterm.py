@@ -17,9 +17,9 @@ import pytest
 import scripts
 from ears import Ear, wait_until
 from gates import Gate, pass_gate
-from minipool import Pool
+from minipool import LeaseRevoked, Pool
+from minipool.engine import child, process, wire
 from minipool.engine import table as t
-from minipool.engine import wire
 from minipool.engine.channel import pair
 from minipool.engine.workerend import FastWorkerEnd
 from scripts import wait_gone
@@ -150,6 +150,21 @@ def test_leaving_worker_has_its_time_to_close_its_object(start_method: str, gate
         assert (facts["pid"], facts["exitcode"]) == (pid, LEFT)
 
 
+def test_leaving_worker_says_so_before_its_pipe_ends() -> None:
+    """Whoever sends a call to it in that moment hears that it has not begun."""
+
+    class Pipe:
+        def let_go(self) -> None:
+            phases.append(words[t.PHASE])
+
+    phases: list[int] = []
+    words = memoryview(bytearray(t.ROW_BYTES)).cast("q")
+    worker = child._Worker(Pipe(), words, shared=True, forked=False)
+    with pytest.raises(SystemExit) as caught:
+        worker._leave()
+    assert (phases, caught.value.code) == ([t.PHASE_STOPPING], LEFT)
+
+
 def test_second_signal_changes_nothing(gate: Gate) -> None:
     with Pool(size=1) as pool:
         (pid,) = _pids(pool)
@@ -205,6 +220,39 @@ def test_request_that_has_begun_to_come_is_taken_whole() -> None:
         end.let_go()
 
 
+def test_end_of_a_pool_sends_no_other_signal_than_sigkill(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to a worker that is busy, or in its start: it has no time to tell what it does with it."""
+    sent: list[int] = []
+    send = process.signal.pidfd_send_signal
+
+    def note(fd: int, signum: int, *more: Any) -> None:
+        sent.append(signum)
+        send(fd, signum, *more)
+
+    monkeypatch.setattr(process.signal, "pidfd_send_signal", note)
+    pool = Pool(size=2, close_timeout=0.1, call_timeout=None).open()
+    caller = threading.Thread(target=_call_until_it_is_closed, args=(pool, gate.path))
+    caller.start()
+    booting = Pool(StandsAtGate, args=(gate.path,), size=1).open(wait=False)
+    gate.wait_arrived(2)
+    pool.close()
+    booting.close()
+    caller.join(20)
+    assert set(sent) == {signal.SIGKILL}
+
+
+class StandsAtGate:
+    def __init__(self, gate: str) -> None:
+        pass_gate(gate)
+
+
+def _call_until_it_is_closed(pool: Pool[Any], gate: str) -> None:
+    with pytest.raises(LeaseRevoked):
+        pool.call(pass_gate, gate)
+
+
 # -- what a worker starts --------------------------------------------------------------------------
 
 
@@ -253,7 +301,7 @@ SERVED = """
     from workers import getpid
 
     def wait_for_ever():
-        print("begun", flush=True)
+        print("begun", *signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
         threading.Event().wait()
 
     def main():
@@ -278,7 +326,7 @@ SERVED = """
 
 
 def test_fork_server_ends_only_with_its_parent(tmp_path: Path) -> None:
-    """And a process of the program's own that it forks is ended by SIGTERM, as ever."""
+    """A process of the program's own that it forks blocks no signal, and SIGTERM ends it, as ever."""
     process = scripts.start(tmp_path, SERVED, stdin=subprocess.PIPE)
     assert process.stdout is not None and process.stdin is not None
     assert process.stdout.readline() == "-9 True\n", process.communicate()
@@ -324,8 +372,8 @@ def test_service_that_is_ended_as_a_whole_loses_no_call(
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            found += [child, *_descendants(child)]
+        for one in map(int, children.read_text().split()):
+            found += [one, *_descendants(one)]
     return found
 
 

@@ -25,7 +25,7 @@ def _no_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> int:
+    def refuse(*_: object) -> None:
         raise OSError(errno.EROFS, "read-only everywhere")
 
     monkeypatch.setattr(t, "_unlinked_file", refuse)

@@ -22,6 +22,14 @@ READS = """
         except OSError as error:
             return error.strerror
 
+    def unblocked_read():
+        signals = signal.SIGTTIN, signal.SIGTTOU
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        try:
+            return own_read()
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
     def read_input():
         try:
             return input()
@@ -54,7 +62,7 @@ READS = """
         assert os.tcgetpgrp(terminal) == os.getpgrp()
         with Pool(size=1, start_method=method, call_timeout=20) as pool:
             pid = pool.call(os.getpid)
-            for read in (own_read, read_input, standard_input, of_cat):
+            for read in (own_read, unblocked_read, read_input, standard_input, of_cat):
                 print(pool.call(read))
             print(pool.call(of_what_asks_for_a_password), end="")
             print(pool.call(write), pool.call(os.getpid) == pid)
@@ -92,10 +100,11 @@ def terminal() -> Iterator[str]:
 def test_reading_the_terminal_fails_at_once(
     start_method: str, terminal: str, tmp_path: Path
 ) -> None:
-    """Of a worker's own code, of a program, and of one that handles what a terminal stops with."""
+    """Of a worker's own code, also where a library has unblocked the signals that a terminal stops
+    with; of a program, and of one that handles them."""
     code, out, err = scripts.run(
         tmp_path, READS, start_method, terminal, env=scripts.environment(ASKS=ASKS)
     )
     eio = os.strerror(5)
     assert (code, err) == (0, "")
-    assert out.splitlines() == [eio, "EOFError", eio, eio, f"{eio} []", "5 True"]
+    assert out.splitlines() == [eio, eio, "EOFError", eio, eio, f"{eio} []", "5 True"]

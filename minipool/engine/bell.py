@@ -13,6 +13,8 @@ import sys
 from multiprocessing import connection
 from typing import Any
 
+from .descriptors import lift_connection
+
 _FULL = 1 << 16  # bytes; what a pipe holds
 
 
@@ -21,6 +23,8 @@ class Bell:
 
     def __init__(self) -> None:
         self.reader, self._conn = connection.Pipe(duplex=False)
+        lift_connection(self.reader)
+        lift_connection(self._conn)
         if sys.platform != "win32":
             os.set_blocking(self.reader.fileno(), False)
             os.set_blocking(self._conn.fileno(), False)

@@ -31,7 +31,7 @@ import weakref
 from typing import Any, Callable, Iterable
 
 from .._sync import Guard, guarded
-from .descriptors import close_all
+from .descriptors import close_all, lifted, pipe
 from .wire import Descriptor
 
 _TOP = getattr(signal, "SIGRTMAX", 0)
@@ -100,7 +100,7 @@ class BlackBox:
 
     def __init__(self) -> None:
         self._fd: int | None
-        self._fd, fd = os.pipe()
+        self._fd, fd = pipe()
         self.theirs: Descriptor | None = Descriptor(fd)  # travels to the worker
         os.set_blocking(self._fd, False)
         os.set_blocking(fd, False)
@@ -138,7 +138,7 @@ class BlackBox:
         """
         fd = self.fd
         _of_servers.add(self)
-        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        return lifted(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC))
 
     def pid_from_server(self, server: int) -> int:
         """Wait for the pid of a worker that is being started by the process `server`.

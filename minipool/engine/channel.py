@@ -18,10 +18,13 @@ import select
 import struct
 import time
 from functools import partial
-from typing import Any, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Callable, Iterable
 
 from . import sigpipe, wire
-from .descriptors import close_all
+from .descriptors import close_all, lift_connection, pipe_into
+
+if TYPE_CHECKING:
+    import threading  # which no worker needs for this
 
 SMALL = 32 * 1024  # up to here one write takes all, as a rule: a pipe has room for twice as much
 CHUNK = 64 * 1024
@@ -93,6 +96,9 @@ class End:
         self._due: float | None = None  # when it is to be answered, as it was when it began
         #: Returns how many seconds since then counted against no deadline; see `standstill`.
         self.lost: Callable[[float], float] = _nothing
+
+    #: The thread that sends, or has sent, what the pipe may not have room for, if there is one.
+    sender: threading.Thread | None = None
 
     def _deadline(self, timeout: float | None, start: int) -> float | None:
         """Return by when the call under way is to be answered, on the monotonic clock."""
@@ -440,20 +446,19 @@ def pair(context: Any, portable: bool) -> tuple[Any, Any]:
     """Make a pipe; return what becomes the parent's end and what travels to the worker."""
     if portable:
         ends: tuple[Any, Any] = context.Pipe(duplex=True)
+        for end in ends:
+            lift_connection(end)
         return ends
-    requests = os.pipe()
+    fds: list[int] = []
     try:
-        replies = os.pipe()
+        pipe_into(fds)
+        pipe_into(fds)
+        out = sigpipe.lasting(*fds[:2])
     except OSError:
-        close_all(requests)
+        close_all(fds)
         raise
-    try:
-        out = sigpipe.lasting(*requests)
-    except OSError:
-        close_all((*requests, *replies))
-        raise
-    theirs = wire.Ends(wire.Descriptor(requests[0]), wire.Descriptor(replies[1]))
-    return _Ends(replies[0], *out), theirs
+    theirs = wire.Ends(wire.Descriptor(fds[0]), wire.Descriptor(fds[3]))
+    return _Ends(fds[2], *out), theirs
 
 
 def widen(fd: int) -> None:

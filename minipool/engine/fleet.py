@@ -10,6 +10,7 @@ import collections
 import functools
 import math
 import random
+import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Iterator
@@ -25,7 +26,7 @@ from .handle import Handle
 from .health import SECOND_NS
 from .inquest import Death, hold, reason_of
 from .launch import Launcher
-from .process import signal_name
+from .process import reap_outlived, signal_name
 from .standstill import Standstills
 from .states import WorkerState as S
 from .verdict import MANY, Verdict, by_chance
@@ -92,6 +93,7 @@ class Fleet:
         self._failed_ns = 0
         self._pause = 0.0  # after the last failure
         self._served_ns = 0
+        self._senders: tuple[threading.Thread, ...] = ()  # that may still send to the dead
         # What workers that ended have counted, and the rows of the last ones: whoever held such a
         # worker may be about to count its last reply. Replaced as one, and never changed: else a
         # row that moves from the one to the other would be counted twice, or not at all.
@@ -377,6 +379,9 @@ class Fleet:
         self._hush(handle)
         self._vacate(handle)
         self._part(handle)
+        if handle.channel.sender is not None:
+            senders = (*self._senders, handle.channel.sender)
+            self._senders = tuple(sender for sender in senders if sender.is_alive())
         self._hooks.emit(
             "worker.terminate",
             {"calls": calls, "lifetime": lifetime},
@@ -464,6 +469,16 @@ class Fleet:
                 # Unlike an assignment, this runs no code of its class.
                 BaseException.with_traceback(failure, None)
                 failure = failure.__cause__
+
+    def join(self, timeout: float) -> None:
+        """Wait for what is about to end with its worker, or with the lifeline.
+
+        Threads that still send to one that has ended, and workers that could not be killed.
+        """
+        until = time.monotonic() + timeout
+        for sender in self._senders:
+            sender.join(max(0.0, until - time.monotonic()))
+        reap_outlived(max(0.0, until - time.monotonic()))
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner."""

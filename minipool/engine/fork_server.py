@@ -30,7 +30,7 @@ from .shortage import processes
 
 T = TypeVar("T")
 
-_END = 1.0  # seconds from the end of its sockets to the end of its process
+_END = 1.0  # seconds from the end of its sockets, or of its watch, to that of process or thread
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
 
 
@@ -124,15 +124,18 @@ def _in_time(launch: Callable[[], T]) -> T:
         if not answered.wait(patience):
             _kill(pid)
 
+    thread = threading.Thread(target=watch, name="minipool-server-watch", daemon=True)
     try:
         if patience is not None:
             with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
-                threading.Thread(target=watch, name="minipool-server-watch", daemon=True).start()
+                thread.start()
         made = launch()
         _Known.answered = pid
         return made
     finally:
         answered.set()
+        if thread.is_alive():
+            thread.join(_END)
 
 
 def _kill(pid: int) -> None:

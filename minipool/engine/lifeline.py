@@ -18,9 +18,11 @@ import os
 import signal
 import sys
 from functools import partial  # see `descriptors`
+from itertools import islice
 from typing import Callable, NoReturn
 
 from . import wire
+from .descriptors import pipe_into
 
 _F_SETSIG = 10  # Linux; the fcntl module has no name for it before 3.11
 
@@ -36,9 +38,11 @@ class Lifeline:
     def __init__(self) -> None:
         self._pid = os.getpid()
         if sys.platform != "win32":
-            self.read_fd, writer = os.pipe()
-            self._close_reader = partial(any, map(os.close, iter((self.read_fd,))))
-            self._close_writer = partial(any, map(os.close, iter((writer,))))
+            fds: list[int] = []  # the read end, and then the write end
+            self._close_reader = partial(any, map(os.close, islice(fds, 1)))
+            self._close_writer = partial(any, map(os.close, islice(fds, 1, None)))
+            pipe_into(fds)
+            self.read_fd = fds[0]
 
     def abandon(self) -> None:
         """Close the write end in a process that was forked from the owner."""

@@ -111,7 +111,7 @@ class Manager:
         self.lines: list[weakref.ref[Turnstile]] = []
         self.closers: list[Callable[[], None]] = []  # called when the last worker is gone
         self.keepers: list[Keeper] = []
-        self._keepers_by: float | None = None  # monotonic; None: they were not told to end yet
+        self._keepers_since: float | None = None  # monotonic; None: they were not told to end yet
         self.done = False  # everything has ended
         self.failure: BaseException | None = None  # why it was given up: no worker could be started
         self.for_good = True  # its end is the pool's; False: the pool may be opened again
@@ -266,6 +266,7 @@ class Manager:
             for keeper in self.keepers:
                 if keeper.ended:
                     keeper.join(timeout)
+            self.fleet.join(timeout)
 
     def abandon(self) -> None:
         """Let go of everything in a process that was forked from the owner. Takes no lock."""
@@ -591,18 +592,20 @@ class Manager:
         """Tell whether a worker that was to be killed is not to be waited for."""
         if handle.process.has_ended():
             return False
-        late = time.monotonic_ns() - handle.since_ns > _GIVE_UP_NS
+        late = time.monotonic_ns() - self._without_stops(handle.since_ns) > _GIVE_UP_NS
         return late or handle.process.refused is not None
 
     def _keepers_ended(self) -> bool:
         """End what waits for the outside; True once it has ended, or has taken too long."""
-        if self._keepers_by is None:
-            self._keepers_by = time.monotonic() + _KEEPERS_GRACE
+        now = time.monotonic()
+        if self._keepers_since is None:
+            self._keepers_since = now
             for keeper in self.keepers:
                 keeper.end()
         if all(keeper.ended for keeper in self.keepers):
             return True
-        if time.monotonic() < self._keepers_by:
+        since = self._keepers_since
+        if now - since - self.standstills.counted(since) < _KEEPERS_GRACE:
             return False
         logger().warning("%s has ended, and its session store has not let go yet", self.config.name)
         return True

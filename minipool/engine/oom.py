@@ -13,6 +13,7 @@ import time
 from typing import Callable
 
 from .._sync import Guard, guarded
+from .descriptors import open_into
 
 _MOMENT = 1.0  # seconds; what was counted before the last but one look is old
 _ROOT = "/sys/fs/cgroup"
@@ -60,7 +61,7 @@ class OomKills:
         try:
             if not self._fds:  # to open it is most of the work
                 self._path = self._path or _path()
-                self._fds.extend(map(os.open, [self._path], [os.O_RDONLY]))  # and noted, in a step
+                open_into(self._fds, os.open, self._path, os.O_RDONLY)
             words = os.pread(self._fds[0], 1 << 16, 0).split()
             return int(words[words.index(b"oom_kill") + 1])
         except (OSError, ValueError, IndexError):

@@ -15,18 +15,19 @@ current directory is gone, nor where `sys.path` holds what the import system ign
 
 from __future__ import annotations
 
+import _signal
 import contextlib
-import functools
 import importlib
 import io
 import os
 import select
 import sys
 import types
+from functools import partial
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from .descriptors import close_all
+from .descriptors import beyond_streams, close_all, pipe
 
 if TYPE_CHECKING:
     from .blackbox import BlackBox
@@ -50,7 +51,7 @@ def use_for(child: Any, box: BlackBox | None, bare: bool = False) -> None:
     child.daemon = False
     child.authkey = bytes(child.authkey)  # see `_authkey_of_ours`
     if sys.platform != "win32":
-        child._Popen = functools.partial(_popen, box=box, bare=bare)
+        child._Popen = partial(_popen, box=box, bare=bare)
 
 
 def _popen(child: Any, box: BlackBox | None, bare: bool) -> Any:
@@ -60,12 +61,12 @@ def _popen(child: Any, box: BlackBox | None, bare: bool) -> Any:
     if method == "fork":
         stuck = _flush_what_takes_it()
         if stuck:
-            child._target = functools.partial(_run_with_new_streams, stuck, child._target)
+            child._target = partial(_run_with_new_streams, stuck, child._target)
     with _authkey_of_ours():
         if method == "forkserver":
             from .fork_server import launched  # where there is one
 
-            return launched(ensure_server, functools.partial(_launch, method, child, box, bare))
+            return launched(ensure_server, partial(_launch, method, child, box, bare))
         return _launch(method, child, None, bare)
 
 
@@ -77,15 +78,40 @@ def _launch(method: str, child: Any, box: BlackBox | None, bare: bool) -> Any:
     if box is not None:
         _launch_by_server(made, child, box, bare)
         return made
-    launch = popen._launch
-    if method != "fork":
-        launch = rebound(launch, spawn=_Spawn(bare))
+    if method == "fork":
+        launch = rebound(popen._launch, os=_Pipes())
+    else:
+        _ensure_tracker()
+        launch = partial(beyond_streams, rebound(popen._launch, spawn=_Spawn(bare)))
     try:
         launch(made, child)
     except BrokenPipeError:
         if not _was_started(made):
             raise
     return made
+
+
+def _ensure_tracker() -> None:
+    """Start multiprocessing's resource tracker, if it does not run; here nothing changes by that.
+
+    Some Pythons unblock SIGINT by that, in this thread and so in all that it starts.
+    """
+    from multiprocessing import resource_tracker
+
+    blocked = _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
+    try:
+        beyond_streams(resource_tracker.ensure_running)
+    finally:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, blocked)
+
+
+class _Pipes:
+    """`os`, but that no end of its pipes has the number of a standard stream."""
+
+    pipe = staticmethod(pipe)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
 
 
 def _was_started(popen: Any) -> bool:
@@ -151,7 +177,8 @@ def ensure_server() -> None:
             os.mkdir(folder, 0o700)  # something has cleaned the temporary directory
     server = _server()
     try:
-        rebound(type(server).ensure_running, spawn=_Spawn())(server)
+        _ensure_tracker()
+        beyond_streams(rebound(type(server).ensure_running, spawn=_Spawn()), server)
     except (FileNotFoundError, PermissionError) as error:
         raise OSError(error.errno, error.strerror, error.filename or folder) from error
 
@@ -174,8 +201,8 @@ def _launch_by_server(made: Any, child: Any, box: BlackBox, bare: bool) -> None:
     status = box.lend_to_server()
     ours = theirs = -1
     try:
-        theirs, ours = os.pipe()
-        _ask_server([theirs, status], made._fds, box)
+        theirs, ours = pipe()
+        beyond_streams(_ask_server, [theirs, status], made._fds, box)
         os.close(status)
         status = -1  # else the end of the server would not be the end of the pipe
         made.pid = box.pid_from_server(_server()._forkserver_pid)
@@ -315,7 +342,19 @@ def preparation_data(name: str, bare: bool = False) -> dict[str, Any]:
         words["sys_path"] = [str.__str__(entry) for entry in entries]
     for key in _OF_MAIN if bare else ():
         words.pop(key, None)
+    if hasattr(_signal, "pthread_sigmask"):
+        words["minipool"] = _Uninterrupted()
     return words
+
+
+class _Uninterrupted:
+    """Blocks SIGINT in the process that reads it, before that imports anything of the program's.
+
+    Until it leads a group of its own, the keys that interrupt the program reach it as well.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _signal.pthread_sigmask, (_signal.SIG_BLOCK, (int(_signal.SIGINT),))
 
 
 def rebound(function: Any, **names: object) -> Callable[..., Any]:

@@ -153,11 +153,13 @@ class PortableEnd(End):
                     self.close()
 
         self._sending = True
+        sender = threading.Thread(target=send, name="minipool-send", daemon=True)
         try:
-            threading.Thread(target=send, name="minipool-send", daemon=True).start()
+            sender.start()
         except RuntimeError:  # out of threads
             self._sending = False
             raise
+        self.sender = sender
         return done
 
     def _receive_piece(self, most: int, deadline: float | None) -> bytes:

@@ -22,6 +22,8 @@ def _stay(signum: int, frame: Any) -> None:
 
 
 def _restore() -> None:
+    # The thread that has started the server blocks these, so that no import here is interrupted.
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (_signal.SIGINT, _signal.SIGPIPE))
     for signum in _ours:
         if _signal.getsignal(signum) is _stay:
             _signal.signal(signum, _signal.SIG_DFL)
@@ -31,6 +33,4 @@ _present = [getattr(_signal, name) for name in _NAMES if hasattr(_signal, name)]
 _ours = [signum for signum in _present if _signal.getsignal(signum) == _signal.SIG_DFL]
 for _signum in _ours:
     _signal.signal(_signum, _stay)
-# The thread that has started the server blocks these; what the server forks shall not inherit it.
-_signal.pthread_sigmask(_signal.SIG_UNBLOCK, (_signal.SIGINT, _signal.SIGPIPE))
 os.register_at_fork(after_in_child=_restore)

@@ -19,6 +19,7 @@ cannot, through the sentinel, which is a second descriptor then.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import os
@@ -32,7 +33,7 @@ from typing import Any, Callable
 from .._sync import Guard, guarded
 from . import popen
 from .blackbox import LAST_WORDS, BlackBox
-from .descriptors import close_all
+from .descriptors import close_all, lifted
 from .oom import OOM_KILLS
 from .sigpipe import unsignalled
 
@@ -89,6 +90,7 @@ class WorkerProcess:
         Raises:
             OSError, EOFError, RuntimeError: no process was started.
         """
+        reap_outlived(0.0)
         _expect_room()
         popen.use_for(self._process, self._box, self._bare)
         try:
@@ -338,6 +340,8 @@ class WorkerProcess:
         with contextlib.suppress(ValueError, AssertionError):
             popen = self._process._popen
             if popen is not None and (self._served or popen.poll() is None):
+                if not self._served:
+                    _outlived.append(popen.pid)
                 popen.returncode = self._last_exitcode or 0  # else it could not be closed
             self._process.close()
         self._close_pidfd()
@@ -351,6 +355,35 @@ class WorkerProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+
+_outlived: collections.deque[int] = collections.deque()  # children that were given up alive
+
+
+def reap_outlived(timeout: float) -> None:
+    """Reap the children that were given up and have ended since, or do so in time.
+
+    Their pids are nobody else's until then.
+    """
+    until = time.monotonic() + timeout
+    for _ in range(len(_outlived)):
+        with contextlib.suppress(IndexError):  # another thread was faster
+            pid = _outlived.popleft()
+            if not _reaped(pid, max(0.0, until - time.monotonic())):
+                _outlived.append(pid)
+
+
+def _reaped(pid: int, timeout: float) -> bool:
+    try:
+        fd = _pidfd(pid)
+        if fd is not None:
+            try:
+                connection.wait([fd], timeout)
+            finally:
+                os.close(fd)
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except (ProcessLookupError, ChildProcessError):
+        return True  # something else in this program did, or this is a fork of its parent
 
 
 def _start_unlisted(child: Any) -> None:
@@ -406,7 +439,7 @@ def _pidfd(pid: int | None) -> int | None:
         ProcessLookupError: there is no such process any more.
     """
     try:
-        return os.pidfd_open(pid) if pid is not None else None
+        return lifted(os.pidfd_open(pid)) if pid is not None else None
     except ProcessLookupError:
         raise
     except (AttributeError, OSError):

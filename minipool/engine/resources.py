@@ -8,12 +8,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Mapping
 
+from .descriptors import STREAMS, lift_connection, lifted
 from .wire import Ends
 
 if TYPE_CHECKING:
     from .assignment import Setup
 
-_STREAMS = 3  # descriptors: standard input, output and error
 _CPU_GRACE = 5  # seconds from SIGXCPU, which can be ignored, to SIGKILL
 
 
@@ -40,30 +40,40 @@ def keep_standard_streams(conn: Any, setup: Setup) -> Any:
     voice = () if setup.voice is None else setup.voice.descriptors
     ends = (conn.reader, conn.writer) if isinstance(conn, Ends) else ()
     for used in (setup.table, setup.lifeline, setup.box, *voice, *ends):
-        if used is not None and used.fd < _STREAMS:
-            used.fd = _moved(used.fd)
-    if not ends and conn.fileno() < _STREAMS:
-        moved = type(conn)(_moved(os.dup(conn.fileno())))
-        conn.close()
-        conn = moved
+        if used is not None:
+            used.fd = lifted(used.fd)
+    if not ends:
+        lift_connection(conn)
     parent: Any = parent_process()
-    if parent is not None and parent._sentinel < _STREAMS:
-        parent._sentinel = _moved(parent._sentinel)
-    for fd in range(_STREAMS):
-        try:
-            os.fstat(fd)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+    if parent is not None:
+        parent._sentinel = lifted(parent._sentinel)
+    with contextlib.suppress(OSError):  # there is no /dev/null
+        null = os.stat(os.devnull)
+        for fd in range(STREAMS):
+            if _leads_nowhere(fd, null):
+                _lead_nowhere(fd)
     return conn
 
 
-def _moved(fd: int) -> int:
-    import fcntl
+def _leads_nowhere(fd: int, null: os.stat_result) -> bool:
+    """Tell whether it is closed, or what multiprocessing gives for a standard input.
 
-    moved: int = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _STREAMS)
-    os.close(fd)
-    return moved
+    That is /dev/null for reading, and its number is the lowest that was free.
+    """
+    try:
+        return os.path.samestat(os.fstat(fd), null)
+    except OSError:
+        return True
+
+
+def _lead_nowhere(fd: int) -> None:
+    """Have it lead to nowhere, for reading and writing, also in programs that this one runs."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null == fd:
+        os.set_inheritable(fd, True)
+    else:
+        os.dup2(null, fd)
+        os.close(null)
 
 
 def limit(limits: Mapping[str, float]) -> None:

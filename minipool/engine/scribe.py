@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ..telemetry import logger
 from .bell import Bell
+from .descriptors import beyond_streams
 from .teller import Teller
 from .transcript import STREAMS, Transcript
 
@@ -69,7 +70,7 @@ class Scribe:
         )
         try:
             self._bell = Bell()
-            self._selector = selectors.DefaultSelector()
+            self._selector = beyond_streams(selectors.DefaultSelector)
             self._selector.register(self._bell.reader, selectors.EVENT_READ)
             teller.start()
             try:

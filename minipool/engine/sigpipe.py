@@ -12,6 +12,8 @@ import os
 import sys
 from typing import Any, Callable
 
+from .descriptors import lifted
+
 
 def lasting(reader: int, writer: int) -> tuple[int, ...]:
     """Return what takes the place of a pipe's write end: a descriptor, and one more if need be.
@@ -27,13 +29,13 @@ def lasting(reader: int, writer: int) -> tuple[int, ...]:
     """
     if sys.platform.startswith("linux"):
         try:
-            both = os.open(f"/proc/self/fd/{writer}", os.O_RDWR | os.O_NONBLOCK)
+            both = lifted(os.open(f"/proc/self/fd/{writer}", os.O_RDWR | os.O_NONBLOCK))
         except OSError:
             pass  # no /proc, or one that hides it
         else:
             os.close(writer)
             return (both,)
-    return writer, os.dup(reader)
+    return writer, lifted(os.dup(reader))
 
 
 def unsignalled(action: Callable[..., Any], *args: Any) -> Any:

@@ -21,7 +21,10 @@ import os
 import sys
 import time
 from functools import partial  # see `descriptors`
+from itertools import repeat
 from typing import Callable, Iterable, Sequence
+
+from .descriptors import close_all, mapped, open_into
 
 MAGIC = 0x6D696E69706F6F6C  # "minipool"
 LAYOUT = 2  # raise it whenever a word moves
@@ -119,9 +122,10 @@ class Table:
 
     def __init__(self, pool_name: str, portable: bool = False) -> None:
         self._reserved, self._pid = 0, os.getpid()
-        self._fd, self._map = _make(pool_name, portable)
-        if self._fd is not None:
-            self._close_fd = partial(any, map(os.close, iter((self._fd,))))
+        fds: list[int] = []
+        self._close_fd = partial(any, map(os.close, iter(fds)))
+        self._map = _make(fds, pool_name, portable)
+        self._fd = fds[0] if fds else None
         self._words = memoryview(self._map).cast("q")
         self._write_header(pool_name)
 
@@ -222,37 +226,32 @@ def _reserve(fd: int, rows: int) -> None:
         os.posix_fallocate(fd, 0, (rows + 1) * ROW_BYTES)
 
 
-def _make(pool_name: str, portable: bool) -> tuple[int | None, mmap.mmap]:
-    makings: Iterable[Callable[[str], int]] = (_memfd, _unlinked_file)
+def _make(fds: list[int], pool_name: str, portable: bool) -> mmap.mmap:
+    """Make the memory; the descriptor of what can be shared is the only one in `fds`, then."""
+    makings: Iterable[Callable[[list[int], str], None]] = (_memfd, _unlinked_file)
     if portable or sys.platform == "win32":
         makings = ()
     for making in makings:
         try:
-            return _mapped(making(pool_name))
+            making(fds, pool_name)
+            os.ftruncate(fds[0], _size())
+            _reserve(fds[0], 0)
+            return mapped(fds, _size())
         except OSError as error:
+            close_all(map(fds.pop, repeat(0, len(fds))))  # taken out and closed, in a step
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # the next making would fail alike, and portable memory is no remedy
-    return None, mmap.mmap(-1, _size())
+    return mmap.mmap(-1, _size())
 
 
-def _mapped(fd: int) -> tuple[int, mmap.mmap]:
-    try:
-        os.ftruncate(fd, _size())
-        _reserve(fd, 0)
-        return fd, mmap.mmap(fd, _size())
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def _memfd(pool_name: str) -> int:
+def _memfd(fds: list[int], pool_name: str) -> None:
     if not hasattr(os, "memfd_create"):
         raise OSError(errno.ENOSYS, "this platform has no memfd_create")
-    return os.memfd_create(f"minipool:{pool_name}"[:200])
+    open_into(fds, os.memfd_create, f"minipool:{pool_name}"[:200])
 
 
-def _unlinked_file(pool_name: str) -> int:
+def _unlinked_file(fds: list[int], pool_name: str) -> None:
     import tempfile  # which imports much; no worker needs it, nor a parent with a memfd
 
     with tempfile.TemporaryFile(prefix="minipool-") as file:
-        return os.dup(file.fileno())
+        open_into(fds, os.dup, file.fileno())

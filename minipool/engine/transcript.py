@@ -16,6 +16,7 @@ from typing import Any, Collection, Dict, Tuple
 
 from .._sync import Guard
 from . import wire
+from .descriptors import pipe
 from .voice import FIRST, LAST, MARK, PIECE, Packed, Voice
 
 LAST_LINES = 20
@@ -72,7 +73,7 @@ class Transcript:
         self.voice = Voice(log, pens, levels or {})
 
     def _pipe(self, reader: Any) -> wire.Descriptor:
-        ours, theirs = os.pipe()
+        ours, theirs = pipe()
         os.set_blocking(ours, False)
         self._pipes[ours] = reader
         return wire.Descriptor(theirs)

@@ -17,6 +17,7 @@ import time
 import weakref
 
 from .._sync import Guard, guarded
+from ..engine.descriptors import beyond_streams
 from ..engine.shortage import in_words
 from ..engine.sigpipe import block_here, unsignalled
 from ..telemetry import logger
@@ -52,7 +53,7 @@ class Dashboard:
         with contextlib.ExitStack() as undoing:
             undoing.callback(board.close)
             _check(token)
-            self._bell, self._clapper = socket.socketpair()
+            self._bell, self._clapper = beyond_streams(socket.socketpair)
             undoing.callback(self._bell.close)
             undoing.callback(self._clapper.close)
             self._server = Server(host, port, self._news, token)
@@ -114,7 +115,7 @@ class Dashboard:
             leaving.callback(self._bell.close)
             leaving.callback(self._board.close)
             leaving.callback(self._server.server_close)
-            selector = leaving.enter_context(selectors.DefaultSelector())
+            selector = leaving.enter_context(beyond_streams(selectors.DefaultSelector))
             selector.register(self._bell, selectors.EVENT_READ)
             due = time.monotonic()
             while not self._news.over:

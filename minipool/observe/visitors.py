@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, Callable, Dict, NamedTuple, Set
 from urllib.parse import parse_qs, urlsplit
 
+from ..engine.descriptors import beyond_streams
 from ..telemetry import DEBUG, remark
 from .news import News, as_json
 from .openmetrics import CONTENT_TYPE
@@ -57,7 +58,7 @@ class Server(HTTPServer):
         self._guests: Dict[socket.socket, _Guest] = {}
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, port), Visit)
+        beyond_streams(super().__init__, (host, port), Visit)
         self.socket.settimeout(PATIENCE)
         self.host = host.lower()
         self.loopback = is_loopback(str(self.server_address[0]))
@@ -75,7 +76,8 @@ class Server(HTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Let a visitor in; note it if that cannot be done."""
         try:
-            return super().get_request()
+            let_in: tuple[socket.socket, Any] = beyond_streams(super().get_request)
+            return let_in
         except OSError:
             self.choked = True
             raise
