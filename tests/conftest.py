@@ -40,6 +40,18 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     shares.divide(config)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out of a whole run on the portable path what takes both paths in any run."""
+    if os.environ.get("MINIPOOL_PORTABLE") == "1" and shares.whole(config):
+        config.hook.pytest_deselected(items=[item for item in items if _sets_path(item)])
+        items[:] = [item for item in items if not _sets_path(item)]
+
+
+def _sets_path(item: Any) -> bool:
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(parameter in ("fast", "portable") for parameter in map(str, parameters))
+
+
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return shares.run(session)
 

@@ -32,15 +32,19 @@ _others: list[Other] = []
 _queue: int | None = None  # the end that is filled
 
 
+def whole(config: pytest.Config) -> bool:
+    """Tell whether nothing was selected by name."""
+    return config.args == config.getini("testpaths") and not config.option.keyword
+
+
 def divide(config: pytest.Config) -> None:
     """Start the other processes, if this is a whole run and there are two cores."""
     global _queue
-    whole = config.args == config.getini("testpaths") and not config.option.keyword
     alone = config.option.collectonly or config.option.usepdb or config.option.capture == "no"
     other = config.option.queue is not None
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     processes = config.option.processes if usable > 1 else 1
-    if not whole or alone or other or processes < 2 or "coverage" in sys.modules:
+    if not whole(config) or alone or other or processes < 2 or "coverage" in sys.modules:
         return
     config.option.queue, _queue = os.pipe()
     _others.extend(_start(config) for _ in range(processes - 1))
