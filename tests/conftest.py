@@ -99,6 +99,9 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     made.close()
 
 
+_told: set[int] = set()  # processes left by a test that failed for it: the next ones do not
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest, caplog: Any) -> Iterator[None]:
     """Fail if the test leaves a process, thread or descriptor, or logged an error."""
@@ -111,9 +114,12 @@ def nothing_left(request: pytest.FixtureRequest, caplog: Any) -> Iterator[None]:
         thread.join(2)
     left = [thread for thread in set(threading.enumerate()) - threads if thread.is_alive()]
     assert not left, f"threads left: {left}"
-    processes = {pid: name for pid, name in _descendants().items() if not _gone(pid, 2.0)}
+    found = {pid: name for pid, name in _descendants().items() if pid not in _told}
+    processes = {pid: name for pid, name in found.items() if not _gone(pid, 2.0)}
+    _told.update(processes)
     assert not processes, f"processes left: {processes}"
-    zombies = _zombies()
+    zombies = [pid for pid in _zombies() if pid not in _told]
+    _told.update(zombies)
     assert not zombies, f"processes left unreaped: {zombies}"
     opened = {fd: to for fd, to in _descriptors().items() if descriptors.get(fd) != to}
     assert not opened, f"descriptors left: {opened}"
