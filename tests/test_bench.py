@@ -68,6 +68,7 @@ def report() -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_report_has_every_target(report: Any) -> None:
     """Each figure that must be reached is measured and carries what it is held against."""
     found = {row["name"]: (row["about"], row["target"]) for row in report["targets"]}
@@ -76,6 +77,7 @@ def test_report_has_every_target(report: Any) -> None:
         assert row["verdict"] == ("ok" if row["value"] <= row["target"] else "MISSED")
 
 
+@pytest.mark.slow
 def test_report_has_every_group_side_by_side(report: Any) -> None:
     """Floor and minipool stand beside each other, pinned and not, and for each thread count."""
     groups = report["groups"]
@@ -94,6 +96,7 @@ def test_report_has_every_group_side_by_side(report: Any) -> None:
     assert series["import"] == {"floor", "package", "minipool"}
 
 
+@pytest.mark.slow
 def test_figures_are_plausible(report: Any) -> None:
     """Every figure is a positive number inside its own spread, of the size that fits its unit."""
     most = {"s": 30.0, "B": 1e9, "1/s": 1e7, "x": 1e4}
@@ -106,6 +109,7 @@ def test_figures_are_plausible(report: Any) -> None:
             assert row["about"], row
 
 
+@pytest.mark.slow
 def test_report_tells_where_it_was_measured(report: Any) -> None:
     facts = report["environment"]
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -84,7 +84,7 @@ def test_bad_frame_is_told_and_its_worker_replaced(what: str, path: str) -> None
             pid = w.pid
             start = time.monotonic()
             with pytest.raises(kind):
-                w.options(timeout=1.0 if kind is CallTimeout else LAST).call(write_and, then, data)
+                w.options(timeout=0.3 if kind is CallTimeout else LAST).call(write_and, then, data)
             assert time.monotonic() - start < LAST / 2, "found late"
         with pool.checkout(timeout=LAST) as w:
             assert w.pid != pid
