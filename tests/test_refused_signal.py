@@ -63,6 +63,7 @@ def test_program_that_gives_up_its_rights_ends_all_the_same(
     code, out, err = scripts.finish(process)
     told, answer, *closed = out.splitlines()
     assert "it could not be killed, and is cut off" in told
+    assert "raise the timeout" not in told, "a second remedy, which would not help"
     assert "this process runs as user 65534" in told and "which runs as user 0" in told
     assert (code, answer, closed) == (0, "3", ["closed"] * (how == "close")), err
     assert "cannot be killed, and is cut off" in err

@@ -144,13 +144,15 @@ def verdict(handle: Any, target: str, started: bool, timeout: Optional[float]) -
     if refused:
         begun = f"it could not be killed, and is cut off: {refused}"
     advice = (
-        f"{stopped}: find out what does so, and let it go on with SIGCONT"
-        if stopped
-        else "raise the timeout (`call_timeout`, or that of `options()`), or make the call shorter"
+        "; raise the timeout (`call_timeout`, or that of `options()`), or make the call shorter"
     )
+    if stopped:
+        advice = f"; {stopped}: find out what does so, and let it go on with SIGCONT"
+    elif refused:
+        advice = ""  # it says what to do
     error = CallTimeout(
         f"{target!r} did not end within {_brief(timeout)} s on worker {handle.slot} "
-        f"(pid {handle.pid}); {begun}; {advice}",
+        f"(pid {handle.pid}); {begun}{advice}",
         worker_id=handle.slot, pid=handle.pid, timeout=timeout, started=started, target=target,
         stack=death.stack, output=death.output,
     )  # fmt: skip
