@@ -249,6 +249,7 @@ class Fleet:
         if failure is not None:
             slot, problem, permit = failure
             self._start_failed(slot, None, problem, permit=permit)
+            del failure, problem  # this frame is in its traceback, which holds rows
         return started
 
     def _permits(self, count: int) -> Iterator[Permit | None]:

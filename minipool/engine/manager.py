@@ -100,7 +100,11 @@ class Manager:
         self.hooks = hooks
         self.bell = Bell()
         self.turnstile = Turnstile(config.strategy, self._queued, self.refused, swept=True)
-        self.fleet = Fleet(launcher, config, hooks, breaker=breaker)
+        try:
+            self.fleet = Fleet(launcher, config, hooks, breaker=breaker)
+        except BaseException:  # its traceback may keep this object alive
+            self.bell.close()
+            raise
         self.standstills = self.fleet.standstills
         self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused, self.order)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)

@@ -87,8 +87,18 @@ def _launch(method: str, child: Any, box: BlackBox | None, bare: bool) -> Any:
         launch(made, child)
     except BrokenPipeError:
         if not _was_started(made):
+            _close_ends(made)
             raise
+    except BaseException:
+        _close_ends(made)
+        raise
     return made
+
+
+def _close_ends(popen: Any) -> None:
+    """Close what is kept for a process that was not started; its error may keep `popen` alive."""
+    if popen.finalizer is not None:
+        popen.finalizer()
 
 
 def _ensure_tracker() -> None:
