@@ -145,3 +145,39 @@ def test_nothing_of_a_dashboard_has_it_either(tmp_path: Path) -> None:
         assert events.readline()
         out, _ = process.communicate("!", timeout=20)
     assert (process.returncode, out) == (0, "")
+
+
+WITHOUT = """
+    import os, subprocess, sys
+    from minipool import Pool
+
+    def use():
+        try:
+            input()
+        except EOFError:
+            print("nothing is there", file=sys.stderr)
+        print("a line \\udc80", flush=True)
+        sys.stdout.write("a text")
+        return [subprocess.run(["sh", "-c", "echo a line"]).returncode, sys.stdin.read()]
+
+    if __name__ == "__main__":
+        if len(sys.argv) == 2:
+            for fd in range(3):
+                os.close(fd)
+            os.execv(sys.executable, [sys.executable, *sys.argv, "without"])
+        told = os.open("told", os.O_RDWR | os.O_CREAT, 0o600)
+        assert told == 0
+        streams = [sys.stdin, sys.stdout, sys.stderr]
+        with Pool(size=1, start_method=sys.argv[1]) as pool:
+            answer = repr([streams, pool.call(use)])
+        os.write(told, answer.encode())
+"""
+
+
+def test_program_that_was_started_without_streams_has_workers_that_have_them(
+    start_method: str, tmp_path: Path
+) -> None:
+    """Its own are None, and the first number is that of a file that it has opened since."""
+    code, out, err = scripts.run(tmp_path, WITHOUT, start_method)
+    assert (code, out, err) == (0, "", "")
+    assert (tmp_path / "told").read_text() == "[[None, None, None], [0, '']]"

@@ -95,7 +95,7 @@ def test_constructor_that_raises_such_a_one_costs_no_manager(name: str) -> None:
 
 
 def test_text_of_another_class_arrives_as_plain_text() -> None:
-    error = wire.unpack_error(wire.pack_error(answers.SaysItInAText()), load=False)
+    error = wire.error_in_words(wire.pack_error(answers.SaysItInAText()), "takes too long")
     assert isinstance(error, RemoteError)
     assert type(error.message) is str and error.message == "said"
 

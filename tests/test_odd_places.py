@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -151,3 +152,30 @@ def test_folder_in_which_no_server_can_be_started_is_named(
     with pytest.raises(FileNotFoundError) as caught:
         popen.ensure_server()
     assert shortage.in_words(caught.value).endswith(f"No such file or directory: {folder!r}")
+
+
+RELATIVE = """
+    import os, sys, tempfile
+    from minipool import Pool, PoolStartError
+
+    if __name__ == "__main__":
+        gone = tempfile.mkdtemp()
+        os.chdir(gone)
+        os.rmdir(gone)
+        try:
+            Pool(size=1, start_method="spawn").open()
+        except PoolStartError as error:
+            print(error)
+"""
+
+
+def test_directory_that_is_gone_is_named_where_no_python_starts(tmp_path: Path) -> None:
+    """With a relative entry in PYTHONPATH it has to ask where it is."""
+    path = os.pathsep.join(
+        os.path.relpath(each, tmp_path) for each in (scripts.ROOT, scripts.TESTS)
+    )
+    env = scripts.environment()
+    code, out, err = scripts.run(tmp_path, RELATIVE, env={**env, "PYTHONPATH": path})
+    assert code == 0, err
+    assert f"current directory does not exist any more and PYTHONPATH={path!r} is relative" in out
+    assert "`os.chdir()`" in out and "guard" not in out

@@ -29,6 +29,7 @@ from minipool.engine.desk import could_not_start
 from minipool.engine.fleet import Fleet
 from minipool.engine.launch import Launcher
 from minipool.engine.verdict import Verdict, by_chance
+from minipool.engine.wire import RemoteTraceback
 from minipool.store import SQLiteStore
 from troublemakers import (
     AllButOne,
@@ -286,7 +287,7 @@ def test_remedy_fits_what_kept_a_worker_from_starting(cause: Exception, remedy: 
     failure = WorkerStartError("worker 0 did not start")
     failure.__cause__ = cause
     assert remedy in str(could_not_start("p", failure, "x"))
-    cause.__cause__ = OSError("its traceback in the worker")
+    cause.__cause__ = RemoteTraceback("its traceback in the worker")
     assert "did not start; correct the worker's code that raised it (" in str(
         could_not_start("p", failure, "x")
     )

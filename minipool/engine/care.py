@@ -31,6 +31,7 @@ _EXITCODE_PATIENCE_NS = health.SECOND_NS  # a fork server may tell it late, or n
 
 
 _UNPACKING = 1.0  # seconds that an exception of the user's may take to become one here
+_UNREAD = "takes too long to unpickle here, or no thread could be started for it"
 
 
 class Care:
@@ -84,12 +85,11 @@ class Care:
 
         To unpickle the exception runs the user's code, which may never return.
         """
-        handle.start_error = RuntimeError("why cannot be said: it takes too long to unpickle")
+        handle.start_error = _in_words(body)
         handle.explaining = True
 
         def explain() -> None:
             why = _in_time(lambda: _readable(wire.unpack_error(body)))
-            why = why or _in_time(lambda: wire.unpack_error(body, load=False))
             handle.start_error = why or handle.start_error
             self._order(lambda: self._explained(handle))
 
@@ -381,6 +381,14 @@ def _readable(error: BaseException) -> BaseException:
     """Ask an exception for its text here, where that may take its time; return it."""
     wire.named(error)
     return error
+
+
+def _in_words(body: bytes | memoryview) -> BaseException:
+    """Return what stands for the exception that a start failed with, until it is unpickled."""
+    try:
+        return wire.error_in_words(body, _UNREAD)
+    except Exception as problem:  # there is none
+        return problem
 
 
 def _in_time(unpack: Callable[[], BaseException]) -> BaseException | None:

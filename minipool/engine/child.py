@@ -86,33 +86,18 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
 
     Without an `inherited` assignment, the first frame is one.
     """
-    global _current, places, refused, stage
+    global refused, stage
     stage, refused = FETCHING, None
-    conn = keep_standard_streams(conn, setup)
-    problem = None if setup.main is None else _main_refused(setup.main)
-    group = lead_a_group() and setup.kill_group
-    dispositions.begin()
-    die_with_parent(setup.lifeline, group)
-    if setup.box is not None:
-        blackbox.install(setup.box.fd)
-    if setup.niceness and hasattr(os, "nice"):
-        os.nice(setup.niceness)
-    words = _row(setup)
-    end = (PortableWorkerEnd if setup.portable else FastWorkerEnd)(conn, setup.max_message)
-    _let_go_when_forked(end, words)
     try:
-        assignment = inherited or _received(end, setup)
-    except (EOFError, OSError):
-        end_all(group)  # the owner is gone, or has done with us
-    _current = CurrentWorker(assignment.pool, setup.slot, setup.generation)
-    places = assignment.places
-    _show_in_ps(f"{assignment.pool}/{setup.slot}")
-    os.environ.update(assignment.env)
-    if setup.voice is not None:
-        baggage = assignment.baggage
-        seen = words.toreadonly()  # a view of its own, for children that worker code forks, too
-        setup.voice.begin(seen, lambda: None if _session is None else _session.id, baggage)
+        end, words, group, problem = _settled(conn, setup)
+        assignment = inherited or _received(end, setup, group)
+        _take_on(assignment, setup, words)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the owner is gone
+            _end(conn, setup).send(0, wire.START_FAILED, wire.pack_error(error))
+        raise SystemExit(1) from None
     worker = _Worker(end, words, shared=setup.table is not None, forked=inherited is not None)
+    assert _current is not None
     try:
         worker.start(setup, assignment, problem)
         del assignment  # its arguments are the object's business now
@@ -128,6 +113,45 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     _end_if_forked(_current.pid)
     if orphaned and group:
         end_all(group)
+
+
+def _settled(
+    conn: Any, setup: Setup
+) -> tuple[FastWorkerEnd | PortableWorkerEnd, memoryview, bool, BaseException | None]:
+    """Have this process be one that can be told what to do.
+
+    Returns its pipe, its row, whether it may kill its group, and why the main module was refused.
+    """
+    keep_standard_streams(conn, setup)
+    problem = None if setup.main is None else _main_refused(setup.main)
+    group = lead_a_group() and setup.kill_group
+    dispositions.begin()
+    die_with_parent(setup.lifeline, group)
+    if setup.box is not None:
+        blackbox.install(setup.box.fd)
+    if setup.niceness and hasattr(os, "nice"):
+        os.nice(setup.niceness)
+    words = _row(setup)
+    end = _end(conn, setup)
+    _let_go_when_forked(end, words)
+    return end, words, group, problem
+
+
+def _end(conn: Any, setup: Setup) -> FastWorkerEnd | PortableWorkerEnd:
+    return (PortableWorkerEnd if setup.portable else FastWorkerEnd)(conn, setup.max_message)
+
+
+def _take_on(assignment: Assignment, setup: Setup, words: memoryview) -> None:
+    """Have this process be a worker of that pool, as far as others see it."""
+    global _current, places
+    _current = CurrentWorker(assignment.pool, setup.slot, setup.generation)
+    places = assignment.places
+    _show_in_ps(f"{assignment.pool}/{setup.slot}")
+    os.environ.update(assignment.env)
+    if setup.voice is not None:
+        baggage = assignment.baggage
+        seen = words.toreadonly()  # a view of its own, for children that worker code forks, too
+        setup.voice.begin(seen, lambda: None if _session is None else _session.id, baggage)
 
 
 class _Worker:
@@ -427,9 +451,13 @@ class _Worker:
             self._voice.tell_dropped()
 
 
-def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup) -> Assignment:
+def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup, group: bool) -> Assignment:
     """Wait for the assignment."""
-    assignment, levels = unpacked(end.receive_assignment())
+    try:
+        body = end.receive_assignment()
+    except (EOFError, OSError):
+        end_all(group)  # the owner is gone, or has done with us
+    assignment, levels = unpacked(body)
     if setup.voice is not None:
         setup.voice.levels = levels
     return assignment

@@ -490,7 +490,9 @@ def _remedy(cause: BaseException) -> str:
     Nothing if the cause does so itself.
     """
     number = getattr(cause, "errno", None)
-    if cause.__cause__ is not None:  # raised in the worker, by code of the user's
+    if shortage.of_memory(cause) and shortage.address_space() is not None:
+        return ""
+    if isinstance(cause.__cause__, wire.RemoteTraceback):  # raised in the worker, by its code
         traced = "that raised it (the cause has its traceback)"
         if isinstance(cause, (AttributeError, ImportError)):
             return f"correct that name, or the worker's code {traced}"

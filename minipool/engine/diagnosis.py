@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from . import wire
 from .inquest import with_stop
 from .process import describe_exit
-from .shortage import in_words
+from .shortage import address_space, in_words, of_memory
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -23,7 +23,7 @@ def of_start(
     if cause is not None and handle is None:
         return f"did not start: {in_words(cause)}"
     if cause is not None:
-        return f"did not start: {wire.named(cause)}"
+        return f"did not start: {wire.named(cause)}{_room(cause)}"
     if handle is not None and handle.ready_ns:
         return f"ended {ended} as soon as it was ready"
     if handle is not None and handle.tainted:
@@ -35,7 +35,28 @@ def of_start(
         return f"{said}{_last_place(handle)}"
     if exitcode != 1 and launcher.method == "spawn":  # no import of a Python's has failed
         said += f"; it was started by sys.executable={_executable()!r}, which must be a Python"
-    return f"{said}; {_guard(launcher)}"
+    return "; ".join(filter(None, [said, _directory() or _guard(launcher)]))
+
+
+def _room(cause: BaseException) -> str:
+    """Say how much memory there may be at most, if there was too little."""
+    limit = address_space() if of_memory(cause) else None
+    return "" if limit is None else f"; {limit}"
+
+
+def _directory() -> str | None:
+    """Say that the current directory is gone: no Python starts there that has to ask for it."""
+    try:
+        os.getcwd()
+    except OSError:
+        path = os.environ.get("PYTHONPATH", "")
+        relative = any(not os.path.isabs(entry) for entry in path.split(os.pathsep) if entry)
+        seen = f" and PYTHONPATH={path!r} is relative to it" if relative else ""
+        return (
+            f"this process's current directory does not exist any more{seen}; give absolute paths "
+            f"in PYTHONPATH, or change to a directory that is there (`os.chdir()`)"
+        )
+    return None
 
 
 def _last_place(handle: Handle | None) -> str:
@@ -46,7 +67,12 @@ def _last_place(handle: Handle | None) -> str:
 
 
 def _guard(launcher: Launcher) -> str:
-    """Say what may be wrong with a program whose workers cannot even import its main module."""
+    """Say what may be wrong with a program whose workers cannot even import its main module.
+
+    A forked worker imports none.
+    """
+    if launcher.method == "fork":
+        return ""
     opening = launcher.opening
     if opening is not None and opening.comes_by_itself:
         return (

@@ -79,7 +79,9 @@ class Launcher:
             _check_main()
             _check_executable()
             _check_preload(self.config.preload)
-        if self.config.start_method is None and self.method == "forkserver" and not _tempdir():
+        if self.method == "forkserver" and not _tempdir():
+            if self.config.start_method is not None:
+                raise _no_tempdir()
             self.method = "spawn"  # the fork server listens on a socket in a temporary directory
         if isinstance(self.worker, str):
             _check_importable(self.worker)
@@ -275,10 +277,19 @@ def _no_preload(name: str, why: str) -> PoolStartError:
 
 
 def _tempdir() -> str | None:
+    """Return where the fork server's socket is, or will be; None: nowhere."""
+    config: Any = process.current_process()._config  # type: ignore[attr-defined]
     try:
-        return tempfile.gettempdir()
+        return config.get("tempdir") or tempfile.gettempdir()
     except OSError:
         return None
+
+
+def _no_tempdir() -> PoolStartError:
+    return PoolStartError(
+        'start_method="forkserver": the fork server listens on a socket in a temporary directory, '
+        'and there is none that can be written to; name one by TMPDIR, or use start_method="spawn"'
+    )
 
 
 def _check_importable(worker: str) -> None:

@@ -26,15 +26,15 @@ def resident_bytes(pid: int | str = "self") -> int:
         return 0
 
 
-def keep_standard_streams(conn: Any, setup: Setup) -> Any:
-    """Have the descriptors 0 to 2 be nothing of minipool's, but a stream each; return the pipe.
+def keep_standard_streams(conn: Any, setup: Setup) -> None:
+    """Have the descriptors 0 to 2 be nothing of minipool's, but a stream each.
 
     Where the program has closed one of them, what is opened for a worker gets its number. It would
     be written to by the first `print`, or fail that once it is closed again. So what the worker
     uses goes to other numbers, and what is closed then leads to nowhere.
     """
     if os.name != "posix":
-        return conn
+        return
     from multiprocessing import parent_process
 
     voice = () if setup.voice is None else setup.voice.descriptors
@@ -52,7 +52,7 @@ def keep_standard_streams(conn: Any, setup: Setup) -> Any:
         for fd in range(STREAMS):
             if _leads_nowhere(fd, null):
                 _lead_nowhere(fd)
-    return conn
+        _open_missing_streams()
 
 
 def _leads_nowhere(fd: int, null: os.stat_result) -> bool:
@@ -74,6 +74,19 @@ def _lead_nowhere(fd: int) -> None:
     else:
         os.dup2(null, fd)
         os.close(null)
+
+
+def _open_missing_streams() -> None:
+    """Have no stream be None: an empty input, and outputs that take all.
+
+    Not by the descriptors 0 to 2, which may be files of the program's by now.
+    """
+    missing = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    nowhere = os.open(os.devnull, os.O_RDWR) if missing else -1
+    for name in missing:
+        mode = "r" if name == "stdin" else "w"
+        stream = open(nowhere, mode, 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
 
 
 def limit(limits: Mapping[str, float]) -> None:

@@ -122,6 +122,31 @@ def of_descriptors(problem: BaseException | None) -> bool:
     return getattr(problem, "errno", None) in (errno.EMFILE, errno.ENFILE)
 
 
+def of_memory(problem: BaseException | None) -> bool:
+    """Whether memory has run out, or the room for addresses."""
+    told = getattr(problem, "type_name", None), getattr(problem, "message", None)  # by a worker
+    return (
+        isinstance(problem, MemoryError)
+        or getattr(problem, "errno", None) == errno.ENOMEM
+        or told[0] == "MemoryError"
+        or os.strerror(errno.ENOMEM) in str(told[1])
+    )
+
+
+def address_space() -> str | None:
+    """Return how much of it this process, and each that it starts, may have; None: no limit."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if soft != resource.RLIM_INFINITY:
+            return (
+                f"a process may have {soft >> 10} KiB of address space (`ulimit -v`): raise that "
+                f"limit"
+            )
+    return None
+
+
 def in_words(problem: BaseException) -> str:
     """Say why this process could not start a process, or a thread, for somebody to act on."""
     number = getattr(problem, "errno", None)
@@ -135,8 +160,11 @@ def in_words(problem: BaseException) -> str:
         return "Too many open files on this machine (`sysctl fs.file-max`)"
     if number == errno.EAGAIN:
         return f"{os.strerror(errno.EAGAIN)}: no process can be forked; {processes()}"
+    if of_memory(problem):
+        why = f"{type(problem).__name__} as a process was being started: {problem}"
+        return "; ".join(filter(None, [why, address_space()]))
     if "start new thread" in str(problem):
-        return f"{problem}; {processes()}"
+        return "; ".join(filter(None, [str(problem), processes(), address_space()]))
     if isinstance(problem, (EOFError, ConnectionResetError, BrokenPipeError)):
         return (
             f"the fork server ended when it was asked for a process, and its standard error tells "

@@ -13,12 +13,13 @@ pickled costs an error and not a worker.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import struct
 import sys
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 from ..errors import CallMismatch, RemoteError, mark_answered
 
@@ -367,15 +368,10 @@ def pack_error(error: BaseException) -> bytes:
     return pickle.dumps(envelope, 5)
 
 
-def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
-    """Return the exception a worker packed, or the `RemoteError` that stands in for it.
-
-    Without `load` it is always the latter, and no code of the exception's own is run.
-    """
+def unpack_error(body: bytes | memoryview) -> BaseException:
+    """Return the exception a worker packed, or the `RemoteError` that stands in for it."""
     envelope = pickle.loads(body)
     pickled, exits = envelope.pop("pickled"), envelope.pop("exits")
-    if pickled is not None and not load:
-        return _stand_in(envelope, "takes too long to unpickle here")
     if pickled is not None:
         try:
             error = pickle.loads(pickled)
@@ -396,6 +392,25 @@ def unpack_error(body: bytes | memoryview, load: bool = True) -> BaseException:
     if exits:
         return _stand_in(envelope, "is not passed on, because it would end the caller")
     return _stand_in(envelope, "cannot be pickled")
+
+
+def error_in_words(body: bytes | memoryview, why: str) -> RemoteError:
+    """Return the stand-in for the exception a worker packed; no code of anybody's is run.
+
+    `why` it is not unpickled goes on from "raised in the worker".
+
+    Raises:
+        Exception: no exception was packed there.
+    """
+    envelope = _Plain(io.BytesIO(body)).load()
+    return _stand_in({key: envelope[key] for key in ("type_name", "message", "traceback")}, why)
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickles plain data only."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
 
 
 def _stand_in(envelope: dict[str, str], why: str) -> RemoteError:
