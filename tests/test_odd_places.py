@@ -163,19 +163,22 @@ RELATIVE = """
         os.chdir(gone)
         os.rmdir(gone)
         try:
-            Pool(size=1, start_method="spawn").open()
+            Pool(size=1, start_method=sys.argv[1]).open()
         except PoolStartError as error:
             print(error)
 """
 
 
-def test_directory_that_is_gone_is_named_where_no_python_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_directory_that_is_gone_is_named_where_no_python_starts(
+    method: str, tmp_path: Path
+) -> None:
     """With a relative entry in PYTHONPATH it has to ask where it is."""
     path = os.pathsep.join(
         os.path.relpath(each, tmp_path) for each in (scripts.ROOT, scripts.TESTS)
     )
     env = scripts.environment()
-    code, out, err = scripts.run(tmp_path, RELATIVE, env={**env, "PYTHONPATH": path})
+    code, out, err = scripts.run(tmp_path, RELATIVE, method, env={**env, "PYTHONPATH": path})
     assert code == 0, err
     assert f"current directory does not exist any more and PYTHONPATH={path!r} is relative" in out
-    assert "`os.chdir()`" in out and "guard" not in out
+    assert "`os.chdir()`" in out and "guard" not in out and "ulimit" not in out

@@ -503,6 +503,8 @@ def _remedy(cause: BaseException) -> str:
         return "raise the limit of open files (`ulimit -n`), or lower `size`"
     if number == errno.EAGAIN or "start new thread" in str(cause):
         return "raise the limits of processes and memory (`ulimit -u`, `pids.max`), or lower `size`"
+    if isinstance(cause, EOFError) and shortage.lost_directory() is not None:
+        return ""
     if isinstance(cause, EOFError):
         return (
             "the fork server has ended, and its standard error tells why: often it is a limit of "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from . import wire
 from .inquest import with_stop
 from .process import describe_exit
-from .shortage import address_space, in_words, of_memory
+from .shortage import address_space, in_words, lost_directory, of_memory
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -35,28 +35,13 @@ def of_start(
         return f"{said}{_last_place(handle)}"
     if exitcode != 1 and launcher.method == "spawn":  # no import of a Python's has failed
         said += f"; it was started by sys.executable={_executable()!r}, which must be a Python"
-    return "; ".join(filter(None, [said, _directory() or _guard(launcher)]))
+    return "; ".join(filter(None, [said, lost_directory() or _guard(launcher)]))
 
 
 def _room(cause: BaseException) -> str:
     """Say how much memory there may be at most, if there was too little."""
     limit = address_space() if of_memory(cause) else None
     return "" if limit is None else f"; {limit}"
-
-
-def _directory() -> str | None:
-    """Say that the current directory is gone: no Python starts there that has to ask for it."""
-    try:
-        os.getcwd()
-    except OSError:
-        path = os.environ.get("PYTHONPATH", "")
-        relative = any(not os.path.isabs(entry) for entry in path.split(os.pathsep) if entry)
-        seen = f" and PYTHONPATH={path!r} is relative to it" if relative else ""
-        return (
-            f"this process's current directory does not exist any more{seen}; give absolute paths "
-            f"in PYTHONPATH, or change to a directory that is there (`os.chdir()`)"
-        )
-    return None
 
 
 def _last_place(handle: Handle | None) -> str:

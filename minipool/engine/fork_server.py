@@ -26,7 +26,7 @@ from multiprocessing import forkserver, spawn
 from typing import Any, Callable, TypeVar
 
 from .._sync import Latch
-from .shortage import processes
+from .shortage import lost_directory, processes
 
 T = TypeVar("T")
 
@@ -164,11 +164,12 @@ def _explained() -> tuple[ServerGone, bool]:
             f"the fork server (pid {pid}) {how}; its standard error tells why; "
             f"where it could not fork: {processes()}"
         ), False
-    return ServerGone(
-        f"the fork server (pid {pid}) {how} before its first answer; "
-        f"{interpreter}: if that is no Python, name one by "
-        f"`multiprocessing.set_executable()`; where it could not fork: {processes()}"
-    ), code not in _FROM_OUTSIDE
+    why = lost_directory() or (
+        f"{interpreter}: if that is no Python, name one by `multiprocessing.set_executable()`; "
+        f"where it could not fork: {processes()}"
+    )
+    said = f"the fork server (pid {pid}) {how} before its first answer; {why}"
+    return ServerGone(said), code not in _FROM_OUTSIDE
 
 
 def _end_of(pid: int | None) -> tuple[str, int | None]:

@@ -147,6 +147,21 @@ def address_space() -> str | None:
     return None
 
 
+def lost_directory() -> str | None:
+    """Say that the current directory is gone: no Python starts there that has to ask for it."""
+    try:
+        os.getcwd()
+    except OSError:
+        path = os.environ.get("PYTHONPATH", "")
+        relative = any(not os.path.isabs(entry) for entry in path.split(os.pathsep) if entry)
+        seen = f" and PYTHONPATH={path!r} is relative to it" if relative else ""
+        return (
+            f"this process's current directory does not exist any more{seen}; give absolute paths "
+            f"in PYTHONPATH, or change to a directory that is there (`os.chdir()`)"
+        )
+    return None
+
+
 def in_words(problem: BaseException) -> str:
     """Say why this process could not start a process, or a thread, for somebody to act on."""
     number = getattr(problem, "errno", None)
