@@ -24,6 +24,7 @@ from minipool import (
 )
 from minipool.breaker import Permit
 from minipool.engine import table as t
+from minipool.engine.deadend import DeadEnd
 from minipool.engine.fleet import Fleet
 from minipool.engine.states import WorkerState
 from minipool.telemetry import Hooks
@@ -427,6 +428,7 @@ class Proving:
 
     state, condemned, tainted = WorkerState.IDLE, True, "let go"
     slot, generation, pid, spawned_ns = 7, 1, 1, 0
+    channel = DeadEnd(None)
 
     def __init__(self, fleet: Fleet, calls: int) -> None:
         assert fleet.breaker is not None
