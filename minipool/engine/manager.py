@@ -241,9 +241,9 @@ class Manager:
         if self.here:
             return condition()  # nothing will change while its thread waits here
         limit = self.standstills.limit(timeout)
-        left = limit.left()
+        left = limit.first_wait()
         while not self._changed.wait_for(lambda: condition() or self.done, left):
-            left = limit.left()
+            left = limit.next_wait()
             if not left:
                 return condition() or self.done
         return True
