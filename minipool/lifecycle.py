@@ -56,6 +56,7 @@ class Lifecycle:
         self._told = False  # listeners have heard `pool.init`
         self._sessions: Sessions  # since it was opened
         self._signals: SignalHandlers | None = None
+        self._entered: dict[int, int] = {}  # which threads are in the block; since when, in ns
 
     def open(self, wait: bool = True, workers: int | None = None) -> Self:
         """Start the workers; wait until they are ready. Does nothing if the pool is open.
@@ -249,9 +250,11 @@ class Lifecycle:
 
     def _close_and_wait(self, manager: Manager, grace: float, kill: bool, *left_by: Any) -> None:
         if not manager.here:
-            manager.holdups.closer = me = threading.get_ident()
+            me = threading.get_ident()
+            manager.holdups.closers.append(me)
             if left_by:
-                manager.holdups.departure = Departure(me, _named(*left_by))
+                since_ns = self._entered.get(me, time.monotonic_ns())
+                manager.holdups.departures.append(Departure(me, since_ns, _named(*left_by)))
         manager.close(grace, kill)
         self._wait_ended(manager, grace)
 
@@ -281,6 +284,9 @@ class Lifecycle:
             raise
 
     def __enter__(self) -> Self:
+        # A thread's number is given anew after its end, but that of the main thread.
+        main = threading.current_thread() is threading.main_thread()
+        self._entered[threading.get_ident()] = 0 if main else time.monotonic_ns()
         if self._desk is None:
             return self.open()
         self._open(0)  # it was opened as its user wanted it
@@ -296,7 +302,8 @@ class Lifecycle:
 
         An interrupt is what is no `Exception`: KeyboardInterrupt, the cancellation of a task,
         GeneratorExit; but SystemExit, by which a program ends in good order. For that and for an
-        `Exception` the leases that this thread took are not waited for, unless in a call.
+        `Exception` the leases that this thread took (in the block, if it is not the main thread)
+        are not waited for, unless another thread is in a call with them.
         """
         if self._desk is not None and self._desk.forked:
             return

@@ -498,7 +498,7 @@ class Sessions:
                 if made is not None:
                     return made
             try:
-                token = self._line.take(limit.left(), key, None, limit.left)
+                token = self._line.take(limit.first_wait(), key, None, limit.next_wait)
             except Closed:
                 self._desk.check_open()
                 continue  # it was ended while we waited

@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import scripts
-from ears import wait_until
+from ears import handle_of, wait_until
 from gates import Gate, pass_gate
 from minipool import LeaseRevoked, Pool
 from minipool.engine.holdups import SILENCE, Holdups
@@ -298,6 +298,90 @@ def test_error_waits_for_the_calls_of_other_threads(
             raise LookupError
     assert other.result(LAST) != handed_over.result(LAST)
     opened.result(LAST)
+
+
+def test_error_waits_for_no_call_of_another_pool(threads: ThreadPoolExecutor, gate: Gate) -> None:
+    """What keeps a lease that an error has broken off is a call of that worker."""
+
+    def alarm(signum: int, frame: Any) -> None:
+        raise LookupError("of the handler")
+
+    def arrived() -> None:
+        gate.wait_arrived()
+        interrupt()
+
+    start, former = time.monotonic(), signal.signal(signal.SIGINT, alarm)
+    with Pool(size=1, call_timeout=None) as unrelated:
+        other = Gate(gate.path + "-other")
+        call = busy(unrelated, threads, other)
+        try:
+            with pytest.raises(LookupError):
+                with Pool(size=1, close_timeout=2 * SOON) as pool:
+                    lease, sent = pool.checkout(), threads.submit(arrived)
+                    lease.call(pass_gate, gate.path)
+        finally:
+            signal.signal(signal.SIGINT, former)
+        assert time.monotonic() - start < SOON
+        other.open()
+        call.result(LAST)
+        other.close()
+    sent.result(LAST)
+    lease.release()
+
+
+@pytest.mark.parametrize("whose", ["its own", "a former thread's"])
+def test_lease_of_a_thread_that_has_ended_is_not_that_of_the_next(
+    whose: str, threads: ThreadPoolExecutor
+) -> None:
+    """Whatever number the next thread has: who holds the lease now may be between two calls."""
+    with Pool(size=1).open() as pool:
+        leases: list[Any] = []
+
+        def take_and_leave() -> None:
+            with pytest.raises(LookupError):
+                with pool:
+                    if whose == "its own":
+                        leases.append(pool.checkout())
+                    else:
+                        handle_of(pool).thread = threading.get_ident()
+                    raise LookupError
+
+        if whose != "its own":
+            leases.append(threads.submit(pool.checkout).result(LAST))
+        leaving = threading.Thread(target=take_and_leave)
+        leaving.start()
+        assert pool._desk is not None
+        manager = pool._desk.manager
+        if whose == "its own":
+            leaving.join(LAST)
+            assert manager.done
+        else:
+            wait_until(pool, lambda: manager.holdups.departures != [])
+            for _ in range(2):
+                manager.command(bool)  # it has looked, once that was done
+            assert leases[0].call(getpid)
+        leases[0].release()
+        leaving.join(LAST)
+
+
+def test_all_who_leave_by_an_error_are_known(threads: ThreadPoolExecutor) -> None:
+    """The leases of the first are not waited for, though the others came after it."""
+    barrier, start, leases = threading.Barrier(2), time.monotonic(), []  # type: Any, float, list[Any]
+
+    def leave() -> None:
+        with pytest.raises(LookupError):
+            with pool:
+                leases.append(pool.checkout())
+                barrier.wait(LAST)
+                raise LookupError
+
+    pool = Pool(size=2, close_timeout=2 * SOON).open()
+    for left in [threads.submit(leave) for _ in range(2)]:
+        left.result(LAST)
+    assert time.monotonic() - start < SOON
+    for lease in leases:
+        lease.release()
+
     lease.release()
 
 

@@ -195,7 +195,7 @@ def test_caller_of_a_worker_that_is_given_up_waits_no_longer(
     monkeypatch.setattr(manager, "_GIVE_UP_NS", 200_000_000)
     monkeypatch.setattr(process.signal, "pidfd_send_signal", lambda *_: None)
     pool = Pool(size=1, start_method=start_method, close_timeout=0.1, call_timeout=None).open()
-    pid = pool.workers()[0].pid or 0
+    pid, given_up = pool.workers()[0].pid or 0, handle_of(pool).process
     problems: list[type] = []
 
     def call() -> None:
@@ -215,6 +215,8 @@ def test_caller_of_a_worker_that_is_given_up_waits_no_longer(
     finally:
         os.kill(pid, signal.SIGKILL)
     wait_gone(pid)
+    assert given_up.exitcode(20) is None, "its pid may be another's by now"
+    assert given_up.unknown == "it could not be killed"
     with Pool(size=1, start_method=start_method):
         pass  # whose start, and whose close, reaps what has ended
 

@@ -134,6 +134,82 @@ def test_manager_that_stays_away_is_waited_for_with_a_bound(
     assert found == [0.0]
 
 
+@pytest.mark.parametrize(("rests", "patience"), [(True, 1.0), (False, 0.05)])
+def test_manager_that_is_late_with_a_turn_is_given_a_moment_only(
+    account: Standstills, clock: Clock, rests: bool, patience: float
+) -> None:
+    """A listener may hold it up, and what was that long does not count."""
+    if rests:
+        account.rest(1.0, 1.0)
+    waits: list[float | None] = []
+
+    def wait(condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        return False
+
+    account._heard_of = Heard(account._heard_of, wait)  # type: ignore[assignment]
+    clock.now += 10.0
+    caller = threading.Thread(target=lambda: account.lost(100.0))
+    caller.start()
+    caller.join(20)
+
+    assert waits == [patience]
+
+
+def test_caller_that_waits_is_witness_of_a_stop(account: Standstills, clock: Clock) -> None:
+    """A listener ran when it began: the manager cannot tell how long, and counts nothing."""
+    limit = account.limit(5.0)
+    assert limit.first_wait() == 1.0
+    clock.now += 9.0
+    account.rest(1.0, 1.0, counts=False)
+
+    assert limit.next_wait() == 1.0
+    assert account.lost(100.0) == pytest.approx(8.0), "for whoever asks"
+    assert account.stopped
+    assert limit.left() == pytest.approx(4.0)
+
+
+def test_stop_that_manager_and_witness_tell_of_counts_once(
+    account: Standstills, clock: Clock
+) -> None:
+    limits = [account.limit(5.0) for _ in range(3)]
+    for limit in limits:
+        limit.first_wait()
+    rest(account, clock, 0.5, 9.0)
+    for limit in limits:
+        limit.next_wait()
+
+    assert account.lost(100.0) == pytest.approx(8.5)
+    assert not account._witnessed
+
+
+@pytest.mark.parametrize("late", [0.0, 0.9])
+def test_wait_that_ends_about_in_time_witnesses_nothing(
+    account: Standstills, clock: Clock, late: float
+) -> None:
+    limit = account.limit(5.0)
+    limit.first_wait()
+    clock.now += 1.0 + late
+    limit.next_wait()
+
+    assert not account.stopped
+
+
+def test_what_a_caller_does_between_its_waits_is_no_stop(
+    account: Standstills, clock: Clock
+) -> None:
+    limit = account.limit(60.0)
+    limit.first_wait()
+    clock.now += 10.0
+    limit.left()
+    clock.now += 10.0
+    limit.first_wait()
+    clock.now += 1.0
+    limit.next_wait()
+
+    assert not account.stopped
+
+
 def test_manager_waits_for_itself_never(account: Standstills, clock: Clock) -> None:
     """In the middle of a long turn it may ask as well, and so may a listener in its thread."""
     clock.now += 10.0

@@ -161,7 +161,7 @@ def test_pool_that_is_terminated_after_a_stop_ends_at_once() -> None:
     manager = pool._desk.manager
     lease = pool.checkout()
     now = time.monotonic()  # an hour after it began to close, in which it was stopped
-    manager._close_since, manager._close_by = now - 3600.0, now - 3600.0 + 20.0
+    manager._closes.append((now - 3600.0, now - 3600.0 + 20.0))
     manager.standstills._stops = ((now - 3600.0, now),)
     pool.terminate()
 

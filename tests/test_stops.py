@@ -17,7 +17,7 @@ import minipool
 from ears import handle_of, wait_until
 from gates import Gate, pass_gate
 from minipool import CheckoutTimeout, Pool, warmup
-from minipool.engine import care, health
+from minipool.engine import care, health, standstill
 from minipool.engine.manager import Keeper, Manager
 from minipool.engine.process import WorkerProcess
 from workers import Counter, getpid
@@ -87,6 +87,22 @@ def test_wait_for_the_worker_that_has_a_session_goes_on(affinity: str) -> None:
         assert stop_for_an_hour(pool, waiter).wait(LAST)
         lease.release()
         assert waiter.result() == pid
+
+
+def test_wait_for_the_nearest_worker_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any other will do, though another comes free at once after the stop."""
+    monkeypatch.setattr(standstill, "_LOOK", LAST)
+    with Pool(Counter, size=2, affinity_wait=LIMIT / 2) as pool:
+        pid = pool.options(session="s").call("pid")
+        leases = [pool.checkout(), pool.checkout()]
+        waiter = Run(lambda: pool.checkout(session="s", timeout=LAST))
+        wait_until(pool, lambda: bool(manager_of(pool).turnstile.waiters))
+        asked = stop_for_an_hour(pool, waiter).wait(LAST)
+        for lease in sorted(leases, key=lambda lease: lease.pid == pid):
+            lease.release()
+        with waiter.result() as w:
+            assert w.call("pid") == pid
+        assert asked
 
 
 def test_warm_up_of_a_worker_that_starts_goes_on(gate: Gate) -> None:

@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +70,36 @@ def test_worker_that_something_else_has_reaped_has_ended(monkeypatch: pytest.Mon
     assert worker.has_ended()
     assert worker.exitcode() is None
     assert worker.unknown is not None and "something else" in worker.unknown
+    worker.close()
+
+
+@pytest.mark.parametrize(("method", "which"), [("fork", 1), ("forkserver", 1), ("forkserver", 2)])
+def test_wait_for_an_exit_code_begins_anew_after_a_stop(
+    method: str, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All were stopped, so the worker has not ended, or the fork server has not told, in time."""
+    worker, waits, stopped = started(method), [], [0.0]  # type: WorkerProcess, list[Any], list[float]
+    worker.kill()
+    assert connection.wait([worker.death_fd], LAST)
+    real_wait = connection.wait
+
+    def wait(sources: Any, timeout: float | None = None) -> Any:
+        if not timeout:
+            return real_wait(sources, timeout)
+        waits.append(sources)
+        if len(waits) != which:
+            return real_wait(sources, LAST)
+        stopped[0] += 3600.0
+        return []
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + stopped[0])
+    monkeypatch.setattr(process_room, "time", clock)
+    monkeypatch.setattr(process_room.connection, "wait", wait)
+    worker._wait_ended(0.25)
+    assert len(waits) > which
+    assert waits[which] == waits[which - 1]
+    monkeypatch.undo()
+    assert worker.exitcode(LAST) == -signal.SIGKILL
     worker.close()
 
 

@@ -243,7 +243,6 @@ class Care:
                 handle.slot, handle.pid, self._config.name,
             )  # fmt: skip
         handle.channel.hang_up()
-        self._turnstile.dismiss(handle.slot)
         handle.process.give_up("it could not be killed")
         self._fleet.bury(handle, None, handle.start_error)
 

@@ -96,6 +96,8 @@ class End:
         self._due: float | None = None  # when it is to be answered, as it was when it began
         #: Returns how many seconds since then counted against no deadline; see `standstill`.
         self.lost: Callable[[float], float] = _nothing
+        #: Hears by when each wait in vain was to end, as it ends; see `Standstills.witness`.
+        self.witness: Callable[[float], object] = bool
 
     #: The thread that sends, or has sent, what the pipe may not have room for, if there is one.
     sender: threading.Thread | None = None
@@ -106,12 +108,19 @@ class End:
         self._due = None if timeout is None else self._began + timeout
         return self._due
 
-    def _extended(self, deadline: float) -> float:
-        """Return until when the call under way may take, now that its deadline is over.
+    def _after_look(self, deadline: float | None, left: float | None) -> float | None:
+        """Return until when the call under way may take, after a wait in vain, begun with `left`.
 
         Raises:
             TimedOut: no longer.
         """
+        if deadline is None or left is None:
+            return None
+        rest = max(0.0, left - LOOK)
+        self.witness(deadline - min(left, 0.0) - rest)
+        return deadline if rest else self._extended(deadline)
+
+    def _extended(self, deadline: float) -> float:
         if self._due is None or deadline < self._due:
             raise TimedOut  # it was no wait for the reply
         later = self._due + self.lost(self._began)
@@ -361,8 +370,7 @@ class FastEnd(End):
                 raise PeerGone from None
             if self._dead:
                 raise PeerGone
-            if deadline is not None and left is not None and left <= LOOK:
-                deadline = self._extended(deadline)
+            deadline = self._after_look(deadline, left)
 
     def _send_long(self, parts: Iterable[bytes], deadline: float | None) -> None:
         """Write what may not fit the pipe's buffer, watching the worker and the clock."""
@@ -383,8 +391,8 @@ class FastEnd(End):
                     events = poll.poll(0 if self._dead else _look_ms(left))
                     if self._dead or any(fd == self._death_fd for fd, _ in events):
                         raise PeerGone from None
-                    if not events and deadline is not None and left is not None and left <= LOOK:
-                        deadline = self._extended(deadline)
+                    if not events:
+                        deadline = self._after_look(deadline, left)
                 except OSError:
                     raise PeerGone from None
 

@@ -36,7 +36,7 @@ from .passage import passage, passages, waits
 from .refusal import refusal
 from .standstill import DefaultTimeout, TimeLimit
 from .states import WorkerState as S
-from .turnstile import Closed, Turnstile, Waiter
+from .turnstile import Closed, Token, Turnstile, Waiter
 
 _monotonic_ns, _get_ident = time.monotonic_ns, threading.get_ident
 _TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
@@ -206,8 +206,12 @@ class Desk:
             return None
         if widen_after is not None and widen_after <= 0:
             return self.acquire(timeout)
+        near = None
+        if widen_after is not None:
+            left = timeout.left() if isinstance(timeout, TimeLimit) else timeout
+            near = self._limit(widen_after if left is None else float(min(widen_after, left)))
         try:
-            handle = self._acquire_slowly(timeout, wanted.slot, widen_after)
+            handle = self._acquire_slowly(timeout, wanted.slot, near)
         except Closed:
             return None
         if handle is not wanted and (widen_after is None or handle.slot == wanted.slot):
@@ -219,9 +223,12 @@ class Desk:
         self,
         timeout: float | TimeLimit | None,
         wants: int | None = None,
-        widen_after: float | None = None,
+        near: TimeLimit | None = None,
     ) -> Handle:
-        """Queue for a worker, again if what comes turns out to be dead."""
+        """Queue for a worker, again if what comes turns out to be dead.
+
+        That one which it `wants`, and when the time that is `near` is over, any.
+        """
         self.check_open()
         waiting = len(self._turnstile.waiters)
         if self.config.max_waiting is not None and waiting >= self.config.max_waiting:
@@ -236,7 +243,7 @@ class Desk:
         while True:
             self._check_circuit()
             try:
-                token = self._turnstile.take(limit.left(), wants, widen_after, limit.left)
+                token = self._take(limit, wants, near)
             except Crowded:
                 raise self._too_many(len(self._turnstile.waiters)) from None
             except Closed:
@@ -254,6 +261,13 @@ class Desk:
             if not handle.channel.disturbed():
                 return self._take_over(handle, limit.waited)
             self._refuse(handle)
+
+    def _take(self, limit: TimeLimit, wants: int | None, near: TimeLimit | None) -> Token | None:
+        take = self._turnstile.take
+        if near is None:
+            return take(limit.first_wait(), wants, None, limit.next_wait)
+        left = limit.left()  # witnesses of a stop are those who wait for `near`
+        return take(left, wants, near.first_wait(), limit.next_wait, near.next_wait)
 
     def _take_over(self, handle: Handle, waited: float) -> Handle:
         row = handle.row

@@ -311,7 +311,10 @@ class Fleet:
     def serve(self, handle: Handle) -> None:
         """Note that a worker is in service from now on."""
         handle.reserve = False
-        handle.channel.lost = self.standstills.lost
+        handle.channel.lost, handle.channel.witness = (
+            self.standstills.lost,
+            self.standstills.witness,
+        )
         handle.serving_ns = handle.idle_since_ns = time.monotonic_ns()
 
     def spare(self, handle: Handle) -> None:

@@ -496,8 +496,6 @@ class Handle:
         error = self._fault(problem, target, timeout)
         self.failed = True
         self.hang_up_for_good()
-        if self.process.refused:
-            self.cut_off()
         error.sent_ns = start
         self.fault = weakref.ref(error)  # the error itself would hold all that waits for its call
         return error

@@ -1,7 +1,7 @@
 """Holdups: the leases that hold up the end of a pool, told to whoever wonders why it takes long.
 
 A pool that closes waits for its leases, and the thread that closes it may not know who has them.
-Any thread may set what is known of the close; the rest is for the manager's thread.
+Any thread may add to what is known of the close; the rest is for the manager's thread.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Departure(NamedTuple):
     """How a thread left the pool's `with` block by an exception, which waits for the pool's end."""
 
     thread: int
+    since_ns: int  # monotonic; the number of the thread has been this one's since then, at least
     error: str
 
 
@@ -35,8 +36,8 @@ class Holdups:
         self._pool = pool
         self._since: float | None = None  # monotonic; None: it does not close yet
         self._told = False
-        self.closer = 0  # the thread that waits for the end; 0: none
-        self.departure: Departure | None = None
+        self.closers: list[int] = []  # the threads that wait for the end
+        self.departures: list[Departure] = []
 
     def begin(self) -> None:
         """Note that the pool closes from now on."""
@@ -56,10 +57,12 @@ class Holdups:
         pool itself. Its frames, which the traceback keeps, may be all that has the lease. A call
         was broken off by the exception, if it is not that of a thread to which the lease was given.
         """
-        departure = self.departure
-        if departure is None or handle.live_lease is None or handle.thread != departure.thread:
-            return False
-        return not (handle.in_call and _others_call(departure.thread))
+        return handle.live_lease is not None and any(
+            handle.thread == departure.thread
+            and handle.row[t.LEASED_SINCE_NS] >= departure.since_ns
+            and not (handle.in_call and _others_call(handle, departure.thread))
+            for departure in self.departures
+        )
 
     def tell(self, handles: Iterable[Handle], close_by: float) -> None:
         """Log once, when the pool has closed for a second, which leases it waits for."""
@@ -79,8 +82,8 @@ class Holdups:
         if len(handles) > _MOST_NAMED:
             named.append(f"and {len(handles) - _MOST_NAMED} more")
         one = len(handles) == 1
-        after = "" if self.departure is None else (
-            f"; the block was left by {self.departure.error}, which is raised after that"
+        after = "" if not self.departures else (
+            f"; the block was left by {self.departures[0].error}, which is raised after that"
         )  # fmt: skip
         return (
             f"{self._pool} has been closing for {closing_for:.1f} s and waits for "
@@ -106,16 +109,16 @@ class Holdups:
         """Name a thread. The dict is read as it is: its lock may be held for who knows how long."""
         thread = getattr(threading, "_active", {}).get(ident)
         name = "a thread that has ended" if thread is None else f"thread {thread.name!r}"
-        return f"{name} (the one that closes)" if ident == self.closer else name
+        return f"{name} (the one that closes)" if ident in self.closers else name
 
 
-def _others_call(thread: int) -> bool:
-    """Tell whether any thread but that one is in a call of any worker, by its stack."""
+def _others_call(handle: Handle, thread: int) -> bool:
+    """Tell whether any thread but that one is in a call of that worker, by its stack."""
     frames: dict[int, FrameType] = getattr(sys, "_current_frames", dict)()
     for ident, frame in frames.items():
         outer: FrameType | None = None if ident == thread else frame
         while outer is not None:
-            if outer.f_code is Handle.request.__code__:
+            if outer.f_code is Handle.request.__code__ and outer.f_locals.get("self") is handle:
                 return True
             outer = outer.f_back
     return False

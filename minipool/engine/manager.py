@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import threading
 import time
@@ -129,9 +130,10 @@ class Manager:
         self._changed = Notice()
         self._refused: collections.deque[Handle] = collections.deque()
         self._orders: collections.deque[Callable[[], None]] = collections.deque()
-        self._close_by: float | None = None  # monotonic; None: not closing
+        #: Each close, as when it was asked for and when its leases are over; monotonic. Callers
+        #: append at any time and take nothing back, so the end that is to come first is never lost.
+        self._closes: list[tuple[float, float]] = []
         self.holdups = Holdups(config.name or "")  # of its close
-        self._close_since = 0.0  # when that was set
         self._outside = (0, 0)  # what may have held up the last turn
         self._suspects = Suspects()  # workers that nobody seems to have
         self._poller = Poller()
@@ -181,7 +183,13 @@ class Manager:
 
     @property
     def closing(self) -> bool:
-        return self._close_by is not None
+        return bool(self._closes)
+
+    @property
+    def _close_by(self) -> float:
+        """When leases are revoked, monotonic; a stop has put that off. inf: not closing."""
+        counted = self.standstills.counted
+        return min((by + counted(since) for since, by in self._closes), default=math.inf)
 
     def _queued(self, waiter: Waiter) -> None:
         """Hear that somebody queues; nothing to do while no worker could be added.
@@ -237,9 +245,9 @@ class Manager:
         if self.here:
             return condition()  # nothing will change while its thread waits here
         limit = self.standstills.limit(timeout)
-        left = limit.left()
+        left = limit.first_wait()
         while not self._changed.wait_for(lambda: condition() or self.done, left):
-            left = limit.left()
+            left = limit.next_wait()
             if not left:
                 return condition() or self.done
         return True
@@ -255,10 +263,8 @@ class Manager:
         self.holdups.begin()
         now = time.monotonic()
         by = now + lease_timeout - (_LAST_GRACE + 1 if kill else 0.0)
-        due, spared = self._close_by, self.standstills.counted(self._close_since)
-        if due is None or by < due + spared:
-            self._close_since = now
-            self._close_by = by
+        if by < self._close_by:
+            self._closes.append((now, by))
         self.care.closing = True
         self.turnstile.closed = True  # before anybody can be told so
         self.bell.ring()
@@ -357,9 +363,9 @@ class Manager:
         backoff = retry_in(self.fleet, now)
         if backoff is not None:
             dues.append(backoff)
-        if self._close_by is not None:
-            dues.append(self._close_by - now)
-            dues.append(self._close_by + _LAST_GRACE - now)
+        if self.closing:
+            close_by = self._close_by
+            dues.extend((close_by - now, close_by + _LAST_GRACE - now))
             dues.append(self.holdups.tell_in(now))
         busy = self._acted or backoff or self.closing or self.staff.raise_at > now
         if not busy and self.fleet.count_staying() >= self.staff.target:
@@ -424,7 +430,7 @@ class Manager:
             self.care.take_back(self._refused.popleft())
         self._look(whole)
         self._whole = whole or self.closing or self._last_look != swept
-        if self._close_by is None:
+        if not self.closing:
             self._acted = self.staff.reconcile(self._whole) or self._acted
             if self.turnstile.waiters and self.fleet.hopeless:
                 self.turnstile.dismiss(None)
@@ -567,28 +573,27 @@ class Manager:
 
     def _finish(self) -> None:
         """Take every worker one step further towards its end; then end."""
-        assert self._close_by is not None
         for _, handle in self.turnstile.close():
             self.care.take_back(handle)
         for reference in self.lines:
             line = reference()
             if line is not None:
                 line.close()
-        now = time.monotonic() - self.standstills.counted(self._close_since)
+        now, close_by = time.monotonic(), self._close_by
         for handle in tuple(self.fleet.handles.values()):
             handle.condemned = True
             if handle.state is S.SPARE:
                 self.care.retire(handle)
             if (
                 handle.state is S.STARTING
-                or now >= self._close_by + _LAST_GRACE
-                or (handle.state is S.IDLE and now >= self._close_by)
+                or now >= close_by + _LAST_GRACE
+                or (handle.state is S.IDLE and now >= close_by)
                 or (handle.state is S.IDLE and self.holdups.in_vain(handle))
             ):
                 self.care.revoke(handle, "the pool was closed")
             if handle.state is S.LOST and not handle.ended_ns and self._outlives(handle):
                 self.care.give_up(handle)
-        self.holdups.tell(self.fleet.handles.values(), self._close_by)
+        self.holdups.tell(self.fleet.handles.values(), close_by)
         if not self.fleet.handles and self._keepers_ended():
             self._end()
 

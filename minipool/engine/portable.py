@@ -172,8 +172,8 @@ class PortableEnd(End):
                 )
                 if not ready and self._dead:
                     raise PeerGone
-                if not ready and deadline is not None and left is not None and left <= LOOK:
-                    deadline = self._extended(deadline)
+                if not ready:
+                    deadline = self._after_look(deadline, left)
             if self._conn not in ready and not self._conn.poll(0):
                 raise PeerGone
             if sys.platform != "win32":  # there a message comes whole, here it may never end

@@ -36,6 +36,7 @@ from .blackbox import LAST_WORDS, BlackBox
 from .descriptors import close_all, lifted
 from .oom import OOM_KILLS
 from .sigpipe import unsignalled
+from .standstill import LATE
 
 _TO_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _DESCRIPTORS = 10  # more than any start method needs at once
@@ -317,10 +318,10 @@ class WorkerProcess:
         ever. Copies would not do: an exception raised by a signal or another thread could lose
         them.
         """
-        ended = connection.wait([self.death_fd], timeout)
+        ended = _awake([self.death_fd], timeout)
         if ended and self._served and (self._pidfd is not None or self._box is not None):
             deadline = time.monotonic() + REAP_TIMEOUT
-            while connection.wait([self.exitcode_fd], deadline - time.monotonic()):
+            while _awake([self.exitcode_fd], deadline - time.monotonic()):
                 if self._box is None or self._box.exitcode() is not None or self._box.ended:
                     return  # else it was what the worker said last
 
@@ -355,6 +356,19 @@ class WorkerProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+
+def _awake(sources: list[Any], timeout: float) -> list[Any]:
+    """Wait as `connection.wait` does, and anew if this process was stopped meanwhile.
+
+    The other process was stopped as well. What is that short ends much too late by any stop, so
+    no account is asked, and none may be there.
+    """
+    while True:
+        due = time.monotonic() + max(0.0, timeout)
+        ready = connection.wait(sources, timeout)
+        if ready or time.monotonic() - due <= LATE:
+            return ready
 
 
 _outlived: collections.deque[int] = collections.deque()  # children that were given up alive

@@ -8,13 +8,17 @@ which the caller gave no timeout of its own.
 The manager keeps the account. It says by when it will be heard of again, and what it comes late by
 is a stop, if that is more than `LATE`. A caller whose wait has ended asks what was lost since the
 wait began, and goes on for that. If the manager is late at that moment, the caller waits for it:
-at a thaw all threads wake at once, and any may be first.
+at a thaw all threads wake at once, and any may be first. A manager that is in a turn may be held up
+by a listener, in a process that runs, and cannot tell that from a stop. So it is given a moment
+only, and callers that wait are witnesses: one whose own wait ends much too late tells of it.
 
-Periods are replaced, never changed, so any thread may read them; the manager alone writes.
+Periods are replaced, never changed, so any thread may read them; the manager alone writes, but for
+what witnesses append.
 """
 
 from __future__ import annotations
 
+import collections
 import math
 import threading
 import time
@@ -25,7 +29,9 @@ from .._sync import Notice
 Periods = Tuple[Tuple[float, float], ...]  # begin and end, monotonic; in order, without overlaps
 
 LATE = 1.0  # seconds; what is less late may have been kept from running by other threads
-_PATIENCE = 1.0  # seconds to wait for a manager that is late; a listener may hold it up
+_PATIENCE = 1.0  # seconds to wait for a manager that should be back from its rest
+_MOMENT = 0.05  # seconds to wait for one that is late with a turn; a listener may hold it up
+_LOOK = 1.0  # seconds that a witness waits at once
 _BREATH = 0.25  # seconds; as long, at least, is waited at once for the end of a drought
 _MOST = 256  # periods that are kept apart
 
@@ -45,10 +51,13 @@ class Standstills:
     ) -> None:
         self._clock = clock
         self._most = math.inf if most is None else most
-        #: What the manager does now: from when it is late, by when it will be heard of again.
-        self._phase = (math.inf, math.inf)
+        #: What the manager does now: from when it is late, by when it will be heard of again, and
+        #: how long a caller waits for it if it is late.
+        self._phase = (math.inf, math.inf, 0.0)
         self._heard_of = Notice()
         self._stops: Periods = ()
+        #: Stops that callers tell of; any thread appends.
+        self._witnessed: collections.deque[tuple[float, float]] = collections.deque(maxlen=_MOST)
         self._droughts: Periods = ()
         self._starting_since: float | None = None  # a drought is under way
         self._thread = 0  # the manager's
@@ -61,23 +70,27 @@ class Standstills:
         Of a wait that came late, no more than a tick is taken for time in which the process ran.
         """
         now = self._clock()
-        self._begin(now, now + min(patience, tick), now + patience, counts)
+        self._begin(now, now + min(patience, tick), now + patience, counts, _PATIENCE)
 
     def turn(self) -> None:
         """Begin a turn, which takes no time to speak of."""
         now = self._clock()
-        self._begin(now, now, now, counts=True)
+        self._begin(now, now, now, counts=True, wait=_MOMENT)
 
     def end(self) -> None:
         """Hear that the manager will not be heard of any more."""
-        self._begin(self._clock(), math.inf, math.inf, counts=False)
+        self._begin(self._clock(), math.inf, math.inf, counts=False, wait=0.0)
 
-    def _begin(self, now: float, late_from: float, due: float, counts: bool) -> None:
+    def _begin(self, now: float, late_from: float, due: float, counts: bool, wait: float) -> None:
         self._thread = threading.get_ident()
-        before, was_due = self._phase
+        before, was_due, _ = self._phase
         if counts and now - was_due > LATE:
             self._stops = _with(self._stops, before, now)
-        self._phase = late_from, due  # after that: whoever finds it in time finds the stop as well
+        self._phase = (
+            late_from,
+            due,
+            wait,
+        )  # after that: whoever finds it in time finds the stop as well
         self._heard_of.post()
 
     def note_starting(self, alone: bool) -> None:
@@ -94,7 +107,13 @@ class Standstills:
     @property
     def stopped(self) -> bool:
         """Whether the process was ever stopped."""
-        return bool(self._stops)
+        return bool(self._stops or self._witnessed)
+
+    def witness(self, due: float) -> None:
+        """Note that a wait of this thread, which was to end then, has ended now."""
+        now = self._clock()
+        if now - due > LATE and self.counted(due) < now - due:
+            self._witnessed.append((due, now))
 
     def lost(self, since: float) -> float:
         """Return how many seconds since then the process did not run.
@@ -106,14 +125,21 @@ class Standstills:
 
     def counted(self, since: float) -> float:
         """Return how many of these seconds the manager has counted. Never waits."""
-        return _length(self._stops, since)
+        return _length(self._known(), since)
+
+    def _known(self) -> Periods:
+        """Return all stops there is an account of."""
+        if not self._witnessed:
+            return self._stops
+        return _union((*self._stops, *self._witnessed.copy()))
 
     def counted_or_starting(self, since: float) -> float:
         """As `counted`, and those in which no worker served and one was starting."""
         begun, now = self._starting_since, self._clock()  # before the droughts that have ended
         droughts = self._droughts if begun is None else (*self._droughts, (begun, now))
-        stopped = _length(self._stops, since)
-        either = _length(_union((*self._stops, *droughts)), since)
+        stops = self._known()
+        stopped = _length(stops, since)
+        either = _length(_union((*stops, *droughts)), since)
         return stopped + min(either - stopped, self._most)
 
     @property
@@ -124,7 +150,7 @@ class Standstills:
     def catch_up(self) -> None:
         """Wait for the manager, for a while, if it is late."""
         if self._is_late() and threading.get_ident() != self._thread:
-            self._heard_of.wait_for(lambda: not self._is_late(), _PATIENCE)
+            self._heard_of.wait_for(lambda: not self._is_late(), self._phase[2])
 
     def _is_late(self) -> bool:
         return self._clock() - self._phase[1] > LATE
@@ -137,7 +163,7 @@ class Standstills:
 class TimeLimit:
     """So many seconds, not counting those in which nothing could be done. For one thread."""
 
-    __slots__ = ("_account", "_clock", "_default", "seconds", "since")
+    __slots__ = ("_account", "_clock", "_default", "_due", "seconds", "since")
 
     def __init__(
         self,
@@ -149,9 +175,24 @@ class TimeLimit:
         self._account, self._clock = account, clock
         self._default = isinstance(seconds, DefaultTimeout)
         self.seconds, self.since = seconds, since
+        self._due = math.inf  # when the wait that is under way is to end
+
+    def first_wait(self) -> float | None:
+        """Return how many seconds to wait at once; then ask for the `next_wait`."""
+        left = self.left()
+        if left is not None and self.seconds:
+            left = min(left, _LOOK)
+            self._due = self._clock() + left
+        return left
+
+    def next_wait(self) -> float | None:
+        """Return the same, when such a wait is over and nothing else was done meanwhile."""
+        self._account.witness(self._due)
+        return self.first_wait()
 
     def left(self) -> float | None:
         """Return how many seconds are left, 0 if none; None: it goes on for ever."""
+        self._due = math.inf
         if self.seconds is None:
             return None
         if self.seconds <= 0:

@@ -202,12 +202,14 @@ class Turnstile:
         wants: Any = None,
         widen_after: float | None = None,
         more: Callable[[], float | None] | None = None,
+        more_narrowly: Callable[[], float | None] | None = None,
     ) -> Token | None:
         """Take a slot, queueing for it; None when the time ran out. `timeout` 0 does not wait.
 
         With `wants` only that very slot will do; after `widen_after` seconds any other as well,
         without losing the place in the line. `more` is asked when the time has run out: the wait
-        goes on, at the same place, for as many seconds as it returns.
+        goes on, at the same place, for as many seconds as it returns. `more_narrowly` is the same
+        for `widen_after`.
 
         Raises:
             Closed: nothing was taken.
@@ -228,7 +230,9 @@ class Turnstile:
         try:
             self._join(waiter, widen_after is not None)
             self._on_queue(waiter)
-            if widen_after is None or not self._wait_narrowly(waiter, until, widen_after):
+            if widen_after is None or not self._wait_narrowly(
+                waiter, until, widen_after, more_narrowly
+            ):
                 self._wait(waiter, until, more)
             token = self._outcome(waiter)
         except BaseException:
@@ -295,10 +299,16 @@ class Turnstile:
                 return False
             until = time.monotonic() + seconds
 
-    def _wait_narrowly(self, waiter: Waiter, until: float | None, seconds: float) -> bool:
+    def _wait_narrowly(
+        self,
+        waiter: Waiter,
+        until: float | None,
+        seconds: float,
+        more: Callable[[], float | None] | None,
+    ) -> bool:
         """Wait for the one slot wanted, for a while; then let any do. True: it was settled."""
         soon = time.monotonic() + seconds
-        if self._wait(waiter, soon if until is None else min(soon, until)):
+        if self._wait(waiter, soon if until is None else min(soon, until), more):
             return True
         waiter.wants = None
         self.pump()
