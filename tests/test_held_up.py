@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any, Iterator
 
 import pytest
@@ -68,17 +69,13 @@ def test_checkout_that_is_over_does_not_wait_for_a_listener(
 def test_caller_in_the_line_is_witness_of_a_stop(
     pool: Pool[None], manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    account = manager.standstills
-    monkeypatch.setattr(standstill, "_LOOK", 0.01)
-    told = threading.Event()
-    monkeypatch.setattr(account, "witness", lambda due: told.set())
-    lease = pool.checkout()
-    waiter = threading.Thread(target=lambda: pool.checkout(timeout=LAST).release())
-    waiter.start()
-    seen = told.wait(LAST / 2)
-    lease.release()
-    waiter.join(LAST)
-    assert seen
+    account, dues = manager.standstills, []  # type: Any, list[float]
+    monkeypatch.setattr(account, "witness", dues.append)
+    with pool.checkout():
+        began = time.monotonic()
+        with pytest.raises(CheckoutTimeout):
+            pool.checkout(timeout=0.05)
+        assert began < dues[0] < time.monotonic()
 
 
 def test_caller_in_a_call_is_witness_of_a_stop(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,15 +158,15 @@ def test_manager_that_is_late_with_a_turn_is_given_a_moment_only(
 
 def test_caller_that_waits_is_witness_of_a_stop(account: Standstills, clock: Clock) -> None:
     """A listener ran when it began: the manager cannot tell how long, and counts nothing."""
-    limit = account.limit(5.0)
-    assert limit.first_wait() == 1.0
+    limit, longer = account.limit(5.0), account.limit(7.0)
+    assert limit.first_wait() == 5.0
     clock.now += 9.0
     account.rest(1.0, 1.0, counts=False)
 
-    assert limit.next_wait() == 1.0
-    assert account.lost(100.0) == pytest.approx(8.0), "for whoever asks"
+    assert limit.next_wait() == 0.0
+    assert account.lost(100.0) == pytest.approx(4.0), "for all that ask"
     assert account.stopped
-    assert limit.left() == pytest.approx(4.0)
+    assert longer.left() == pytest.approx(2.0)
 
 
 def test_stop_that_manager_and_witness_tell_of_counts_once(
@@ -189,7 +189,7 @@ def test_wait_that_ends_about_in_time_witnesses_nothing(
 ) -> None:
     limit = account.limit(5.0)
     limit.first_wait()
-    clock.now += 1.0 + late
+    clock.now += 5.0 + late
     limit.next_wait()
 
     assert not account.stopped

@@ -17,7 +17,7 @@ import minipool
 from ears import handle_of, wait_until
 from gates import Gate, pass_gate
 from minipool import CheckoutTimeout, Pool, warmup
-from minipool.engine import care, health, standstill
+from minipool.engine import care, health
 from minipool.engine.manager import Keeper, Manager
 from minipool.engine.process import WorkerProcess
 from workers import Counter, getpid
@@ -89,9 +89,8 @@ def test_wait_for_the_worker_that_has_a_session_goes_on(affinity: str) -> None:
         assert waiter.result() == pid
 
 
-def test_wait_for_the_nearest_worker_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_for_the_nearest_worker_goes_on() -> None:
     """Before any other will do, though another comes free at once after the stop."""
-    monkeypatch.setattr(standstill, "_LOOK", LAST)
     with Pool(Counter, size=2, affinity_wait=LIMIT / 2) as pool:
         pid = pool.options(session="s").call("pid")
         leases = [pool.checkout(), pool.checkout()]

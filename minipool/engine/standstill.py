@@ -31,7 +31,6 @@ Periods = Tuple[Tuple[float, float], ...]  # begin and end, monotonic; in order,
 LATE = 1.0  # seconds; what is less late may have been kept from running by other threads
 _PATIENCE = 1.0  # seconds to wait for a manager that should be back from its rest
 _MOMENT = 0.05  # seconds to wait for one that is late with a turn; a listener may hold it up
-_LOOK = 1.0  # seconds that a witness waits at once
 _BREATH = 0.25  # seconds; as long, at least, is waited at once for the end of a drought
 _MOST = 256  # periods that are kept apart
 
@@ -86,11 +85,8 @@ class Standstills:
         before, was_due, _ = self._phase
         if counts and now - was_due > LATE:
             self._stops = _with(self._stops, before, now)
-        self._phase = (
-            late_from,
-            due,
-            wait,
-        )  # after that: whoever finds it in time finds the stop as well
+        # After that: a caller that finds it in time finds the stop as well.
+        self._phase = late_from, due, wait
         self._heard_of.post()
 
     def note_starting(self, alone: bool) -> None:
@@ -181,7 +177,6 @@ class TimeLimit:
         """Return how many seconds to wait at once; then ask for the `next_wait`."""
         left = self.left()
         if left is not None and self.seconds:
-            left = min(left, _LOOK)
             self._due = self._clock() + left
         return left
 
