@@ -27,7 +27,7 @@ from functools import partial
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from .descriptors import beyond_streams, close_all, pipe
+from .descriptors import beyond_streams, close_all, pipe, pipe_into
 
 if TYPE_CHECKING:
     from .blackbox import BlackBox
@@ -198,18 +198,19 @@ def _launch_by_server(made: Any, child: Any, box: BlackBox, bare: bool) -> None:
         OSError, EOFError: no process was started; everything is given back.
     """
     payload = _payload(made, child, bare)
-    status = box.lend_to_server()
-    ours = theirs = -1
+    status: list[int] = [box.lend_to_server()]
+    ends: list[int] = []
     try:
-        theirs, ours = pipe()
-        beyond_streams(_ask_server, [theirs, status], made._fds, box)
-        os.close(status)
-        status = -1  # else the end of the server would not be the end of the pipe
+        pipe_into(ends)
+        theirs, ours = ends
+        beyond_streams(_ask_server, [theirs, *status], made._fds, box)
+        # Else the end of the server would not be the end of the pipe.
+        close_all(map(status.pop, (-1,)))
         made.pid = box.pid_from_server(_server()._forkserver_pid)
         made.sentinel = None
         _send(ours, payload, box.fd)
     finally:
-        close_all(fd for fd in (ours, theirs, status) if fd >= 0)
+        close_all((*ends, *status))
 
 
 def _payload(made: Any, child: Any, bare: bool) -> memoryview:

@@ -33,7 +33,7 @@ from typing import Any, Callable
 from .._sync import Guard, guarded
 from . import popen
 from .blackbox import LAST_WORDS, BlackBox
-from .descriptors import close_all, lifted
+from .descriptors import close_all, close_held, lifted
 from .oom import OOM_KILLS
 from .sigpipe import unsignalled
 
@@ -54,6 +54,8 @@ class WorkerProcess:
     With `kill_group`, SIGKILL and the process's own end also end what it started. With `bare` its
     target imports the main module itself.
     """
+
+    _pidfd: int | None = None
 
     def __init__(
         self,
@@ -78,7 +80,6 @@ class WorkerProcess:
         self._starved: bool | None = None  # None: not known yet
         self._process: Any = context.Process(target=target, args=args, name=name)
         self._served = context.get_start_method() == "forkserver"  # the child of a server
-        self._pidfd: int | None = None
         self._kills_group = kill_group and hasattr(os, "killpg")
         # What the fork server has to say comes through it; it stays open until `close`.
         self._bare = bare
@@ -352,9 +353,7 @@ class WorkerProcess:
         self._close_pidfd()
 
     def _close_pidfd(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        close_held(self, "_pidfd")
 
 
 _outlived: collections.deque[int] = collections.deque()  # children that were given up alive
