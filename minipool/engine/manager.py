@@ -274,8 +274,6 @@ class Manager:
         self.turnstile.idle.clear()
         self.standstills.end()
         self.fleet.abandon()
-        if self._launcher.lifeline is not None:
-            self._launcher.lifeline.abandon()
         self.bell.close()
 
     # -- the thread --------------------------------------------------------------------------
