@@ -164,6 +164,13 @@ class Latch:
         self.happened = True
         self._notice.post()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it has happened; False if `timeout` seconds (None: no limit) ran out first."""
-        return self.happened or self._notice.wait_for(lambda: self.happened, timeout)
+    def stir(self) -> None:
+        """Have all that wait look again at what else they wait for; never waits."""
+        self._notice.post()
+
+    def wait(self, timeout: float | None = None, other: Callable[[], object] = bool) -> bool:
+        """Wait until it has happened; False if `timeout` seconds (None: no limit) ran out first.
+
+        Or until `other()` is true, which is looked at whenever somebody calls `stir`.
+        """
+        return self.happened or self._notice.wait_for(lambda: self.happened or other(), timeout)

@@ -24,7 +24,7 @@ from .opening import (
     ready_count,
     wait_started,
 )
-from .telemetry import Hooks
+from .telemetry import Hooks, logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -263,10 +263,19 @@ class Lifecycle:
         self._wait_ended(manager, grace)
 
     def _wait_ended(self, manager: Manager, grace: float) -> None:
-        if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
+        if manager.here:
+            return
+        since = time.monotonic()
+        if manager.wait_done(grace + _CLOSE_MARGIN):
             manager.join(1.0)
             if self._signals is not None:
                 self._signals.restore()
+        elif not manager.tells:
+            logger().warning(
+                "%s has not ended within %.1f s: %d workers are left, and its thread is busy; "
+                "close() returns, and it ends in the background",
+                self.config.name, time.monotonic() - since, len(manager.fleet.handles),
+            )  # fmt: skip
 
     @property
     def _forked(self) -> bool:

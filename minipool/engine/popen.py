@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 from .descriptors import beyond_streams, close_all, pipe, pipe_into
 
 if TYPE_CHECKING:
+    from .._sync import Latch
     from .blackbox import BlackBox
 
 _kept: list[Any] = []  # what must not be closed, and streams whose collection would flush them
@@ -41,20 +42,22 @@ _MODULES = {
 }
 
 
-def use_for(child: Any, box: BlackBox | None, bare: bool = False) -> None:
+def use_for(
+    child: Any, box: BlackBox | None, bare: bool = False, leaving: Latch | None = None
+) -> None:
     """Have a process object that is not started yet be launched this way, where it can be.
 
     It is to be no daemon, whatever this process is: what ends with us may have children. `box`
     takes the word of the fork server, too; None: a pipe of its own does. `bare`: its target imports
-    the main module itself (see `main_module`).
+    the main module itself (see `main_module`). `leaving`: see `fork_server.launched`.
     """
     child.daemon = False
     child.authkey = bytes(child.authkey)  # see `_authkey_of_ours`
     if sys.platform != "win32":
-        child._Popen = partial(_popen, box=box, bare=bare)
+        child._Popen = partial(_popen, box=box, bare=bare, leaving=leaving)
 
 
-def _popen(child: Any, box: BlackBox | None, bare: bool) -> Any:
+def _popen(child: Any, box: BlackBox | None, bare: bool, leaving: Latch | None) -> Any:
     """Launch a process: as `Process._Popen`, whose place this takes."""
     del child._Popen  # the object may have to be pickled
     method = child._start_method
@@ -66,7 +69,7 @@ def _popen(child: Any, box: BlackBox | None, bare: bool) -> Any:
         if method == "forkserver":
             from .fork_server import launched  # where there is one
 
-            return launched(ensure_server, partial(_launch, method, child, box, bare))
+            return launched(ensure_server, partial(_launch, method, child, box, bare), leaving)
         return _launch(method, child, None, bare)
 
 
