@@ -124,7 +124,8 @@ def launched(
             return _in_time(launch, leaving)
         except (EOFError, ConnectionError):
             if leaving.happened:
-                raise Left(f"the pool was closed before the fork server (pid {pid}) answered")
+                why = f"the pool was closed before the fork server (pid {pid}) answered"
+                raise Left(why) from None
             killed = pid is not None and pid in (_Known.left, _Known.stuck)
             problem, may_be_imports = _explained()
         # The error is forgotten here: its frames hold the descriptors of the start that failed.
