@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import pickle
 import select
 import signal
+import sys
 import tempfile
 import threading
 import traceback
@@ -370,6 +372,26 @@ def test_own_pool_of_the_child_waits_for_no_lock_that_was_held_at_the_fork(modul
 
     with held_elsewhere(_in_lock(lock)):
         assert in_fork(own) == 7
+
+
+def _import_half(name: str, wait: Callable[[], object]) -> None:
+    """Begin to import a module, and wait in the midst of that."""
+    with importlib._bootstrap._ModuleLockManager(name):  # type: ignore[attr-defined]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        spec._initializing = True  # type: ignore[attr-defined]
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            wait()
+        finally:
+            del sys.modules[name]
+
+
+def test_module_that_another_thread_is_importing_is_imported_in_the_child() -> None:
+    """As ours and the standard library's are, when the parent opens its first pool."""
+    assert "colorsys" not in sys.modules
+    with held_elsewhere(lambda wait: _import_half("colorsys", wait)):
+        assert in_fork(lambda: importlib.import_module("colorsys").rgb_to_hsv(0, 0, 0)) == (0, 0, 0)
 
 
 def test_guard_that_another_thread_holds_is_free_in_the_child() -> None:
