@@ -121,7 +121,8 @@ HANGS = """
 def test_preload_that_never_ends_does_not_hold_up_the_opening_for_ever(tmp_path: Path) -> None:
     (tmp_path / "heavy.py").write_text("import threading\nthreading.Event().wait()\n")
     env = scripts.environment(first_path=str(tmp_path))
-    exitcode, out, _ = scripts.run(tmp_path, HANGS, env=env)
+    exitcode, out, err = scripts.run(tmp_path, HANGS, env=env)
+    assert exitcode == 0, err
     told, after = out.splitlines()
     assert "did not answer within 1 s" in told and "`preload`" in told and "init_timeout" in told
     assert (exitcode, after) == (0, "after 7")

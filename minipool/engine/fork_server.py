@@ -145,8 +145,8 @@ def _in_time(launch: Callable[[], T], leaving: Latch) -> T:
 
     def watch() -> None:
         leaving.wait(patience, lambda: answered.happened)
-        # A moment more: that server and this process may have been stopped together.
-        if not answered.wait(_END):
+        # A moment more for a close, and for what may have been stopped together with this process.
+        if not answered.wait(_END if leaving.happened or not first else 0.0):
             _kill(pid, "left" if leaving.happened else "silent" if first else "stuck")
 
     thread = threading.Thread(target=watch, name="minipool-server-watch", daemon=True)

@@ -228,7 +228,7 @@ def _payload(made: Any, child: Any, bare: bool) -> memoryview:
         reduction.dump(child, buffer)
     finally:
         context.set_spawning_popen(None)
-    return buffer.getbuffer()
+    return memoryview(buffer.getvalue())  # of the buffer itself, a cycle would collect it too soon
 
 
 def _send(fd: int, payload: memoryview, end: int) -> None:
