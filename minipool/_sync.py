@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -29,12 +30,17 @@ class Guard:
     The thread that is inside may come in again: a signal handler or a finaliser runs in the midst
     of what it interrupts, and leaves the hold to that. Any thread may call any method. `lock` is an
     RLock that others enter in their own way.
+
+    In a process that was forked while another thread was inside, nobody is: what that thread was
+    about to change may be half done there.
     """
 
-    __slots__ = ("_lock",)
+    __slots__ = ("__weakref__", "_lock")
 
     def __init__(self, lock: Any = None) -> None:
         self._lock: Any = threading.RLock() if lock is None else lock
+        if lock is None:
+            _guards.add(self)
 
     def run(self, work: Callable[..., T], /, *args: Any) -> T:
         """Return `work(*args)`, called when no other thread is inside."""
@@ -59,6 +65,19 @@ class Guard:
         finally:
             if lock._is_owned():
                 lock.release()
+
+
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
+
+
+def _free_guards() -> None:
+    for guard in tuple(_guards):
+        if not guard._lock._is_owned():  # by the thread that has forked, which goes on here
+            guard._lock._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_guards)
 
 
 def guarded(name: str) -> Callable[[F], F]:
@@ -145,6 +164,13 @@ class Latch:
         self.happened = True
         self._notice.post()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it has happened; False if `timeout` seconds (None: no limit) ran out first."""
-        return self.happened or self._notice.wait_for(lambda: self.happened, timeout)
+    def stir(self) -> None:
+        """Have all that wait look again at what else they wait for; never waits."""
+        self._notice.post()
+
+    def wait(self, timeout: float | None = None, other: Callable[[], object] = bool) -> bool:
+        """Wait until it has happened; False if `timeout` seconds (None: no limit) ran out first.
+
+        Or until `other()` is true, which is looked at whenever somebody calls `stir`.
+        """
+        return self.happened or self._notice.wait_for(lambda: self.happened or other(), timeout)

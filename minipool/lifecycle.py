@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Iterable
 
 from ._sync import Guard
-from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start
+from .engine.desk import AGAIN, ANEW, Desk, closed_error, could_not_start, forked_error
 from .engine.holdups import Departure
 from .engine.launch import Launcher
 from .engine.shortage import expect_descriptors_for
@@ -23,7 +24,7 @@ from .opening import (
     ready_count,
     wait_started,
 )
-from .telemetry import Hooks
+from .telemetry import Hooks, logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,6 +49,7 @@ class Lifecycle:
         self._launcher = launcher
         self._opening = Guard()
         self._desk: Desk | None = None  # None: not opened yet
+        self._maker = 0  # the process that has made its desk, or is about to
         self._closed = False
         self._opener: object | None = None  # whose failure ends the pool; None: nobody's
         self._failure: BaseException | None = None  # of the last opening, until one succeeds
@@ -149,7 +151,7 @@ class Lifecycle:
         def forget() -> None:
             pool = this()
             if pool is not None and pool._desk is not None and pool._desk.manager is manager:
-                pool._desk = None
+                pool._desk, pool._maker = None, 0
 
         give_up(desk, failure, forget)
         return could_not_start(self.config.name, failure, AGAIN)
@@ -171,15 +173,21 @@ class Lifecycle:
         """Return the desk, and whether it was made now."""
         if self._desk is not None:
             return self._desk, False
+        self._check_process()
         if self._closed:
             raise closed_error(self.config.name, self._failure)
+        self._maker = os.getpid()
         try:
             desk, self._sessions = open_desk(self._launcher, self.config, self.hooks, self._breaker)
         except Exception as problem:  # nothing was opened, so there is nothing to close
+            self._maker = 0
             self._failure = problem
             if isinstance(problem, MinipoolError):
                 raise
             raise could_not_start(self.config.name, problem, AGAIN) from problem
+        except BaseException:
+            self._maker = 0
+            raise
         self._breaker = desk.manager.fleet.breaker
         self._opener = opener
         if opener is None:  # nobody waits to see more of it
@@ -237,8 +245,7 @@ class Lifecycle:
     def _end(self, grace: float, kill: bool, *left_by: Any) -> None:
         """End the pool; `left_by` are type and value of what has left its block and waits here."""
         try:
-            if self._desk is not None:
-                self._desk.check_process()  # before the lock, which a fork may have copied as held
+            self._check_process()
             desk = self._opening.run(self._note_closed)
             if desk is not None:
                 self._close_and_wait(desk.manager, grace, kill, *left_by)
@@ -259,10 +266,31 @@ class Lifecycle:
         self._wait_ended(manager, grace)
 
     def _wait_ended(self, manager: Manager, grace: float) -> None:
-        if not manager.here and manager.wait_done(grace + _CLOSE_MARGIN):
+        if manager.here:
+            return
+        since = time.monotonic()
+        if manager.wait_done(grace + _CLOSE_MARGIN):
             manager.join(1.0)
             if self._signals is not None:
                 self._signals.restore()
+        elif not manager.tells:
+            logger().warning(
+                "%s has not ended within %.1f s: %d workers are left, and its thread is busy; "
+                "close() returns, and it ends in the background",
+                self.config.name, time.monotonic() - since, len(manager.fleet.handles),
+            )  # fmt: skip
+
+    @property
+    def _forked(self) -> bool:
+        """Whether this process was forked from the owner, maybe in the midst of an opening."""
+        desk = self._desk
+        return desk.forked if desk is not None else self._maker not in (0, os.getpid())
+
+    def _check_process(self) -> None:
+        """Raise PoolForked in a process that was forked from the owner."""
+        if self._forked:
+            desk = self._desk
+            raise forked_error(self.config, self._maker if desk is None else desk.manager.pid)
 
     def _note_closed(self) -> Desk | None:
         self._closed = True
@@ -271,7 +299,7 @@ class Lifecycle:
     def _wait_for_no_lease(self) -> None:
         """End the pool soon, as whoever closes it has no more patience; wait for that, once."""
         desk = self._desk
-        if desk is not None and desk.forked:
+        if self._forked:
             return
         self._closed = True  # seen by who is about to open
         if desk is None:
@@ -305,7 +333,7 @@ class Lifecycle:
         `Exception` the leases that this thread took (in the block, if it is not the main thread)
         are not waited for, unless another thread is in a call with them.
         """
-        if self._desk is not None and self._desk.forked:
+        if self._forked:
             return
         if kind is None:
             self.close()
@@ -326,8 +354,7 @@ class Lifecycle:
         Raises:
             RuntimeError: this is not the main thread, which alone may do so.
         """
-        if self._desk is not None:
-            self._desk.check_process()
+        self._check_process()
         from .signals import SignalHandlers
 
         if self._signals is not None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.util
 import os
 import pickle
 import select
 import signal
+import sys
+import tempfile
 import threading
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import pytest
 
 import scripts
 from ears import Ear, handle_of
 from gates import Gate, pass_gate
-from minipool import Pool, PoolForked
+from minipool import Pool, PoolForked, lifecycle
+from minipool._sync import Guard
 from scripts import wait_gone
 from troublemakers import fork_and_wait, nested_sum
 from workers import Counter, getpid
@@ -315,3 +321,113 @@ def nested_pids() -> list[int]:
     from troublemakers import _kept
 
     return [info.pid for pool in _kept for info in pool.workers()]
+
+
+# -- what a fork copies as held ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held_elsewhere(hold: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+    """Have another thread hold something: it waits in what it gives to `hold`, meanwhile."""
+    holds, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        holds.set()
+        go_on.wait(20)
+
+    thread = threading.Thread(target=hold, args=(wait,))
+    thread.start()
+    try:
+        assert holds.wait(20)
+        yield
+    finally:
+        go_on.set()
+        thread.join(20)
+
+
+def _in_lock(lock: Any) -> Callable[[Callable[[], object]], object]:
+    def hold(wait: Callable[[], object]) -> None:
+        with lock:
+            wait()
+
+    return hold
+
+
+@pytest.mark.parametrize("module", ["resource_tracker", "forkserver", "tempfile"])
+def test_own_pool_of_the_child_waits_for_no_lock_that_was_held_at_the_fork(module: str) -> None:
+    """As when the parent's pool starts a worker in that moment."""
+    with Pool(Counter, size=1, start_method="forkserver") as pool:
+        assert pool.call("add", 1) == 1
+    lock = {
+        "resource_tracker": resource_tracker._resource_tracker._lock,  # type: ignore[attr-defined]
+        "forkserver": forkserver._forkserver._lock,  # type: ignore[attr-defined]
+        "tempfile": tempfile._once_lock,  # type: ignore[attr-defined]
+    }[module]
+
+    def own() -> int:
+        tempfile.tempdir = None  # asked for anew
+        tempfile.gettempdir()
+        with Pool(Counter, size=1, start_method="forkserver", init_timeout=10) as mine:
+            return int(mine.call("add", 7))
+
+    with held_elsewhere(_in_lock(lock)):
+        assert in_fork(own) == 7
+
+
+def _import_half(name: str, wait: Callable[[], object]) -> None:
+    """Begin to import a module, and wait in the midst of that."""
+    with importlib._bootstrap._ModuleLockManager(name):  # type: ignore[attr-defined]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        spec._initializing = True  # type: ignore[attr-defined]
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            wait()
+        finally:
+            del sys.modules[name]
+
+
+def test_module_that_another_thread_is_importing_is_imported_in_the_child() -> None:
+    """As ours and the standard library's are, when the parent opens its first pool."""
+    assert "colorsys" not in sys.modules
+    with held_elsewhere(lambda wait: _import_half("colorsys", wait)):
+        assert in_fork(lambda: importlib.import_module("colorsys").rgb_to_hsv(0, 0, 0)) == (0, 0, 0)
+
+
+def test_guard_that_another_thread_holds_is_free_in_the_child() -> None:
+    """And one that the forking thread holds stays its own."""
+    theirs, ours = Guard(), Guard()
+    with held_elsewhere(lambda wait: theirs.run(wait)):
+
+        def outcome() -> tuple[object, bool, object]:
+            held = ours._lock._is_owned()
+            return theirs.run_within(0.0, int), held, ours.run_within(0.0, int)
+
+        assert ours.run(in_fork, outcome) == (0, True, 0)
+        assert theirs.run_within(0.0, int) is None
+
+
+def test_pool_that_is_being_opened_at_the_fork_is_refused_in_the_child(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits for nobody, and takes over nothing that is half made."""
+    real, waits = lifecycle.open_desk, []
+
+    def open_desk(*args: Any) -> Any:
+        made = real(*args)
+        waits.pop()()  # before the pool knows what was made
+        return made
+
+    monkeypatch.setattr(lifecycle, "open_desk", open_desk)
+    pool = Pool(Counter, size=1)
+
+    def open_it(wait: Callable[[], object]) -> None:
+        waits.append(wait)
+        pool.open()
+
+    with held_elsewhere(open_it):
+        for use in (pool.open, pool.__enter__, pool.close, pool.terminate):
+            assert "open a pool of your own" in in_fork(lambda use=use: _refused(use))
+        assert in_fork(lambda: pool.__exit__(None, None, None)) is None
+    assert pool.call("add", 2) == 2
+    pool.close()

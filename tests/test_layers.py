@@ -15,7 +15,7 @@ ROOMS = [
     "engine.transcript", "engine.resources", "engine.shortage", "engine.blackbox", "engine.lifeline", "engine.dispositions",
     "engine.child", "engine.preloaded", "engine.health", "engine.sizing",
     "engine.oom", "engine.fork_server", "engine.popen", "engine.standstill", "engine.process", "engine.deadend", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
-    "engine.nesting", "engine.launch", "engine.diagnosis", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
+    "engine.nesting", "engine.forked_locks", "engine.launch", "engine.diagnosis", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
     "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.holdups", "engine.manager",
     "engine.pace", "engine.refusal", "engine.desk", "engine.tally",
     "store.host", "store.files", "store.open_files", "store.owners", "store.schema", "store.rows",

@@ -19,7 +19,7 @@ import pytest
 import scripts
 from ears import handle_of, wait_until
 from gates import Gate, pass_gate
-from minipool import LeaseRevoked, Pool
+from minipool import LeaseRevoked, Pool, lifecycle
 from minipool.engine.holdups import SILENCE, Holdups
 from minipool.engine.states import WorkerState as S
 from minipool.engine.table import LEASED_SINCE_NS
@@ -483,3 +483,22 @@ def test_oldest_of_many_leases_are_named(heard: Heard) -> None:
     text = heard.texts.get(timeout=LAST)
     assert "waits for 20 leases: worker 19 (pid 1), leased for 19.0 s by a thread that has" in text
     assert "worker 12 " in text and "worker 11 " not in text and "; and 12 more. They" in text
+
+
+def test_close_that_returns_before_the_end_says_so(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a listener of the program's keeps the manager."""
+    monkeypatch.setattr(lifecycle, "_CLOSE_MARGIN", 0.1)
+    go_on = threading.Event()
+    pool = Pool(size=1, name="kept").open()
+    pool.hooks["worker.terminate"].append(lambda *event: go_on.wait(LAST))
+    assert pool._desk is not None
+    try:
+        pool.close(0.1)
+        assert not pool._desk.manager.done
+        assert "kept has not ended within" in heard.texts.get(timeout=LAST)
+    finally:
+        go_on.set()
+    pool.close()
+    assert pool._desk.manager.done

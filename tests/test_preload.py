@@ -121,7 +121,8 @@ HANGS = """
 def test_preload_that_never_ends_does_not_hold_up_the_opening_for_ever(tmp_path: Path) -> None:
     (tmp_path / "heavy.py").write_text("import threading\nthreading.Event().wait()\n")
     env = scripts.environment(first_path=str(tmp_path))
-    exitcode, out, _ = scripts.run(tmp_path, HANGS, env=env)
+    exitcode, out, err = scripts.run(tmp_path, HANGS, env=env)
+    assert exitcode == 0, err
     told, after = out.splitlines()
     assert "did not answer within 1 s" in told and "`preload`" in told and "init_timeout" in told
     assert (exitcode, after) == (0, "after 7")
@@ -153,3 +154,66 @@ def test_worker_imports_by_itself_what_no_server_has(method: str, tmp_path: Path
     (folder / "light.py").write_text("")
     exitcode, out, err = scripts.run(tmp_path, IMPORTED, method, str(folder))
     assert (exitcode, out, err) == (0, f"{method} True False\n", "")
+
+
+CLOSED = """
+    import os, sys
+    from multiprocessing import forkserver
+    from gates import Gate
+    from minipool import Pool
+
+    def main():
+        gate = Gate(os.environ["GATE"])
+        errors = []
+        pool = Pool(size=2, preload=["heavy"], init_timeout=None)
+        pool.hooks["error"].append(lambda *event: errors.append(event))
+        pool.open(wait=False)
+        gate.wait_arrived()
+        first = forkserver._forkserver._forkserver_pid
+        other = Pool(size=1).open(wait=False)
+        pool.close(1)
+        print(pool._desk.manager.done, errors)
+        print(other.call(abs, -7), forkserver._forkserver._forkserver_pid != first)
+        other.close()
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def test_close_does_not_wait_for_a_preload_and_spares_other_pools(tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text(
+        "import os\n"
+        "from gates import pass_gate\n"
+        "if not os.path.exists('once'):\n"
+        "    open('once', 'w').close()\n"
+        "    pass_gate(os.environ['GATE'])\n"
+    )
+    env = scripts.environment(first_path=str(tmp_path), GATE=str(tmp_path / "gate"))
+    exitcode, out, err = scripts.run(tmp_path, CLOSED, env=env)
+    assert (exitcode, out, err) == (0, "True []\n7 True\n", "")
+
+
+STOPS = """
+    import os, signal
+    from multiprocessing import forkserver
+    from minipool import Pool
+
+    def main():
+        with Pool(size=1, init_timeout=0.5, checkout_timeout=20, start_method="forkserver") as pool:
+            pid = pool.call(os.getpid)
+            server = forkserver._forkserver._forkserver_pid
+            os.kill(server, signal.SIGSTOP)
+            with pool.checkout() as w:
+                w.discard("of no use")
+            print(pool.call(os.getpid) != pid, forkserver._forkserver._forkserver_pid != server)
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def test_fork_server_that_stops_answering_is_replaced(tmp_path: Path) -> None:
+    """Though it had answered before: nothing else would ever end the wait."""
+    exitcode, out, err = scripts.run(tmp_path, STOPS)
+    assert (exitcode, out) == (0, "True True\n"), err

@@ -19,7 +19,7 @@ import scripts
 from ears import Ear, wait_until
 from gates import Gate, pass_gate
 from minipool import LeaseRevoked, Pool
-from minipool.engine import child, process, wire
+from minipool.engine import child, desk, process, wire
 from minipool.engine import table as t
 from minipool.engine.channel import pair
 from minipool.engine.workerend import FastWorkerEnd
@@ -149,6 +149,29 @@ def test_leaving_worker_has_its_time_to_close_its_object(start_method: str, gate
         gate.open(3)  # this one, and those that the end of the pool stops
         facts = ear.wait("worker.terminate").metadata
         assert (facts["pid"], facts["exitcode"]) == (pid, LEFT)
+
+
+def test_request_of_any_length_does_not_wait_for_a_worker_that_leaves(
+    start_method: str, path: str, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker takes it at once; the one that leaves is not killed for that."""
+    monkeypatch.setattr(desk, "_TRUSTED_NS", 1 << 60)  # it is given out without a look
+    with Pool(
+        ClosesAtGate, args=(gate.path,), size=2, start_method=start_method, strategy="lifo"
+    ) as pool:
+        ear = Ear(pool, "worker.terminate")
+        with pool.checkout() as w:
+            pid = w.pid
+        _terminate(pid)
+        gate.wait_arrived()  # it closes its object
+        with pool.checkout() as w:
+            assert w.options(timeout=5).call(len, b"x" * 1_000_000) == 1_000_000
+            assert w.pid != pid
+        gate.open(4)  # this one, and those that the end of the pool stops
+        facts = ear.wait("worker.terminate").metadata
+        assert facts["pid"] == pid
+        if not path:  # else the parent does not see that it leaves, and kills it
+            assert (facts["exitcode"], facts["reason"]) == (LEFT, ASKED)
 
 
 def test_leaving_worker_says_so_before_its_pipe_ends() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import gc
 import mmap
 import os
 import random
@@ -400,3 +401,14 @@ def test_calls_are_done_when_their_end_was_noted() -> None:
     assert (t.running(row), t.calls_done(row)) == (True, 0)
     row[t.BEAT_NS] = 150
     assert (t.running(row), t.calls_done(row)) == (False, 1)
+
+
+def test_table_whose_making_was_interrupted_at_once_is_collected_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    made = Table.__new__(Table)
+    del made
+    gc.collect()
+    assert heard == []

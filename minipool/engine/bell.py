@@ -10,10 +10,12 @@ import contextlib
 import io
 import os
 import sys
+from functools import partial  # see `descriptors`
+from itertools import islice
 from multiprocessing import connection
-from typing import Any
+from typing import Any, Callable
 
-from .descriptors import lift_connection
+from .descriptors import pipe_into
 
 _FULL = 1 << 16  # bytes; what a pipe holds
 
@@ -21,16 +23,25 @@ _FULL = 1 << 16  # bytes; what a pipe holds
 class Bell:
     """Wakes the manager, from any thread, a signal handler or a finaliser. Never waits."""
 
+    reader: Any = None
+    _close_reader: Callable[[], object] = bool  # nothing to close
+    _close_writer: Callable[[], object] = bool
+
     def __init__(self) -> None:
-        self.reader, self._conn = connection.Pipe(duplex=False)
-        lift_connection(self.reader)
-        lift_connection(self._conn)
-        if sys.platform != "win32":
-            os.set_blocking(self.reader.fileno(), False)
-            os.set_blocking(self._conn.fileno(), False)
-            # A file that is closed in the midst of a ring is not written to. The number of its
-            # descriptor may be another's by then.
-            self._file = io.FileIO(self._conn.fileno(), "w", closefd=False)
+        if sys.platform == "win32":
+            self.reader, self._conn = connection.Pipe(duplex=False)
+            self._close_reader, self._close_writer = self.reader.close, self._conn.close
+            return
+        fds: list[int] = []  # the read end, and then the write end
+        self._close_reader = partial(any, map(os.close, islice(fds, 1)))
+        self._close_writer = partial(any, map(os.close, islice(fds, 1, None)))
+        pipe_into(fds)
+        for fd in fds:
+            os.set_blocking(fd, False)
+        self.reader = fds[0]
+        # A file that is closed in the midst of a ring is not written to. The number of its
+        # descriptor may be another's by then.
+        self._file = io.FileIO(fds[1], "w", closefd=False)
 
     def ring(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # closed: there is nobody to wake
@@ -43,7 +54,7 @@ class Bell:
         """Take what is there: who looks at everything afterwards has heard all of it."""
         if sys.platform != "win32":
             with contextlib.suppress(BlockingIOError):
-                os.read(self.reader.fileno(), _FULL)
+                os.read(self.reader, _FULL)
         else:
             while self.reader.poll(0):
                 self.reader.recv_bytes()
@@ -51,8 +62,11 @@ class Bell:
     def close(self) -> None:
         if sys.platform != "win32":
             self._file.close()
-        self._conn.close()  # first: a ring that is under way finds a reader, or no pipe at all
-        self.reader.close()
+        self.__del__()
+
+    def __del__(self) -> None:  # for an opening that was interrupted
+        self._close_writer()  # first: a ring that is under way finds a reader, or no pipe at all
+        self._close_reader()
 
 
 def ready(sources: list[Any], timeout: float) -> set[Any]:

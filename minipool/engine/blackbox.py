@@ -31,7 +31,7 @@ import weakref
 from typing import Any, Callable, Iterable
 
 from .._sync import Guard, guarded
-from .descriptors import close_all, lifted, pipe
+from .descriptors import close_all, close_held, lifted, pipe
 from .wire import Descriptor
 
 _TOP = getattr(signal, "SIGRTMAX", 0)
@@ -98,8 +98,9 @@ def make() -> BlackBox | None:
 class BlackBox:
     """The parent's end. Any thread may read; one at a time does."""
 
+    _fd: int | None = None
+
     def __init__(self) -> None:
-        self._fd: int | None
         self._fd, fd = pipe()
         self.theirs: Descriptor | None = Descriptor(fd)  # travels to the worker
         os.set_blocking(self._fd, False)
@@ -298,9 +299,7 @@ class BlackBox:
 
     def abandon(self) -> None:
         """Close the pipe without a look: a process that was forked from the owner must not read."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        close_held(self, "_fd")
         theirs = self.lend()
         if theirs is not None:
             theirs.close()

@@ -377,6 +377,7 @@ class FastEnd(End):
         poll = select.poll()
         try:
             poll.register(self._out, select.POLLOUT)
+            poll.register(self.fd, 0)  # its hang-up: one that leaves has let go of both pipes
         except ValueError:
             raise PeerGone from None  # closed
         self._widen_once()
@@ -389,7 +390,7 @@ class FastEnd(End):
                 except BlockingIOError:
                     left = None if deadline is None else deadline - time.monotonic()
                     events = poll.poll(0 if self._dead else _look_ms(left))
-                    if self._dead or any(fd == self._death_fd for fd, _ in events):
+                    if self._dead or any(fd != self._out for fd, _ in events):
                         raise PeerGone from None
                     if not events:
                         deadline = self._after_look(deadline, left)

@@ -9,6 +9,9 @@ The owner of descriptors may keep such a chain from before it has them:
 `partial(any, map(os.close, iter(fds)))` closes, once, whatever the list holds by then. No function
 here makes that chain, because the begin of a function is a step.
 
+To close one takes time in which another thread may fork. In the child the same owner lets go of
+what it has: so what is closed is taken out first, and in the same step.
+
 None of ours has the number of a standard stream, 0 to 2. Where a program has closed one of these,
 what is opened next gets its number: what the program then prints would go into a pipe of ours, and
 a program that it runs would read from one. So what came out there is duplicated to a higher number.
@@ -30,6 +33,15 @@ _HAS_STREAMS = sys.platform != "win32"
 def close_all(fds: Iterable[int]) -> None:
     """Close descriptors in one step."""
     any(map(os.close, fds))
+
+
+def close_held(owner: object, name: str) -> None:
+    """Close the descriptor that an attribute of the object holds, if it holds one.
+
+    The attribute has the value of its class from then on. One step: whoever comes again, in this
+    process or in one that is forked meanwhile, finds nothing to close.
+    """
+    close_all(filter(None, map(owner.__dict__.pop, (name,), (None,))))
 
 
 def open_into(fds: list[int], make: Callable[..., int], *args: Any) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._sync import Guard, guarded
 from ..errors import (
@@ -37,6 +37,9 @@ from .refusal import refusal
 from .standstill import DefaultTimeout, TimeLimit
 from .states import WorkerState as S
 from .turnstile import Closed, Token, Turnstile, Waiter
+
+if TYPE_CHECKING:
+    from ..config import PoolConfig
 
 _monotonic_ns, _get_ident = time.monotonic_ns, threading.get_ident
 _TRUSTED_NS = 500_000_000  # a worker that answered so lately is not looked at before it is given
@@ -415,13 +418,7 @@ class Desk:
     def check_process(self) -> None:
         """Raise PoolForked in a process that was forked from the owner."""
         if self.forked:
-            stored = isinstance(self.config.session_store, (str, os.PathLike))
-            raise PoolForked(
-                f"{self.config.name} belongs to process {self.manager.pid}; this is a fork of it "
-                f"({os.getpid()}), which cannot share its workers; open a pool of your own here"
-                f"{', on a session_store that was not open at the fork' if stored else ''}",
-                owner_pid=self.manager.pid,
-            )
+            raise forked_error(self.config, self.manager.pid)
 
     def check_open(self) -> None:
         """Raise the error that tells why nothing can be had, if the pool is not open."""
@@ -486,6 +483,17 @@ class Desk:
 
 
 AGAIN, ANEW = "the next use tries again", "open a new pool"
+
+
+def forked_error(config: PoolConfig, owner_pid: int) -> PoolForked:
+    """Return the error that refuses a pool in a process that was forked from its owner."""
+    stored = isinstance(config.session_store, (str, os.PathLike))
+    return PoolForked(
+        f"{config.name} belongs to process {owner_pid}; this is a fork of it ({os.getpid()}), "
+        f"which cannot share its workers; open a pool of your own here"
+        f"{', on a session_store that was not open at the fork' if stored else ''}",
+        owner_pid=owner_pid,
+    )
 
 
 def could_not_start(name: str | None, failure: BaseException, what_then: str) -> PoolStartError:

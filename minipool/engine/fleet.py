@@ -15,6 +15,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
+from .._sync import Latch
 from ..backoff import Backoff
 from ..breaker import CLOSED, CircuitBreaker, Permit
 from ..errors import WorkerStartError
@@ -58,6 +59,7 @@ class Fleet:
         #: Those of which something may be due before the next sweep. The others are in service,
         #: and stay: see `settle`.
         self.unsettled: dict[int, Handle] = {}
+        self.leaving = Latch()  # the pool is closed: no start waits for long any more
         self.next_expiry_ns = 0  # of those others; 0: none
         self.standstills = Standstills(config.init_timeout)
         self.table = t.Table(config.name or "", portable=launcher.portable)
@@ -232,7 +234,7 @@ class Fleet:
                 break
         for handle in prepared:
             try:
-                handle.start()
+                handle.start(self.leaving)
                 started.append(handle)
             except Exception as error:
                 failure = handle.slot, error, handle.permit
@@ -248,6 +250,10 @@ class Fleet:
             self._forget(handle)
         if failure is not None:
             slot, problem, permit = failure
+            if self.leaving.happened:  # it says nothing of the next, and there will be none
+                if permit is not None:
+                    permit.give_up()
+                return started
             self._start_failed(slot, None, problem, permit=permit)
             del failure, problem  # this frame is in its traceback, which holds rows
         return started

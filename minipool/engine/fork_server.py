@@ -9,7 +9,8 @@ does the start.
 So a server that ends before its first answer is started once more, without those modules. Each
 worker imports what the server has not (see `child`), and what that raises reaches the parent like
 every failed start: with its type, text and traceback. A server that does not answer in time is
-killed.
+killed, and so is one that a pool waits for which is closed meanwhile. Others that wait for it have
+another one started.
 
 `preload` is called in the thread that opens a pool, all else in the manager's.
 """
@@ -30,6 +31,7 @@ from .shortage import lost_directory, processes
 
 T = TypeVar("T")
 
+_STUCK = 30.0  # seconds for each later answer of a server that may take any time for the first
 _END = 1.0  # seconds from the end of its sockets, or of its watch, to that of process or thread
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
 
@@ -40,13 +42,19 @@ class ServerGone(EOFError):
     in_words = True  # it says all that there is to say
 
 
+class Left(ServerGone):
+    """The pool was closed while it waited for the fork server. No process was started."""
+
+
 class _Known:
     """What is known of this process's server, and how it is to be started."""
 
     own: tuple[str, ...] = ()  # modules that it may import at any time: our side of a worker
     patience: float | None = None  # seconds until its first answer; None: for ever
     answered: int | None = None  # the pid of the one that has answered
-    silent: int | None = None  # the pid of the one that has not, and was killed for it
+    silent: int | None = None  # the pid of the one that has not in time, and was killed for it
+    stuck: int | None = None  # the pid of the one that had, did not again, and was killed for it
+    left: int | None = None  # the pid of the one that was killed as a pool was closed
 
 
 def preload(context: Any, own: str, modules: tuple[str, ...], patience: float | None) -> None:
@@ -90,58 +98,75 @@ def _forget_strange_server(server: Any) -> None:
     os.close(alive_fd)
 
 
-def launched(ensure_running: Callable[[], object], launch: Callable[[], T]) -> T:
+def launched(
+    ensure_running: Callable[[], object], launch: Callable[[], T], leaving: Latch | None = None
+) -> T:
     """Return what `launch` returns, which asks the server for a process.
 
-    It is called twice if the server ends while it imports modules. `ensure_running` starts the
-    server, if there is none.
+    It is called twice if the server ends while it imports modules, or was killed. `ensure_running`
+    starts the server, if there is none. `leaving` happens when the pool is closed: from then on
+    the server has a second to answer.
 
     Raises:
+        Left: the pool was closed first.
         ServerGone: the server has ended, or did not answer in time; no process was started.
         OSError: as `launch` does.
     """
+    server: Any = forkserver._forkserver
+    leaving = leaving or Latch()
     for _ in range(2):
+        if leaving.happened:
+            raise Left("the pool was closed before the fork server was asked for a process")
+        pid = None
         try:
             ensure_running()
-            return _in_time(launch)
+            pid = server._forkserver_pid
+            return _in_time(launch, leaving)
         except (EOFError, ConnectionError):
+            if leaving.happened:
+                why = f"the pool was closed before the fork server (pid {pid}) answered"
+                raise Left(why) from None
+            killed = pid is not None and pid in (_Known.left, _Known.stuck)
             problem, may_be_imports = _explained()
         # The error is forgotten here: its frames hold the descriptors of the start that failed.
-        if not (may_be_imports and _drop_modules()):
+        if not killed and not (may_be_imports and _drop_modules()):
             break
     raise problem
 
 
-def _in_time(launch: Callable[[], T]) -> T:
-    """Call `launch`. A server that has never answered, and does not now, is killed."""
+def _in_time(launch: Callable[[], T], leaving: Latch) -> T:
+    """Call `launch`. A server that does not answer in time is killed."""
     server: Any = forkserver._forkserver
     pid, patience = server._forkserver_pid, _Known.patience
-    if pid == _Known.answered:
-        return launch()
+    first = pid != _Known.answered
+    if patience is None and not first:
+        patience = _STUCK
     answered = Latch()
 
     def watch() -> None:
-        if not answered.wait(patience):
-            _kill(pid)
+        leaving.wait(patience, lambda: answered.happened)
+        # A moment more for a close, and for what may have been stopped together with this process.
+        if not answered.wait(_END if leaving.happened or not first else 0.0):
+            _kill(pid, "left" if leaving.happened else "silent" if first else "stuck")
 
     thread = threading.Thread(target=watch, name="minipool-server-watch", daemon=True)
     try:
-        if patience is not None:
-            with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
-                thread.start()
+        with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
+            thread.start()
         made = launch()
         _Known.answered = pid
         return made
     finally:
         answered.set()
+        leaving.stir()
         if thread.is_alive():
             thread.join(_END)
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, why: str) -> None:
     """Kill the server, which is our child; if it is reaped already, another one has its place."""
     if forkserver._forkserver._forkserver_pid == pid:  # type: ignore[attr-defined]
-        _Known.silent = pid  # first: whoever waits for its answer looks as soon as it is dead
+        setattr(_Known, why, pid)  # first: whoever waits for it looks as soon as it is dead
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

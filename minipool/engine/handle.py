@@ -35,6 +35,7 @@ from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 
 if TYPE_CHECKING:
+    from .._sync import Latch
     from ..breaker import Permit
     from .transcript import Transcript
 
@@ -145,8 +146,8 @@ class Handle:
         self.process = WorkerProcess(context, name, main, args, setup.kill_group, self.box, bare)
         setup.box = None if self.box is None else self.box.theirs
 
-    def start(self) -> None:
-        """Start the process, and nothing else: see `started`.
+    def start(self, leaving: Latch | None = None) -> None:
+        """Start the process, and nothing else: see `started`. `leaving`: as for the process.
 
         Raises:
             OSError, EOFError, RuntimeError: no process was started; everything is given back.
@@ -154,7 +155,7 @@ class Handle:
         theirs, self._theirs = self._theirs, []  # the process that is forked now must keep it
         lent = None if self.box is None else self.box.lend()
         try:
-            self.process.start()
+            self.process.start(leaving)
         except BaseException:
             self.conn.close()
             raise

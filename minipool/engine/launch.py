@@ -17,7 +17,7 @@ from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
-from . import child, shortage, wire
+from . import child, forked_locks, shortage, wire  # noqa: F401  the locks: at a fork
 from .assignment import Assignment, Setup
 from .lifeline import Lifeline
 from .nesting import Opening, refusal, silence

@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import sys
+import weakref
 from functools import partial  # see `descriptors`
 from itertools import islice
 from typing import Callable, NoReturn
@@ -37,6 +38,7 @@ class Lifeline:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
+        _lifelines.add(self)  # at once: a process forked from now on must not hold its write end
         if sys.platform != "win32":
             fds: list[int] = []  # the read end, and then the write end
             self._close_reader = partial(any, map(os.close, islice(fds, 1)))
@@ -57,6 +59,18 @@ class Lifeline:
     def __del__(self) -> None:  # for an opening that was interrupted
         if self._pid == os.getpid():
             self.close()
+
+
+_lifelines: weakref.WeakSet[Lifeline] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for lifeline in tuple(_lifelines):
+        lifeline.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 def lead_a_group() -> bool:

@@ -252,9 +252,14 @@ class Manager:
                 return condition() or self.done
         return True
 
+    @property
+    def tells(self) -> bool:
+        """Whether the calling thread is one that passes on what is logged."""
+        return self._relay.here or (self.fleet.scribe is not None and self.fleet.scribe.here)
+
     def wait_done(self, timeout: float) -> bool:
         """Wait until everything has ended. Not in a log handler, for which the end would wait."""
-        if self._relay.here or (self.fleet.scribe is not None and self.fleet.scribe.here):
+        if self.tells:
             return self.done
         return self.wait_for(lambda: self.done, timeout)
 
@@ -266,6 +271,7 @@ class Manager:
         if by < self._close_by:
             self._closes.append((now, by))
         self.care.closing = True
+        self.fleet.leaving.set()
         self.turnstile.closed = True  # before anybody can be told so
         self.bell.ring()
 
@@ -284,8 +290,6 @@ class Manager:
         self.turnstile.idle.clear()
         self.standstills.end()
         self.fleet.abandon()
-        if self._launcher.lifeline is not None:
-            self._launcher.lifeline.abandon()
         self.bell.close()
 
     # -- the thread --------------------------------------------------------------------------

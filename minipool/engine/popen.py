@@ -27,9 +27,10 @@ from functools import partial
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from .descriptors import beyond_streams, close_all, pipe
+from .descriptors import beyond_streams, close_all, pipe, pipe_into
 
 if TYPE_CHECKING:
+    from .._sync import Latch
     from .blackbox import BlackBox
 
 _kept: list[Any] = []  # what must not be closed, and streams whose collection would flush them
@@ -41,20 +42,22 @@ _MODULES = {
 }
 
 
-def use_for(child: Any, box: BlackBox | None, bare: bool = False) -> None:
+def use_for(
+    child: Any, box: BlackBox | None, bare: bool = False, leaving: Latch | None = None
+) -> None:
     """Have a process object that is not started yet be launched this way, where it can be.
 
     It is to be no daemon, whatever this process is: what ends with us may have children. `box`
     takes the word of the fork server, too; None: a pipe of its own does. `bare`: its target imports
-    the main module itself (see `main_module`).
+    the main module itself (see `main_module`). `leaving`: see `fork_server.launched`.
     """
     child.daemon = False
     child.authkey = bytes(child.authkey)  # see `_authkey_of_ours`
     if sys.platform != "win32":
-        child._Popen = partial(_popen, box=box, bare=bare)
+        child._Popen = partial(_popen, box=box, bare=bare, leaving=leaving)
 
 
-def _popen(child: Any, box: BlackBox | None, bare: bool) -> Any:
+def _popen(child: Any, box: BlackBox | None, bare: bool, leaving: Latch | None) -> Any:
     """Launch a process: as `Process._Popen`, whose place this takes."""
     del child._Popen  # the object may have to be pickled
     method = child._start_method
@@ -66,7 +69,7 @@ def _popen(child: Any, box: BlackBox | None, bare: bool) -> Any:
         if method == "forkserver":
             from .fork_server import launched  # where there is one
 
-            return launched(ensure_server, partial(_launch, method, child, box, bare))
+            return launched(ensure_server, partial(_launch, method, child, box, bare), leaving)
         return _launch(method, child, None, bare)
 
 
@@ -208,18 +211,19 @@ def _launch_by_server(made: Any, child: Any, box: BlackBox, bare: bool) -> None:
         OSError, EOFError: no process was started; everything is given back.
     """
     payload = _payload(made, child, bare)
-    status = box.lend_to_server()
-    ours = theirs = -1
+    status: list[int] = [box.lend_to_server()]
+    ends: list[int] = []
     try:
-        theirs, ours = pipe()
-        beyond_streams(_ask_server, [theirs, status], made._fds, box)
-        os.close(status)
-        status = -1  # else the end of the server would not be the end of the pipe
+        pipe_into(ends)
+        theirs, ours = ends
+        beyond_streams(_ask_server, [theirs, *status], made._fds, box)
+        # Else the end of the server would not be the end of the pipe.
+        close_all(map(status.pop, (-1,)))
         made.pid = box.pid_from_server(_server()._forkserver_pid)
         made.sentinel = None
         _send(ours, payload, box.fd)
     finally:
-        close_all(fd for fd in (ours, theirs, status) if fd >= 0)
+        close_all((*ends, *status))
 
 
 def _payload(made: Any, child: Any, bare: bool) -> memoryview:
@@ -234,7 +238,7 @@ def _payload(made: Any, child: Any, bare: bool) -> memoryview:
         reduction.dump(child, buffer)
     finally:
         context.set_spawning_popen(None)
-    return buffer.getbuffer()
+    return memoryview(buffer.getvalue())  # of the buffer itself, a cycle would collect it too soon
 
 
 def _send(fd: int, payload: memoryview, end: int) -> None:

@@ -133,8 +133,13 @@ class PortableEnd(End):
         If it does not end in time the worker is killed, which ends the send as well.
         """
         sent = self._send_aside(payload)
-        while not sent.wait(_left(deadline)):
-            if deadline is not None:
+        while not sent.happened:
+            left = _left(deadline)
+            if sent.wait(LOOK if left is None else min(left, LOOK)):
+                return
+            if self._dead or connection.wait([self._sentinel], 0):
+                raise PeerGone  # though what it has started may hold its end of the pipe
+            if deadline is not None and left is not None and left <= LOOK:
                 deadline = self._extended(deadline)
 
     def _send_aside(self, payload: bytes) -> Latch:

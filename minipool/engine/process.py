@@ -30,10 +30,10 @@ import time
 from multiprocessing import connection
 from typing import Any, Callable
 
-from .._sync import Guard, guarded
+from .._sync import Guard, Latch, guarded
 from . import popen
 from .blackbox import LAST_WORDS, BlackBox
-from .descriptors import close_all, lifted
+from .descriptors import close_all, close_held, lifted
 from .oom import OOM_KILLS
 from .sigpipe import unsignalled
 from .standstill import LATE
@@ -55,6 +55,8 @@ class WorkerProcess:
     With `kill_group`, SIGKILL and the process's own end also end what it started. With `bare` its
     target imports the main module itself.
     """
+
+    _pidfd: int | None = None
 
     def __init__(
         self,
@@ -79,21 +81,20 @@ class WorkerProcess:
         self._starved: bool | None = None  # None: not known yet
         self._process: Any = context.Process(target=target, args=args, name=name)
         self._served = context.get_start_method() == "forkserver"  # the child of a server
-        self._pidfd: int | None = None
         self._kills_group = kill_group and hasattr(os, "killpg")
         # What the fork server has to say comes through it; it stays open until `close`.
         self._bare = bare
         self._box = box if self._served and _has_pidfds() and _can_reopen() else None
 
-    def start(self) -> None:
-        """Start it.
+    def start(self, leaving: Latch | None = None) -> None:
+        """Start it, and wait for a fork server no longer than a second once `leaving` happens.
 
         Raises:
             OSError, EOFError, RuntimeError: no process was started.
         """
         reap_outlived(0.0)
         _expect_room()
-        popen.use_for(self._process, self._box, self._bare)
+        popen.use_for(self._process, self._box, self._bare, leaving)
         try:
             unsignalled(_start_unlisted, self._process)
         except OSError as error:
@@ -353,9 +354,7 @@ class WorkerProcess:
         self._close_pidfd()
 
     def _close_pidfd(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        close_held(self, "_pidfd")
 
 
 def _awake(sources: list[Any], timeout: float) -> list[Any]:

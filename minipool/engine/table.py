@@ -119,6 +119,7 @@ class Table:
 
     _fd: int | None = None
     _close_fd: Callable[[], object] = bool  # nothing to close
+    _pid = 0
 
     def __init__(self, pool_name: str, portable: bool = False) -> None:
         self._reserved, self._pid = 0, os.getpid()

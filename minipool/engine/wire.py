@@ -22,6 +22,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 from ..errors import CallMismatch, RemoteError, mark_answered
+from .descriptors import close_held
 
 if TYPE_CHECKING:
     from .shape import Shape  # imported where it is used, which is never in a worker
@@ -89,6 +90,8 @@ def unpack_codec(data: bytes) -> Any:
 class Descriptor:
     """A descriptor that reaches the worker under every start method."""
 
+    fd = -1  # closed
+
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
@@ -96,7 +99,8 @@ class Descriptor:
         return self.fd
 
     def close(self) -> None:
-        os.close(self.fd)
+        """Close it. Does nothing the second time."""
+        close_held(self, "fd")
 
     def __reduce__(self) -> tuple[Any, ...]:
         from multiprocessing import reduction
