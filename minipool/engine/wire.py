@@ -215,20 +215,28 @@ def why_unreachable(target: Any, starts_by_fork: bool) -> str | None:
     if "<locals>" in name:
         return f"{name} is defined inside a function; move it to the top of a module"
     if module == "__main__" and not starts_by_fork:
-        return why_main_unreachable()
+        return why_main_unreachable(target)
     return None
 
 
-def why_main_unreachable() -> str | None:
-    """Say why worker processes cannot import this program's main module, or None if they can."""
-    main = sys.modules["__main__"]
+def why_main_unreachable(target: Any = None) -> str | None:
+    """Say why worker processes cannot import this program's main module, or None if they can.
+
+    With a `target`, also why they would not find that in it.
+    """
+    from . import mainmodule, whereabouts  # neither is of use in a worker
+
     remedy = "put it into a module of its own and import it from there"
-    spec_name = getattr(getattr(main, "__spec__", None), "name", None)
+    why = whereabouts.why_not_in_main(target)
+    if why is not None:
+        return f"{why}; {remedy}"
+    words = mainmodule.how_to_import()
+    spec_name = words.get(mainmodule.BY_NAME)
     if spec_name is not None:
         if spec_name == "__main__" or spec_name.endswith(".__main__"):
             return f"workers do not import a package's or zip file's __main__; {remedy}"
         return None
-    path = getattr(main, "__file__", None)
+    path = words.get(mainmodule.BY_PATH)
     if path is None:
         return f"it is defined in an interactive session, `-c` or standard input; {remedy}"
     return None if os.path.exists(path) else f"workers cannot import {path!r}; {remedy}"
