@@ -13,7 +13,7 @@ ROOMS = [
     "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.traces", "engine.mainmodule", "engine.whereabouts", "engine.wire", "engine.sigpipe", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.shortage", "engine.blackbox", "engine.lifeline", "engine.dispositions",
-    "engine.child", "engine.preloaded", "engine.health", "engine.sizing",
+    "engine.import_locks", "engine.child", "engine.preloaded", "engine.health", "engine.sizing",
     "engine.oom", "engine.fork_server", "engine.popen", "engine.standstill", "engine.process", "engine.deadend", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
     "engine.nesting", "engine.launch", "engine.diagnosis", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
     "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.holdups", "engine.manager",

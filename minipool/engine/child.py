@@ -88,6 +88,10 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     """
     global _current, places, refused, stage
     stage, refused = FETCHING, None
+    if inherited is not None:
+        from .import_locks import disown  # which the parent has imported
+
+        disown(inherited.importing)
     conn = keep_standard_streams(conn, setup)
     problem = None if setup.main is None else _main_refused(setup.main)
     group = lead_a_group() and setup.kill_group

@@ -16,7 +16,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
-from . import child, mainmodule, shortage, wire
+from . import child, import_locks, mainmodule, shortage, wire  # noqa: F401 - forked workers import none
 from .assignment import Assignment, Setup
 from .lifeline import Lifeline
 from .nesting import Opening, refusal, silence
@@ -60,6 +60,7 @@ class Launcher:
             limits=config.limits,
             baggage=self.baggage,
             places=(),
+            importing=(),
         )
         self.context: Any = None
         self.lifeline: Lifeline | None = None
@@ -73,6 +74,7 @@ class Launcher:
         """
         self.opening = _checked_opening()
         self.assignment.places = (*child.places, self.opening.place)
+        self.assignment.importing = self.opening.importing
         shortage.expect_descriptors(self.config)
         if self.method != "fork":
             _check_main()
