@@ -88,6 +88,29 @@ def test_class_that_was_typed_in_after_a_script_says_so(tmp_path: Path) -> None:
     assert "it was typed in, in an interactive session; put it into a module" in said
 
 
+def test_function_that_a_decorator_of_another_module_made_is_found(tmp_path: Path) -> None:
+    """Whatever file its code is in: a worker finds it by name."""
+    (tmp_path / "decorators.py").write_text(
+        "import functools\n"
+        "def plus_one(f):\n"
+        "    @functools.wraps(f)\n"
+        "    def wrapper(x): return f(x) + 1\n"
+        "    return wrapper\n"
+    )
+    script = """
+        from decorators import plus_one
+        from minipool import Pool
+        @plus_one
+        def twice(x): return 2 * x
+        if __name__ == "__main__":
+            with Pool(size=1) as pool:
+                print(pool.call(twice, 4))
+    """
+    env = scripts.environment(first_path=str(tmp_path))
+    exitcode, out, err = scripts.run(tmp_path, script, env=env)
+    assert (exitcode, out) == (0, "9\n"), err
+
+
 @pytest.mark.parametrize("runner", ["cProfile", "profile"])
 def test_class_of_a_script_that_a_profiler_runs_says_what_is_the_main_module(
     runner: str, tmp_path: Path
@@ -107,6 +130,6 @@ def test_class_of_a_module_that_is_run_as_main_says_where_it_is(tmp_path: Path) 
 
     said, in_file = run_python(tmp_path, "-c", run), run_python(tmp_path, "runs.py")
 
-    assert f"{os.sep}program.py', which is run by an interactive session, `-c`" in said
-    assert f"{os.sep}program.py', which is run by '" in in_file
-    assert "runs.py' and is not the main module; put it into a module of its own" in in_file
+    assert f"{os.sep}program.py', and that is run by an interactive session, `-c`" in said
+    assert f"{os.sep}program.py', and that is run by '" in in_file
+    assert "runs.py', and is not the main module that workers would import; put it into" in in_file

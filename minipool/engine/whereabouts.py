@@ -16,6 +16,8 @@ from typing import Any
 
 from . import mainmodule
 
+_TYPED_IN = ("<stdin", "<python-input")  # numbered, from Python 3.13 on
+
 
 def add_whereabouts(error: ModuleNotFoundError) -> None:
     """Say in the text of a worker's error where the module is, if that explains it."""
@@ -56,54 +58,57 @@ def why_not_in_main(target: Any) -> str | None:
     name = getattr(target, "__qualname__", None)
     if not isinstance(name, str):
         return None
-    words, file = mainmodule.how_to_import(), _file_of(target)
-    if file is not None and file.startswith("<"):
-        typed_in = file == "<stdin>" or file.startswith("<python-input")
-        return "it was typed in, in an interactive session" if typed_in and words else None
-    if _is_in_main(target, name):
-        if words or file is None:
-            return None
-        return (
-            f"it is defined in {file!r}, and the main module, which workers would import, has no "
-            f"file any more, as its script has ended"
-        )
-    file = file or _file_that_runs(name)
-    path, runner = words.get(mainmodule.BY_PATH), words.get(mainmodule.BY_NAME)
-    if file is None or (path is not None and _same(file, path)):
+    main, words = sys.modules["__main__"].__dict__, mainmodule.how_to_import()
+    code = _code_of(target)
+    if code is None:
+        names, file = main if _first(name) in main else _that_runs(name) or main, None
+    else:
+        names, file = code.__globals__, code.__code__.co_filename
+    if names is not main:
+        return f"it is defined in {names.get('__file__') or file!r}, and {_runner(words)}"
+    if file is None or (file.startswith("<") and not file.startswith(_TYPED_IN)):
         return None
-    if runner is not None:
-        own = getattr(sys.modules["__main__"], "__file__", None)
-        return (
-            None
-            if own is not None and _same(file, own)
-            else f"it is defined in {file!r}, and this is run by {runner}, which is the main "
-            f"module that workers would import"
-        )
+    if file.startswith("<"):
+        return "it was typed in, in an interactive session" if words else None
+    if words:
+        return None
+    return (
+        f"it is defined in {file!r}, and the main module, which workers would import, has no "
+        f"file any more, as its script has ended"
+    )
+
+
+def _runner(words: dict[str, str]) -> str:
+    """Say what is the main module where other code runs under its name."""
+    if mainmodule.BY_NAME in words:
+        runner = words[mainmodule.BY_NAME]
+        return f"this is run by {runner}, which is the main module that workers would import"
+    path = words.get(mainmodule.BY_PATH)
     main = "an interactive session, `-c` or standard input" if path is None else repr(path)
-    return f"it is defined in {file!r}, which is run by {main} and is not the main module"
+    return f"that is run by {main}, and is not the main module that workers would import"
 
 
-def _is_in_main(target: Any, name: str) -> bool:
-    found: Any = sys.modules["__main__"]
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is target
-
-
-def _file_of(target: Any) -> str | None:
-    """Return the file of a function's code, or of a class's first method."""
+def _code_of(target: Any) -> FunctionType | None:
+    """Return a function of code that runs as `__main__`: the target, or a method of a class."""
     members = vars(target).values() if isinstance(target, type) else (target,)
-    files = [each.__code__.co_filename for each in members if isinstance(each, FunctionType)]
-    written = [file for file in files if file != "<string>"]  # what no dataclass has made
-    return written[0] if written else None
+    for each in members:
+        if not isinstance(each, FunctionType) or each.__code__.co_filename == "<string>":
+            continue  # `dataclass` makes such
+        if each.__globals__.get("__name__") == "__main__":
+            return each
+    return None
 
 
-def _file_that_runs(name: str) -> str | None:
-    """Return the file of other code that runs as `__main__` in this thread and has that name."""
-    main, frame = sys.modules["__main__"].__dict__, sys._getframe(1)
+def _that_runs(name: str) -> dict[str, Any] | None:
+    """Return the names of what runs as `__main__` in this thread and has that one."""
+    frame = sys._getframe(1)
     while frame is not None:
         names = frame.f_globals
-        if names is not main and names.get("__name__") == "__main__" and name in names:
-            return names.get("__file__") or frame.f_code.co_filename
+        if names.get("__name__") == "__main__" and _first(name) in names:
+            return names
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
