@@ -54,6 +54,7 @@ class Assignment:
     env: dict[str, str]
     limits: dict[str, float]
     baggage: Baggage | None  # what travels with each call
+    importing: tuple[str, ...]  # modules whose import has opened this pool
     places: tuple[str, ...]  # where this pool was opened, and those that it is below of
 
     def parts(self, levels: dict[str, int]) -> tuple[bytes, bytes]:

@@ -88,6 +88,10 @@ def main(conn: Any, setup: Setup, inherited: Assignment | None) -> None:
     """
     global refused, stage
     stage, refused = FETCHING, None
+    if inherited is not None:
+        from .forked_locks import disown  # which the parent has imported
+
+        disown(inherited.importing)
     try:
         end, words, group, problem = _settled(conn, setup)
         assignment = inherited or _received(end, setup, group)

@@ -13,11 +13,10 @@ import pickle
 import shutil
 import sys
 import tempfile
-from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
-from . import child, forked_locks, shortage, wire  # noqa: F401  the locks: at a fork
+from . import child, forked_locks, mainmodule, shortage, wire  # noqa: F401 - locks: at a fork
 from .assignment import Assignment, Setup
 from .lifeline import Lifeline
 from .nesting import Opening, refusal, silence
@@ -61,6 +60,7 @@ class Launcher:
             limits=config.limits,
             baggage=self.baggage,
             places=(),
+            importing=(),
         )
         self.context: Any = None
         self.lifeline: Lifeline | None = None
@@ -74,6 +74,7 @@ class Launcher:
         """
         self.opening = _checked_opening()
         self.assignment.places = (*child.places, self.opening.place)
+        self.assignment.importing = self.opening.importing
         shortage.expect_descriptors(self.config)
         if self.method != "fork":
             _check_main()
@@ -235,10 +236,8 @@ def _check_main() -> None:
     main: Any = sys.modules["__main__"]
     if not hasattr(main, "__spec__"):
         main.__spec__ = None  # pdb, before CPython 3.13, takes all away that a script's has
-    path = getattr(main, "__file__", None)
-    if path is None or getattr(main, "__spec__", None) is not None:
-        return
-    if not os.path.exists(os.path.join(getattr(process, "ORIGINAL_DIR", None) or "", path)):
+    path = mainmodule.file()
+    if path is not None and not os.path.exists(path):
         raise PoolStartError(
             f"the main module's file {path!r} does not exist, and every worker would import it; "
             f'save the program as a file, run it with `python -c`, or use start_method="fork"'

@@ -44,6 +44,10 @@ class Opening:
         ours = next((i for i, frame in enumerate(frames) if not _is_ours(frame)), len(frames))
         by, others = frames[ours - 1].f_code.co_name, frames[ours:]
         top = next((frame for frame in frames if _is_module(frame)), None)
+        #: the modules, but the main one, that are being imported in this thread
+        self.importing = tuple(
+            str(frame.f_globals.get("__name__")) for frame in frames if _is_module(frame)
+        )
         own_thread = threading.get_ident() != threading.main_thread().ident
         name = None if top is None else str(top.f_globals.get("__name__"))
         making = child.stage == child.MAKING

@@ -27,6 +27,7 @@ from functools import partial
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
+from . import mainmodule
 from .descriptors import beyond_streams, close_all, pipe, pipe_into
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from .blackbox import BlackBox
 
 _kept: list[Any] = []  # what must not be closed, and streams whose collection would flush them
-_OF_MAIN = ("init_main_from_name", "init_main_from_path")
 _MODULES = {
     "fork": "multiprocessing.popen_fork",
     "spawn": "multiprocessing.popen_spawn_posix",
@@ -332,8 +332,7 @@ def main_module() -> dict[str, Any] | None:
     """
     if sys.platform == "win32":
         return None
-    words = preparation_data("")
-    return {key: words[key] for key in _OF_MAIN if key in words}
+    return mainmodule.how_to_import()
 
 
 def preparation_data(name: str, bare: bool = False) -> dict[str, Any]:
@@ -354,8 +353,10 @@ def preparation_data(name: str, bare: bool = False) -> dict[str, Any]:
     if "sys_path" in words:  # plain strings, as the fork server is told them in Python's words
         entries = [entry for entry in words["sys_path"] if isinstance(entry, str)]
         words["sys_path"] = [str.__str__(entry) for entry in entries]
-    for key in _OF_MAIN if bare else ():
+    for key in (mainmodule.BY_NAME, mainmodule.BY_PATH):
         words.pop(key, None)
+    if not bare:
+        words.update(mainmodule.how_to_import())
     if hasattr(_signal, "pthread_sigmask"):
         words["minipool"] = _Uninterrupted()
     return words

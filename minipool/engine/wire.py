@@ -158,7 +158,7 @@ def find(name: str) -> Any:
     try:
         return _walk(sys.modules[module], path)
     except AttributeError as error:
-        hint = _hint(sys.modules[module], path)
+        hint = _half_imported(module) or _hint(sys.modules[module], path)
         if not hint:
             raise
         # Not the same error: Python would add what it takes for near, too, to its traceback.
@@ -187,6 +187,16 @@ def _walk(start: Any, path: str) -> Any:
     for part in path.split("."):
         start = getattr(start, part)
     return start
+
+
+def _half_imported(module: str) -> str:
+    """Say that a module has not all of its names yet, if so it is; else return ""."""
+    if not getattr(getattr(sys.modules[module], "__spec__", None), "_initializing", False):
+        return ""
+    return (
+        f"; {module!r} has not been imported to its end: a worker that is forked meanwhile has "
+        f"what was there by then, so open the pool below that, or in a function"
+    )
 
 
 def _hint(start: Any, path: str) -> str:
@@ -220,20 +230,28 @@ def why_unreachable(target: Any, starts_by_fork: bool) -> str | None:
     if "<locals>" in name:
         return f"{name} is defined inside a function; move it to the top of a module"
     if module == "__main__" and not starts_by_fork:
-        return why_main_unreachable()
+        return why_main_unreachable(target)
     return None
 
 
-def why_main_unreachable() -> str | None:
-    """Say why worker processes cannot import this program's main module, or None if they can."""
-    main = sys.modules["__main__"]
+def why_main_unreachable(target: Any = None) -> str | None:
+    """Say why worker processes cannot import this program's main module, or None if they can.
+
+    With a `target`, also why they would not find that in it.
+    """
+    from . import mainmodule, whereabouts  # neither is of use in a worker
+
     remedy = "put it into a module of its own and import it from there"
-    spec_name = getattr(getattr(main, "__spec__", None), "name", None)
+    why = whereabouts.why_not_in_main(target)
+    if why is not None:
+        return f"{why}; {remedy}"
+    words = mainmodule.how_to_import()
+    spec_name = words.get(mainmodule.BY_NAME)
     if spec_name is not None:
         if spec_name == "__main__" or spec_name.endswith(".__main__"):
             return f"workers do not import a package's or zip file's __main__; {remedy}"
         return None
-    path = getattr(main, "__file__", None)
+    path = words.get(mainmodule.BY_PATH)
     if path is None:
         return f"it is defined in an interactive session, `-c` or standard input; {remedy}"
     return None if os.path.exists(path) else f"workers cannot import {path!r}; {remedy}"
