@@ -43,8 +43,8 @@ def _free() -> None:
 def disown(kept: Iterable[str] | None = None) -> None:
     """Drop each module lock that another thread held at the fork, and what that was importing.
 
-    By a worker before it imports anything: not the modules that are `kept`. Else only what may begin
-    again in any process.
+    By a worker before it imports anything: not the modules that are `kept`. Else only what may
+    begin again in any process.
     """
     locks: dict[str, Any] = getattr(_bootstrap, "_module_locks", {})
     for name, reference in tuple(locks.items()):

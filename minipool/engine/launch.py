@@ -13,6 +13,7 @@ import pickle
 import shutil
 import sys
 import tempfile
+from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import CallMismatch, ConfigError, PoolStartError
