@@ -158,6 +158,7 @@ class _Worker:
         words[t.WORKER_WORDS] = memoryview(bytearray(72)).cast("q")
         self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
+        words[t.READY_GENERATION] = -setup.generation
         try:
             if problem is not None:
                 raise problem

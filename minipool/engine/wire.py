@@ -484,7 +484,8 @@ def _message(error: BaseException) -> str:
 
 def named(error: BaseException) -> str:
     """Return type and text of an exception in one line. Raises nothing."""
-    return f"{type.__getattribute__(type(error), '__name__')}: {_message(error)}"
+    name, message = type.__getattribute__(type(error), "__name__"), _message(error)
+    return f"{name}: {message}" if message else str(name)
 
 
 def text_of(error: BaseException) -> str:
