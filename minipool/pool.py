@@ -87,10 +87,18 @@ class Pool(Inspection, Generic[W]):
                 option="config",
                 value=config,
             )
-        if config is None:  # imported by who makes a pool: dataclasses cost as much as the rest
-            from .config import PoolConfig
+        # Imported by who makes a pool: dataclasses cost as much as the rest.
+        from .config import PoolConfig
 
+        if config is None:
             config = PoolConfig.from_options(options)
+        elif not isinstance(config, PoolConfig):
+            raise ConfigError(
+                f"config={config!r}: give a PoolConfig, as in `config=PoolConfig(**...)`, or the "
+                f"options themselves",
+                option="config",
+                value=config,
+            )
         super().__init__(Launcher(worker, args, kwargs, config))
         self._lease: type[Lease[W]] = Lease if worker is None else ObjectLease
         if config.autoscale:

@@ -408,3 +408,9 @@ def test_usable_cpus_without_affinity_are_the_machine_s(monkeypatch: pytest.Monk
 def test_names_of_other_pools_are_understood(theirs: str, ours: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{ours}'"):
         PoolConfig.from_options({theirs: 1})
+
+
+def test_config_that_is_none_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"PoolConfig\(\*\*\.\.\.\)") as caught:
+        Pool(config={"size": 2})  # type: ignore[call-overload]
+    assert caught.value.option == "config"

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
     "_sync", "errors", "telemetry", "backoff", "breaker", "retry", "commands", "cgroup", "config",
-    "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.traces", "engine.mainmodule", "engine.whereabouts", "engine.wire", "engine.sigpipe", "engine.channel", "engine.portable",
+    "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.traces", "engine.mainmodule", "engine.whereabouts", "engine.absence", "engine.wire", "engine.sigpipe", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.shortage", "engine.blackbox", "engine.lifeline", "engine.dispositions",
     "engine.forked_locks", "engine.child", "engine.preloaded", "engine.health", "engine.sizing",

@@ -279,7 +279,7 @@ def test_step_that_fails_as_nothing_could_be_started_holds_up_no_other(
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (LookupError("no weights here"), "; correct what raised that; "),
         (PoolStartError("put it under the guard"), "did not start; x"),
-        (WorkerStartError("it was killed"), "; correct what kept that worker from starting; "),
+        (WorkerStartError("it was killed; see why"), "did not start; x"),
     ],
     ids=["process", "server", "descriptor", "class", "refusal", "death"],
 )

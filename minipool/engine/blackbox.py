@@ -39,6 +39,7 @@ LAST_WORDS, SHOW = (int(_TOP) - 5, int(_TOP) - 6) if _TOP else (0, 0)  # 0: ther
 PATIENCE = 0.5  # seconds; a worker that is stopped, or blocks signals, does not answer
 _PIECE, _MOST = 1 << 16, 1 << 20  # bytes; a pipe holds one piece, unless it is filled meanwhile
 _FATAL = "Fatal Python error"
+_OF_C = "Current thread's C stack trace"  # what follows, from CPython 3.14 on
 _LINES = 8  # of a short form
 _OURS = f'{os.sep}engine{os.sep}child.py"'  # as it stands in stacks
 _SAID_BY_SERVER = struct.Struct("q")  # as `multiprocessing.forkserver` does
@@ -369,6 +370,13 @@ def _stacks_of(handles: Iterable[Any]) -> dict[int, str]:
 
 def brief(stacks: str) -> str:
     """Return the few lines that matter: of the thread that runs the calls, those of user code."""
+    frames = frames_of(stacks)
+    return "\n".join(frames[:_LINES] + ["  ..."] * (len(frames) > _LINES))
+
+
+def frames_of(stacks: str) -> list[str]:
+    """Return the lines of the thread that runs the calls, down to where user code begins."""
+    stacks = stacks.partition(_OF_C)[0]
     _, current, lines = stacks.rpartition("Current thread")
     if not current:  # a C library's thread took the signal: the main thread is the last
         lines = stacks.rpartition("hread 0x")[2]
@@ -377,4 +385,4 @@ def brief(stacks: str) -> str:
         if not line.startswith("  ") or _OURS in line:
             break
         frames.append(line)
-    return "\n".join(frames[:_LINES] + ["  ..."] * (len(frames) > _LINES))
+    return frames

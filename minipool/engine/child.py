@@ -15,6 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
+from ..errors import CallMismatch, PoolStartError
 from . import blackbox, dispositions, wire
 from . import table as t
 from .assignment import Assignment, Setup, unpacked
@@ -25,6 +26,8 @@ from .resources import keep_standard_streams, limit, resident_bytes
 from .workerend import FastWorkerEnd, PortableWorkerEnd
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from .baggage import Baggage  # imported by the workers that are given some
     from .voice import Voice
 
@@ -186,6 +189,7 @@ class _Worker:
         words[t.WORKER_WORDS] = memoryview(bytearray(72)).cast("q")
         self._voice = setup.voice
         words[t.PHASE] = t.PHASE_BOOTING
+        words[t.READY_GENERATION] = -setup.generation
         try:
             if problem is not None:
                 raise problem
@@ -199,7 +203,7 @@ class _Worker:
                 assignment.baggage.open()
             self._baggage = assignment.baggage
             spec = assignment.spec
-            make, args, kwargs = spec if isinstance(spec, tuple) else pickle.loads(spec)
+            make, args, kwargs = spec if isinstance(spec, tuple) else _unpickled(spec)
             if isinstance(make, str):
                 make = wire.find(make)
             stage = MAKING
@@ -317,19 +321,23 @@ class _Worker:
                 target = self._functions.get(name) or self._find(name)
                 result = target(loads(body))
             elif kind == _METHOD_ALONE:
-                result = self._method(name)(loads(body))
+                target = self._method(name)
+                result = target(loads(body))
             elif kind & wire.SESSION:
                 return self._run_in_session(kind & ~wire.SESSION, name, body)
             else:
                 result = self._run_other(kind, name, body)
         except BaseException as error:
-            return self._failure(error)
+            return self._failure(self._no_callable(error, name) or error)
         try:
             return 0, dumps(result, 5)
         except MemoryError as error:
             return self._failure(error)
         except BaseException as problem:
-            stand_in = wire.unpicklable_result(problem, type(result).__name__)
+            kind_of = type(result).__name__
+            if kind_of == "coroutine" and hasattr(result, "close"):
+                result.close()  # else it would complain that nobody has awaited it
+            stand_in = wire.unpicklable_result(problem, kind_of)
             return wire.REFUSED, wire.pack_error(stand_in)
 
     def _run_laden(self, kind: int, name: bytes, body: Any) -> tuple[int, bytes]:
@@ -363,7 +371,26 @@ class _Worker:
             raise wire.no_such_method(self._object, name.decode())
         return method
 
+    def _no_callable(self, error: BaseException, name: bytes) -> CallMismatch | None:
+        """Return what is to be told if it was no call at all, as the target cannot be called.
+
+        That is looked for where a call has failed, in what it left: asking before costs each one.
+        """
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is None or last.tb_frame.f_code not in _CALLERS or type(error) is not TypeError:
+            return None
+        target = last.tb_frame.f_locals.get("target", len)
+        if callable(target):
+            return None
+        from .absence import of_method
+
+        return of_method(self._object, target, name.decode())
+
     def _failure(self, error: BaseException) -> tuple[int, bytes]:
+        if type(error) is CallMismatch and _is_ours(error.__traceback__):
+            error.__traceback__ = None  # its text says all
         self._words[t.FAILURES] += 1
         status = wire.RAISED_AND_TAINTED if isinstance(error, _TAINTS) else wire.RAISED
         return status, wire.pack_error(error)
@@ -371,7 +398,15 @@ class _Worker:
     def _find(self, name: bytes) -> Callable[..., Any]:
         if len(self._functions) >= 4096:
             self._functions.clear()
-        function: Callable[..., Any] = wire.find_for(self._object, name.decode())
+        try:
+            function: Callable[..., Any] = wire.find_for(self._object, name.decode())
+        except (AttributeError, ModuleNotFoundError) as error:
+            from .absence import of_function
+
+            mismatch = of_function(name.decode(), error, self._forked)
+            if mismatch is None:
+                raise
+            raise mismatch from None
         self._functions[name] = function
         return function
 
@@ -455,6 +490,19 @@ class _Worker:
             self._voice.tell_dropped()
 
 
+_CALLERS = (_Worker._run.__code__, _Worker._run_other.__code__)
+
+
+def _is_ours(trace: TracebackType | None) -> bool:
+    """Tell whether nothing of the user's is in a traceback."""
+    ours = os.path.dirname(__file__) + os.sep
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith((ours, "<frozen ")):
+            return False
+        trace = trace.tb_next
+    return True
+
+
 def _received(end: FastWorkerEnd | PortableWorkerEnd, setup: Setup, group: bool) -> Assignment:
     """Wait for the assignment."""
     try:
@@ -490,6 +538,24 @@ def _main_refused(words: dict[str, Any]) -> BaseException | None:
     return None
 
 
+def _unpickled(spec: Any) -> Any:
+    """Return class and arguments.
+
+    Raises:
+        PoolStartError: the class is not where it was in the parent; without a traceback, as that
+            would show nothing of the user's. And whatever unpickling raises.
+    """
+    try:
+        return pickle.loads(spec)
+    except AttributeError as error:
+        from .absence import of_class
+
+        absent = of_class(error)
+        if absent is None:
+            raise
+        raise absent from None
+
+
 def _blamed(error: BaseException) -> BaseException:
     """Return what is to be told of a start that failed.
 
@@ -497,9 +563,9 @@ def _blamed(error: BaseException) -> BaseException:
     something else came of it.
     """
     if refused is None:
+        if isinstance(error, PoolStartError) and _is_ours(error.__traceback__):
+            error.__traceback__ = None
         return error
-    from ..errors import PoolStartError
-
     why = wire.named(error)
     if refused in why:
         return PoolStartError(refused)

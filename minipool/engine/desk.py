@@ -500,6 +500,8 @@ def could_not_start(name: str | None, failure: BaseException, what_then: str) ->
     """Return the error that tells why a pool is not open; a new one for each caller."""
     cause = failure.__cause__ or failure
     why = shortage.in_words(failure)
+    for theirs in (AGAIN, ANEW):  # of a pool that the worker was to have
+        why = why.replace(f"; {theirs}", "")
     told = "; ".join(filter(None, (why, _remedy(cause), what_then)))
     error = PoolStartError(f"{name} could not start: {told}")
     error.__cause__ = cause
@@ -519,7 +521,7 @@ def _remedy(cause: BaseException) -> str:
         if isinstance(cause, (AttributeError, ImportError)):
             return f"correct that name, or the worker's code {traced}"
         return f"correct the worker's code {traced}"
-    if isinstance(cause, PoolStartError):
+    if isinstance(cause, (PoolStartError, WorkerError)):
         return ""
     if number in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (`ulimit -n`), or lower `size`"
@@ -532,8 +534,6 @@ def _remedy(cause: BaseException) -> str:
             "the fork server has ended, and its standard error tells why: often it is a limit of "
             "processes (`ulimit -u`, `pids.max`)"
         )
-    if isinstance(cause, WorkerError):
-        return "correct what kept that worker from starting"
     return "correct what raised that"
 
 

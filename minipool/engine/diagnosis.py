@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from . import table as t
 from . import wire
+from .blackbox import frames_of
+from .health import NOT_READY
 from .inquest import with_stop
 from .process import describe_exit
 from .shortage import address_space, in_words, lost_directory, of_memory
@@ -14,25 +17,42 @@ if TYPE_CHECKING:
     from .handle import Handle
     from .launch import Launcher
 
+_STDLIB = os.path.dirname(os.__file__) + os.sep
+_INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+_CORRECT = "correct what kept that worker from starting"
+_LATE = "; raise `init_timeout` if that may take so long, or correct what holds it up"
+_LEFT = (
+    "correct what ended the process there (a crash, `os._exit()`, a signal); its standard error "
+    "may tell more"
+)
+
 
 def of_start(
     launcher: Launcher, exitcode: int | None, cause: BaseException | None, handle: Handle | None
 ) -> str:
-    """Say why a worker did not start. `cause` is what it, or the attempt to start it, raised."""
+    """Say why a worker did not start. `cause` is what it, or the attempt to start it, raised.
+
+    Without a cause the remedy is told as well; with one, whoever knows that tells it.
+    """
     ended = describe_exit(exitcode, None if handle is None else handle.process.unknown)
     if cause is not None and handle is None:
         return f"did not start: {in_words(cause)}"
     if cause is not None:
         return f"did not start: {wire.named(cause)}{_room(cause)}"
     if handle is not None and handle.ready_ns:
-        return f"ended {ended} as soon as it was ready"
+        return f"ended {ended} as soon as it was ready; {_CORRECT}"
     if handle is not None and handle.tainted:
-        silent = handle.killed_for is not None and not (handle.box and handle.box.last())
-        why = with_stop(handle, handle.tainted)
-        return f"did not start: {why}{_silence(launcher) if silent else ''}"
-    said = f"ended {ended} before it could say anything; its standard error tells why"
+        why = f"did not start: {with_stop(handle, handle.tainted)}{_where(handle)}"
+        if not handle.tainted.startswith(NOT_READY):
+            return f"{why}; {_CORRECT}"
+        silent = not (handle.box and handle.box.last())
+        return f"{why}{(silent and _silence(launcher)) or _LATE}"
+    if handle is not None and handle.row[t.READY_GENERATION] == -handle.generation:
+        starved = ", killed by the kernel's out-of-memory killer" if handle.process.starved else ""
+        return f"ended {ended} as its object was being made{starved}{_where(handle)}; {_LEFT}"
+    said = f"ended {ended} before it could say anything; its standard error may tell why"
     if exitcode is not None and exitcode < 0:
-        return f"{said}{_last_place(handle)}"
+        return f"{said}{_where(handle)}; {_CORRECT}"
     if exitcode != 1 and launcher.method == "spawn":  # no import of a Python's has failed
         said += f"; it was started by sys.executable={_executable()!r}, which must be a Python"
     return "; ".join(filter(None, [said, lost_directory() or _guard(launcher)]))
@@ -44,11 +64,19 @@ def _room(cause: BaseException) -> str:
     return "" if limit is None else f"; {limit}"
 
 
-def _last_place(handle: Handle | None) -> str:
-    """Say where a worker that crashed was then, in the line that the stack shows first."""
+def _where(handle: Handle | None) -> str:
+    """Say where a worker was at its end: in the innermost line, and which line of the user's."""
     stack = handle.box.last() if handle and handle.box else ""
-    place = next((line.strip() for line in stack.splitlines() if line.startswith("  File ")), "")
-    return f"; it was in {place}" if place else ""
+    frames = [line.strip() for line in frames_of(stack) if line.startswith("  File ")]
+    if not frames:
+        return ""
+    own = next((frame for frame in frames if not _of_a_library(frame)), frames[0])
+    return f"; it was in {frames[0]}{f', by {own}' if own is not frames[0] else ''}"
+
+
+def _of_a_library(frame: str) -> bool:
+    path = frame[len('File "') :]
+    return path.startswith((_STDLIB, "<frozen ")) or any(name in path for name in _INSTALLED)
 
 
 def _guard(launcher: Launcher) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SECOND_NS = 1_000_000_000
 SENT_SIGTERM = "it was sent SIGTERM"
+NOT_READY = "not ready within"  # and its limit, of a worker whose start takes too long
 DYING_NS = SECOND_NS // 4  # from the end of a worker's pipe to the end of its process
 QUIET_NS = 10 * SECOND_NS  # a look is due at last, whatever the reasons to skip it
 
@@ -192,7 +193,7 @@ def _plan_row(row: Row, now: int, limits: Limits) -> Optional[Action]:
     age = now - row.since_ns
     if row.state is S.STARTING:
         if limits.init_ns is not None and age > limits.init_ns:
-            return Replace(row.slot, f"not ready within {limits.init_ns / SECOND_NS:g} s")
+            return Replace(row.slot, f"{NOT_READY} {limits.init_ns / SECOND_NS:g} s")
     elif row.state is S.PROBING:
         if age > limits.probe_timeout_ns:
             return _failed_probe(row, limits)

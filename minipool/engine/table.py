@@ -42,7 +42,7 @@ STATE, GENERATION, PID, LEASED_SINCE_NS, LEASED_NS, LEASES, RAISED, SESSION_HITS
 
 # Worker line: what the worker says of itself.
 # CALL_ID counts the calls that have begun, from 1; the last of them is running while
-# CALL_STARTED_NS is later than BEAT_NS.
+# CALL_STARTED_NS is later than BEAT_NS. READY_GENERATION is negative while its object is made.
 READY_GENERATION, PHASE, BEAT_NS, CALL_ID, CALL_STARTED_NS = range(16, 21)
 FAILURES, BUSY_NS, CPU_NS, RSS_BYTES = range(21, 25)
 WORKER_WORDS = slice(16, 25)

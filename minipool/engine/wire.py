@@ -383,10 +383,11 @@ def pack_error(error: BaseException) -> bytes:
         "message": _message(error),
         "traceback": text_of(error) if error.__traceback__ or error.__cause__ else "",
         "pickled": None,
+        "why": "",
         "exits": isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)),
     }
     if not envelope["exits"]:
-        envelope["pickled"] = _tested_pickle(error)
+        envelope["pickled"], envelope["why"] = _tested_pickle(error)
     return pickle.dumps(envelope, 5)
 
 
@@ -394,6 +395,7 @@ def unpack_error(body: bytes | memoryview) -> BaseException:
     """Return the exception a worker packed, or the `RemoteError` that stands in for it."""
     envelope = pickle.loads(body)
     pickled, exits = envelope.pop("pickled"), envelope.pop("exits")
+    why = envelope.pop("why", "")
     if pickled is not None:
         try:
             error = pickle.loads(pickled)
@@ -406,6 +408,10 @@ def unpack_error(body: bytes | memoryview) -> BaseException:
                     from .whereabouts import add_whereabouts
 
                     add_whereabouts(error)
+                if isinstance(error, CallMismatch) and "lacks" in error.__dict__:
+                    from .absence import with_remedy
+
+                    with_remedy(error)
                 return error
         except (Exception, SystemExit) as problem:
             if isinstance(problem, SystemExit) and not _exits_again(pickle.loads, pickled):
@@ -413,7 +419,7 @@ def unpack_error(body: bytes | memoryview) -> BaseException:
             return _stand_in(envelope, f"does not unpickle here: {named(problem)}")
     if exits:
         return _stand_in(envelope, "is not passed on, because it would end the caller")
-    return _stand_in(envelope, "cannot be pickled")
+    return _stand_in(envelope, why or "cannot be pickled")
 
 
 def error_in_words(body: bytes | memoryview, why: str) -> RemoteError:
@@ -444,6 +450,14 @@ def _stand_in(envelope: dict[str, str], why: str) -> RemoteError:
 
 def unpicklable_result(problem: BaseException, type_name: str) -> RemoteError:
     """Build the error for a result that the codec of its worker cannot take."""
+    if type_name == "coroutine":
+        return RemoteError(
+            "the call returned a coroutine, of which nothing has run: coroutine functions are not "
+            "supported by `call`; give it a plain function, which may use `asyncio.run()`",
+            type_name=type_name,
+            message=_message(problem),
+            traceback="",
+        )
     return RemoteError(
         f"the call returned a {type_name}, which cannot be sent back: {_message(problem)}; "
         f"return plain data, or keep the object in the worker and return what you need of it",
@@ -494,20 +508,36 @@ def _exits_again(loads: Loads, data: Any) -> bool:
     return False
 
 
-def _tested_pickle(error: BaseException) -> bytes | None:
-    """Pickle an exception if it survives it: same type, no error on the way back."""
+def _tested_pickle(error: BaseException) -> tuple[bytes | None, str]:
+    """Pickle an exception if it survives it: same type, no error on the way back; else say why not.
+
+    Its code may raise SystemExit as well.
+    """
     try:
         data = pickle.dumps(error, 5)
-        return data if type(pickle.loads(data)) is type(error) else None
-    except BaseException:  # its code may raise SystemExit as well
-        return None
+    except BaseException as problem:
+        return None, (
+            f"cannot be pickled ({named(problem)[:200]}; define its class at the top of a module, "
+            f"and let it hold plain data)"
+        )
+    try:
+        kind = type(pickle.loads(data))
+        problem_text = f"it becomes a {kind.__name__}"
+    except BaseException as problem:
+        kind, problem_text = None, named(problem)[:200]
+    if kind is type(error):
+        return data, ""
+    return None, (
+        f"cannot be made again from its pickle ({problem_text}; pass all arguments of its "
+        f"`__init__` to `super().__init__()`, or define `__reduce__`)"
+    )
 
 
 def _type_name(error: BaseException) -> str:
     kind = type(error)
     try:
         name = f"{kind.__module__}.{kind.__qualname__}".replace("builtins.", "", 1)
-        return str.__str__(name)
+        return str.__str__(name).replace("__mp_main__.", "__main__.", 1)
     except BaseException:  # of a metaclass
         return "<an exception without a name>"
 
@@ -521,7 +551,8 @@ def _message(error: BaseException) -> str:
 
 def named(error: BaseException) -> str:
     """Return type and text of an exception in one line. Raises nothing."""
-    return f"{type.__getattribute__(type(error), '__name__')}: {_message(error)}"
+    name, message = type.__getattribute__(type(error), "__name__"), _message(error)
+    return f"{name}: {message}" if message else str(name)
 
 
 def text_of(error: BaseException) -> str:
