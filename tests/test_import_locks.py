@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,12 @@ def test_what_is_defined_below_the_opening_is_told(tmp_path: Path) -> None:
         import app
         try:
             app.pool.call(app.below, 1)
-        except AttributeError as error:
+        except CallMismatch as error:
             print(error)
     """
+    script = "from minipool import CallMismatch\n" + textwrap.dedent(script)
     out = run(tmp_path, script, app=OPENS.format(worker=None))
-    assert "no attribute 'below'" in out
+    assert "no function 'below' in `app`" in out
     assert "'app' has not been imported to its end: a worker that is forked meanwhile" in out
 
 

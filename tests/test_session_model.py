@@ -237,6 +237,8 @@ class Limit:
         left, self._rest = self._rest, None if self.seconds is None else 0.0
         return left
 
+    first_wait = next_wait = left
+
 
 class Stage:
     """Sessions without a pool, and what the threads of one run do with session "a"."""

@@ -636,10 +636,10 @@ def test_failure_in_mid_batch_keeps_who_was_started(
     """Of four that are started together the third cannot be: two serve, and all four soon do."""
     begin, tries = WorkerProcess.start, itertools.count(1)
 
-    def start(self: WorkerProcess) -> None:
+    def start(self: WorkerProcess, *args: Any) -> None:
         if next(tries) == 3:
             raise BlockingIOError(errno.EAGAIN, "no more processes")
-        begin(self)
+        begin(self, *args)
 
     monkeypatch.setattr(WorkerProcess, "start", start)
     pool: Pool[None] = Pool(size=4, start_method=start_method)

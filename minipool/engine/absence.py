@@ -80,11 +80,24 @@ def of_method(owner: Any, target: Any, name: str) -> CallMismatch:
 
 
 def _remedy(module: str, forked: bool) -> str:
+    half = half_imported(module)
+    if half:
+        return half
     if forked:
         return (
             "it was forked before that was defined: `pool.drain()` replaces it, or make a new pool"
         )
     return f"{_place(module)}; if it is there and was added since, {_ANEW}"
+
+
+def half_imported(module: str) -> str:
+    """Say that a module has not all of its names yet, if so it is; else return ""."""
+    if not getattr(getattr(sys.modules[module], "__spec__", None), "_initializing", False):
+        return ""
+    return (
+        f"{module!r} has not been imported to its end: a worker that is forked meanwhile has what "
+        f"was there by then, so open the pool below that, or in a function"
+    )
 
 
 def _place(module: str) -> str:

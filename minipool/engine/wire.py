@@ -158,7 +158,10 @@ def find(name: str) -> Any:
     try:
         return _walk(sys.modules[module], path)
     except AttributeError as error:
-        hint = _half_imported(module) or _hint(sys.modules[module], path)
+        from .absence import half_imported  # seldom needed
+
+        half = half_imported(module)
+        hint = f"; {half}" if half else _hint(sys.modules[module], path)
         if not hint:
             raise
         # Not the same error: Python would add what it takes for near, too, to its traceback.
@@ -187,16 +190,6 @@ def _walk(start: Any, path: str) -> Any:
     for part in path.split("."):
         start = getattr(start, part)
     return start
-
-
-def _half_imported(module: str) -> str:
-    """Say that a module has not all of its names yet, if so it is; else return ""."""
-    if not getattr(getattr(sys.modules[module], "__spec__", None), "_initializing", False):
-        return ""
-    return (
-        f"; {module!r} has not been imported to its end: a worker that is forked meanwhile has "
-        f"what was there by then, so open the pool below that, or in a function"
-    )
 
 
 def _hint(start: Any, path: str) -> str:
