@@ -42,9 +42,13 @@ TOLD = """
             "ignored signals": ignored(),
             "signal handlers": callable(signal.getsignal(signal.SIGHUP)),
             "standard input": read,
+            "standard output and error": os.path.basename(os.readlink("/proc/self/fd/1")),
         }
 
     def change(name, umask, files, core, cpus, ignore):
+        output = os.open(name + ".out", os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(output, 1)
+        os.close(output)
         os.environ["PARENTS"] = name
         os.chdir(name)
         os.umask(umask)
@@ -54,7 +58,7 @@ TOLD = """
         signal.signal(signal.SIGUSR1, signal.SIG_IGN if ignore else signal.SIG_DFL)
 
     def main(method):
-        cpus = sorted(os.sched_getaffinity(0))
+        cpus, told = sorted(os.sched_getaffinity(0)), os.dup(1)
         os.mkdir("before"), os.mkdir("before/after")
         signal.signal(signal.SIGHUP, lambda *_: None)
         signal.pthread_sigmask(
@@ -71,7 +75,7 @@ TOLD = """
             seen.append(pool.call(see))
         with Pool(size=1, **options) as pool:
             seen.append(pool.call(see))
-        print(json.dumps([cpus, *seen]))
+        os.write(told, json.dumps([cpus, *seen]).encode())
 
     if __name__ == "__main__":
         main(*sys.argv[1:])
@@ -100,6 +104,7 @@ def test_worker_inherits_what_the_table_says(start_method: str, tmp_path: Path) 
         "ignored signals": True,
         "signal handlers": start_method == "fork",
         "standard input": "EOFError",
+        "standard output and error": "before.out",
     }
     assert {row[0] for row in table("inherited")} == {*first, "terminal"} - {"core"}
     moved = {**first, "current directory": "after"}
@@ -112,6 +117,7 @@ def test_worker_inherits_what_the_table_says(start_method: str, tmp_path: Path) 
         "umask": 0o077,
         "core": 2 << 20,
         "ignored signals": False,
+        "standard output and error": "after.out",
     }
     assert second == changed
     assert third == {**changed, "CPU affinity": cpus, "blocked signals": terminals}

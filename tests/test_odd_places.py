@@ -159,7 +159,7 @@ RELATIVE = """
     from minipool import Pool, PoolStartError
 
     if __name__ == "__main__":
-        gone = tempfile.mkdtemp()
+        gone = tempfile.mkdtemp(dir=os.path.dirname(os.getcwd()))  # it leads to the same places
         os.chdir(gone)
         os.rmdir(gone)
         try:
