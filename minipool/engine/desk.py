@@ -527,6 +527,8 @@ def _remedy(cause: BaseException) -> str:
         return "raise the limit of open files (`ulimit -n`), or lower `size`"
     if number == errno.EAGAIN or "start new thread" in str(cause):
         return "raise the limits of processes and memory (`ulimit -u`, `pids.max`), or lower `size`"
+    if "interpreter shutdown" in str(cause):
+        return "open the pool before the main thread has ended: after that Python starts no thread"
     if isinstance(cause, EOFError) and shortage.lost_directory() is not None:
         return ""
     if isinstance(cause, EOFError):
