@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -50,9 +52,22 @@ def test_worker_is_started_where_the_directory_is_gone(
     when: str, start_method: str, tmp_path: Path
 ) -> None:
     """A deploy has removed it; nothing of ours is in it."""
+    if start_method != "fork" and not imports_nowhere(tmp_path):
+        pytest.skip("this Python itself imports nothing there")
     code, out, err = scripts.run(tmp_path, NOWHERE, start_method, when)
     assert code == 0, err
     assert out.splitlines() == ["True nowhere 0", "nowhere"], out + err
+
+
+def imports_nowhere(folder: Path) -> bool:
+    """Tell whether a process is able to import what it needs in a directory that is gone.
+
+    With CPython 3.13.0 to 3.13.2 it is not: https://github.com/python/cpython/issues/130932.
+    """
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$0" -c "import socket"'
+    return not subprocess.run(
+        ["sh", "-c", script, sys.executable], cwd=folder, capture_output=True, timeout=50
+    ).returncode
 
 
 ODD_PATH = """

@@ -59,7 +59,7 @@ def test_preload_that_raises_fails_the_opening_with_its_own_text(
     assert second == "ImportError True True"
     assert any("heavy.py" in line and "line 1" in line for line in rest), "its traceback"
     assert (exitcode, rest[-1]) == (0, "after 7")
-    assert "minipool-" not in err, "no worker and no manager has written a traceback"
+    assert "minipool-pool" not in err, "no worker and no manager has written a traceback"
 
 
 @pytest.mark.parametrize("name", ["there_is_no_such", "there_is_no_such.part"])
