@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 import scripts
+from minipool.engine import fork_server
 
 OPENS = """
     import json, sys, traceback
@@ -126,6 +132,32 @@ def test_preload_that_never_ends_does_not_hold_up_the_opening_for_ever(tmp_path:
     told, after = out.splitlines()
     assert "did not answer within 1 s" in told and "`preload`" in told and "init_timeout" in told
     assert (exitcode, after) == (0, "after 7")
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="nothing tells of the end of a process")
+def test_server_that_was_killed_for_its_silence_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its sockets end before it does: the next start would take it for alive."""
+    server = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    open_pidfd = os.pidfd_open
+
+    def end_meanwhile(pid: int) -> int:
+        fd = open_pidfd(pid)
+        os.kill(pid, signal.SIGKILL)
+        return fd
+
+    try:
+        monkeypatch.setattr(fork_server.os, "pidfd_open", end_meanwhile)
+        monkeypatch.setattr(forkserver._forkserver, "_forkserver_pid", server.pid)
+        monkeypatch.setattr(forkserver._forkserver, "_preload_modules", [])
+        monkeypatch.setattr(fork_server._Known, "silent", server.pid)
+        monkeypatch.setattr(fork_server._Known, "patience", 5.0)
+        told, again = fork_server._explained()
+        assert server.poll() == -signal.SIGKILL
+        assert "did not answer within 5 s" in str(told) and not again
+    finally:
+        server.communicate()
 
 
 IMPORTED = """

@@ -175,6 +175,7 @@ def _explained() -> tuple[ServerGone, bool]:
     """Return what has become of the server, and whether what it imported may have ended it."""
     pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     interpreter = f"it was started as sys.executable={executable()!r}"
+    how, code = _end_of(pid)  # first: until then the next start would take it for alive
     if pid is not None and pid == _Known.silent:
         _drop_modules()  # so that the next one is not as silent
         return ServerGone(
@@ -183,7 +184,6 @@ def _explained() -> tuple[ServerGone, bool]:
             f"or is no Python at all; {interpreter}; raise `init_timeout`, or name a Python by "
             f"`multiprocessing.set_executable()`"
         ), False
-    how, code = _end_of(pid)
     if pid is not None and pid == _Known.answered:
         return ServerGone(
             f"the fork server (pid {pid}) {how}; its standard error tells why; "
