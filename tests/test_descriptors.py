@@ -152,6 +152,7 @@ def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) ->
     3. The manager waits for the server's word on the next start."""
     pids = BlackBox()
     ends = full_box.lend_to_server(), pids.lend_to_server()
+    full_box.heard_server = True  # the pid of the dead worker
 
     def serve() -> None:
         os.write(ends[0], blackbox._SAID_BY_SERVER.pack(-6))
@@ -161,7 +162,6 @@ def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) ->
     server.start()
     try:
         assert pids.pid_from_server(os.getpid()) == 1234
-        full_box.heard_server = True
         assert full_box.exitcode() == -6
         assert full_box.ended
     finally:
@@ -170,6 +170,39 @@ def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) ->
         for fd in ends:
             os.close(fd)
         pids.abandon()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_first_word_of_the_server_is_left_to_those_who_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another start that waits for longer reads what is in other boxes; not a pid, which would be
+    missing where it is waited for."""
+    boxes = slow, other, dead = BlackBox(), BlackBox(), BlackBox()
+    ends = [box.lend_to_server() for box in boxes]
+    dead.heard_server = True
+    read, listen = threading.Event(), dead.listen
+
+    def note() -> None:
+        listen()
+        read.set()
+
+    monkeypatch.setattr(dead, "listen", note)
+    os.write(ends[1], blackbox._SAID_BY_SERVER.pack(1234))
+    waiter = threading.Thread(target=slow.await_server, args=(slow.fd, os.getpid()))
+    waiter.start()
+    try:
+        os.write(ends[2], b"Fatal Python error\n")
+        assert read.wait(LAST)
+        os.write(ends[0], b"!")
+        waiter.join(LAST)
+        assert not waiter.is_alive()
+        assert other._pieces == [] and other.pid_from_server(os.getpid()) == 1234
+    finally:
+        for fd in ends:
+            os.close(fd)
+        for box in boxes:
+            box.abandon()
 
 
 def test_exit_code_in_a_black_box_survives_an_interrupt_anywhere() -> None:

@@ -182,10 +182,13 @@ class BlackBox:
             os.close(its_end)
 
     def _others(self) -> dict[Any, BlackBox]:
-        """Return what else the fork server may be waiting to write to, by descriptor."""
+        """Return what else the fork server may be waiting to write to, by descriptor.
+
+        Not what waits for its first word: that is for its own thread to read, and has room.
+        """
         boxes: dict[Any, BlackBox] = {}
         for box in tuple(_of_servers):
-            if box is not self and box._fd is not None and not box.ended:
+            if box.heard_server and box._fd is not None and not box.ended:
                 boxes[box._fd] = box
         return boxes
 
