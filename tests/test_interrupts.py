@@ -58,6 +58,7 @@ def timeout(pool: Pool[None]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:a lease of:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # struck as it is closed
 @pytest.mark.parametrize(
     "action",
     [
