@@ -260,23 +260,26 @@ def test_lease_that_a_traceback_keeps_is_not_waited_for(error: type[BaseExceptio
     lease.release()
 
 
+def alarm(signum: int, frame: Any) -> None:
+    raise LookupError("of the handler")
+
+
+def interrupt_at(gate: Gate) -> None:
+    """Interrupt this process when a call has come to the gate."""
+    gate.wait_arrived()
+    interrupt()
+
+
 def test_call_that_an_error_has_broken_off_is_not_waited_for(
     threads: ThreadPoolExecutor, gate: Gate
 ) -> None:
     """It came from a signal handler, as an alarm's does, and its traceback keeps the lease."""
 
-    def alarm(signum: int, frame: Any) -> None:
-        raise LookupError("of the handler")
-
-    def arrived() -> None:
-        gate.wait_arrived()
-        interrupt()
-
     start, former = time.monotonic(), signal.signal(signal.SIGINT, alarm)
     try:
         with pytest.raises(LookupError):
             with Pool(size=1, close_timeout=2 * SOON) as pool:
-                lease, sent = pool.checkout(), threads.submit(arrived)
+                lease, sent = pool.checkout(), threads.submit(interrupt_at, gate)
                 lease.call(pass_gate, gate.path)
     finally:
         signal.signal(signal.SIGINT, former)
@@ -303,13 +306,6 @@ def test_error_waits_for_the_calls_of_other_threads(
 def test_error_waits_for_no_call_of_another_pool(threads: ThreadPoolExecutor, gate: Gate) -> None:
     """What keeps a lease that an error has broken off is a call of that worker."""
 
-    def alarm(signum: int, frame: Any) -> None:
-        raise LookupError("of the handler")
-
-    def arrived() -> None:
-        gate.wait_arrived()
-        interrupt()
-
     start, former = time.monotonic(), signal.signal(signal.SIGINT, alarm)
     with Pool(size=1, call_timeout=None) as unrelated:
         other = Gate(gate.path + "-other")
@@ -317,7 +313,7 @@ def test_error_waits_for_no_call_of_another_pool(threads: ThreadPoolExecutor, ga
         try:
             with pytest.raises(LookupError):
                 with Pool(size=1, close_timeout=2 * SOON) as pool:
-                    lease, sent = pool.checkout(), threads.submit(arrived)
+                    lease, sent = pool.checkout(), threads.submit(interrupt_at, gate)
                     lease.call(pass_gate, gate.path)
         finally:
             signal.signal(signal.SIGINT, former)
