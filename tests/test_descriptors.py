@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import sys
 import threading
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -15,7 +16,9 @@ import scripts
 from ears import wait_until
 from minipool import Pool, WorkerDied
 from minipool.engine import blackbox, process
+from minipool.engine.bell import Closing
 from minipool.engine.blackbox import BlackBox
+from minipool.engine.fork_server import Watch
 from minipool.engine.process import WorkerProcess
 from strikes import strike_everywhere, unstruck
 
@@ -146,7 +149,25 @@ def full_box() -> Iterator[BlackBox]:
     box.abandon()
 
 
+def told(box: BlackBox) -> int:
+    """Return the pid that the server of this process says of a worker."""
+    Watch(Closing()).await_word(box.fd)
+    return box.pid_from_server()
+
+
+@pytest.fixture
+def as_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Have a process be taken for this one's fork server."""
+
+    def take(pid: int | None) -> None:
+        monkeypatch.setattr(forkserver._forkserver, "_forkserver_pid", pid)  # type: ignore[attr-defined]
+
+    take(os.getpid())
+    return take
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.usefixtures("as_server")
 def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) -> None:
     """1. The box of a dead worker is full. 2. The server waits to write its exit code into it.
     3. The manager waits for the server's word on the next start."""
@@ -161,7 +182,7 @@ def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) ->
     server = threading.Thread(target=serve)
     server.start()
     try:
-        assert pids.pid_from_server(os.getpid()) == 1234
+        assert told(pids) == 1234
         assert full_box.exitcode() == -6
         assert full_box.ended
     finally:
@@ -173,6 +194,7 @@ def test_server_that_waits_to_tell_of_an_end_is_let_go_on(full_box: BlackBox) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.usefixtures("as_server")
 def test_first_word_of_the_server_is_left_to_those_who_wait_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -189,7 +211,7 @@ def test_first_word_of_the_server_is_left_to_those_who_wait_for_it(
 
     monkeypatch.setattr(dead, "listen", note)
     os.write(ends[1], blackbox._SAID_BY_SERVER.pack(1234))
-    waiter = threading.Thread(target=slow.await_server, args=(slow.fd, os.getpid()))
+    waiter = threading.Thread(target=Watch(Closing()).await_word, args=(slow.fd,))
     waiter.start()
     try:
         os.write(ends[2], b"Fatal Python error\n")
@@ -197,7 +219,7 @@ def test_first_word_of_the_server_is_left_to_those_who_wait_for_it(
         os.write(ends[0], b"!")
         waiter.join(LAST)
         assert not waiter.is_alive()
-        assert other._pieces == [] and other.pid_from_server(os.getpid()) == 1234
+        assert other._pieces == [] and told(other) == 1234
     finally:
         for fd in ends:
             os.close(fd)
@@ -249,15 +271,18 @@ def test_exit_code_is_told_from_what_was_said_before(code: int) -> None:
     box.abandon()
 
 
-def test_server_that_ends_without_a_word_is_not_waited_for() -> None:
+def test_server_that_ends_without_a_word_is_not_waited_for(
+    as_server: Callable[[int | None], None],
+) -> None:
     """Though others hold the pipe open."""
     box = BlackBox()
     end = box.lend_to_server()
     server = multiprocessing.get_context("fork").Process(target=os._exit, args=(1,))
     server.start()
+    as_server(server.pid)
     try:
         with pytest.raises(EOFError, match="fork server"):
-            box.pid_from_server(server.pid or 0)
+            told(box)
     finally:
         server.join(LAST)
         os.close(end)

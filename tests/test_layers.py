@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "minipool"
 # In order: a module may import from those before it in this list, and from no other.
 ROOMS = [
     "_sync", "errors", "telemetry", "backoff", "breaker", "retry", "commands", "cgroup", "config",
-    "engine.states", "engine.descriptors", "engine.table", "engine.shape", "engine.traces", "engine.mainmodule", "engine.whereabouts", "engine.absence", "engine.wire", "engine.sigpipe", "engine.channel", "engine.portable",
+    "engine.states", "engine.descriptors", "engine.bell", "engine.table", "engine.shape", "engine.traces", "engine.mainmodule", "engine.whereabouts", "engine.absence", "engine.wire", "engine.sigpipe", "engine.channel", "engine.portable",
     "engine.conversation", "engine.baggage", "engine.voice", "engine.assignment", "engine.workerend",
     "engine.transcript", "engine.resources", "engine.shortage", "engine.blackbox", "engine.lifeline", "engine.dispositions",
     "engine.forked_locks", "engine.child", "engine.preloaded", "engine.health", "engine.sizing",
     "engine.oom", "engine.fork_server", "engine.popen", "engine.standstill", "engine.process", "engine.deadend", "engine.inquest", "engine.handle", "engine.verdict", "engine.laden",
-    "engine.nesting", "engine.launch", "engine.diagnosis", "engine.turnstile", "engine.passage", "engine.bell", "engine.poller", "engine.jobs", "engine.logrelay",
+    "engine.nesting", "engine.launch", "engine.diagnosis", "engine.turnstile", "engine.passage", "engine.poller", "engine.jobs", "engine.logrelay",
     "engine.teller", "engine.scribe", "engine.fleet", "engine.care", "engine.staff", "engine.holdups", "engine.manager",
     "engine.pace", "engine.refusal", "engine.desk", "engine.tally",
     "store.host", "store.files", "store.open_files", "store.owners", "store.schema", "store.rows",

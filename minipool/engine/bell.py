@@ -15,6 +15,7 @@ from itertools import islice
 from multiprocessing import connection
 from typing import Any, Callable
 
+from .._sync import Latch
 from .descriptors import pipe_into
 
 _FULL = 1 << 16  # bytes; what a pipe holds
@@ -67,6 +68,16 @@ class Bell:
     def __del__(self) -> None:  # for an opening that was interrupted
         self._close_writer()  # first: a ring that is under way finds a reader, or no pipe at all
         self._close_reader()
+
+
+class Closing(Latch):
+    """The close of a pool. What waits in the manager's thread can poll `bell`, rung after it."""
+
+    __slots__ = ("bell",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bell: Bell | None = None
 
 
 def ready(sources: list[Any], timeout: float) -> set[Any]:

@@ -44,7 +44,6 @@ _LINES = 8  # of a short form
 _OURS = f'{os.sep}engine{os.sep}child.py"'  # as it stands in stacks
 _SAID_BY_SERVER = struct.Struct("q")  # as `multiprocessing.forkserver` does
 _SMALL = (b"\0" * 7, b"\xff" * 7)  # what follows the lowest byte of any exit code, which comes last
-_PROMPT = 0.05  # seconds in which a fork server that is not held up answers
 _asking = Guard()  # of two who ask one worker, neither would get the whole answer
 
 
@@ -96,6 +95,18 @@ def make() -> BlackBox | None:
     return BlackBox() if hasattr(faulthandler, "register") else None
 
 
+def of_servers() -> dict[int, BlackBox]:
+    """Return what a fork server may be waiting to write to, by descriptor.
+
+    Not what waits for its first word: that is for its own thread to read, and has room.
+    """
+    boxes: dict[int, BlackBox] = {}
+    for box in tuple(_of_servers):
+        if box.heard_server and box._fd is not None and not box.ended:
+            boxes[box._fd] = box
+    return boxes
+
+
 class BlackBox:
     """The parent's end. Any thread may read; one at a time does."""
 
@@ -142,55 +153,18 @@ class BlackBox:
         _of_servers.add(self)
         return lifted(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC))
 
-    def pid_from_server(self, server: int) -> int:
-        """Wait for the pid of a worker that is being started by the process `server`.
+    def pid_from_server(self) -> int:
+        """Return the pid of a worker that a fork server has started, once that has been said.
 
         Raises:
             EOFError: the fork server has ended.
         """
-        self.await_server(self.fd, server)
         said = os.read(self.fd, _SAID_BY_SERVER.size)  # in one piece, and nothing came before
         if len(said) < _SAID_BY_SERVER.size:
             raise EOFError("the fork server has ended")
         self.heard_server = True
         pid: int = _SAID_BY_SERVER.unpack(said)[0]
         return pid
-
-    def await_server(self, fd: int, server: int) -> None:
-        """Wait until a word of the process `server` can be read from `fd`.
-
-        Raises:
-            EOFError: it has ended without one. No end of a pipe tells so: others may hold it.
-        """
-        from multiprocessing import connection
-
-        try:
-            its_end = os.pidfd_open(server)
-        except ProcessLookupError:
-            raise EOFError("the fork server has ended") from None
-        try:
-            ready = connection.wait([fd, its_end], _PROMPT)
-            while fd not in ready and its_end not in ready:
-                boxes = self._others()
-                ready = connection.wait([fd, its_end, *boxes])
-                for full in ready:
-                    if full in boxes:
-                        boxes[full].listen()
-            if fd not in ready and not connection.wait([fd], 0):
-                raise EOFError("the fork server has ended")
-        finally:
-            os.close(its_end)
-
-    def _others(self) -> dict[Any, BlackBox]:
-        """Return what else the fork server may be waiting to write to, by descriptor.
-
-        Not what waits for its first word: that is for its own thread to read, and has room.
-        """
-        boxes: dict[Any, BlackBox] = {}
-        for box in tuple(_of_servers):
-            if box.heard_server and box._fd is not None and not box.ended:
-                boxes[box._fd] = box
-        return boxes
 
     def exitcode(self) -> int | None:
         """Return what the fork server has said of the end; None if nothing yet. Never waits.

@@ -15,13 +15,13 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from .._sync import Latch
 from ..backoff import Backoff
 from ..breaker import CLOSED, CircuitBreaker, Permit
 from ..errors import WorkerStartError
 from ..telemetry import Hooks
 from . import shortage
 from . import table as t
+from .bell import Closing
 from .diagnosis import of_start
 from .handle import Handle
 from .health import SECOND_NS
@@ -59,7 +59,7 @@ class Fleet:
         #: Those of which something may be due before the next sweep. The others are in service,
         #: and stay: see `settle`.
         self.unsettled: dict[int, Handle] = {}
-        self.leaving = Latch()  # the pool is closed: no start waits for long any more
+        self.closing = Closing()  # of the pool: no start waits for long any more
         self.next_expiry_ns = 0  # of those others; 0: none
         self.standstills = Standstills(config.init_timeout)
         self.table = t.Table(config.name or "", portable=launcher.portable)
@@ -234,7 +234,7 @@ class Fleet:
                 break
         for handle in prepared:
             try:
-                handle.start(self.leaving)
+                handle.start(self.closing)
                 started.append(handle)
             except Exception as error:
                 failure = handle.slot, error, handle.permit
@@ -250,7 +250,7 @@ class Fleet:
             self._forget(handle)
         if failure is not None:
             slot, problem, permit = failure
-            if self.leaving.happened:  # it says nothing of the next, and there will be none
+            if self.closing.happened:  # it says nothing of the next, and there will be none
                 if permit is not None:
                     permit.give_up()
                 return started

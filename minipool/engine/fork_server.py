@@ -22,17 +22,24 @@ import os
 import select
 import signal
 import threading
+import time
 import warnings
-from multiprocessing import forkserver, spawn
+from multiprocessing import connection, forkserver, spawn
 from typing import Any, Callable, TypeVar
 
 from .._sync import Latch
+from .bell import Closing
+from .blackbox import of_servers
 from .shortage import lost_directory, processes
 
 T = TypeVar("T")
 
+_PROMPT = 0.05  # seconds in which a server that is not held up answers
 _STUCK = 30.0  # seconds for each later answer of a server that may take any time for the first
 _END = 1.0  # seconds from the end of its sockets, or of its watch, to that of process or thread
+_MOMENT = 1.0  # seconds that a server has to answer once a pool that waits for it is closed
+# What `runpy` imports with a main module, and what a process is unpickled by; else in each worker.
+_FOR_ALL = ("pkgutil", "multiprocessing.popen_forkserver")
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
 
 
@@ -49,7 +56,7 @@ class Left(ServerGone):
 class _Known:
     """What is known of this process's server, and how it is to be started."""
 
-    own: tuple[str, ...] = ()  # modules that it may import at any time: our side of a worker
+    own: tuple[str, ...] = ()  # modules that it may import at any time: for our side of a worker
     patience: float | None = None  # seconds until its first answer; None: for ever
     answered: int | None = None  # the pid of the one that has answered
     silent: int | None = None  # the pid of the one that has not in time, and was killed for it
@@ -66,8 +73,8 @@ def preload(context: Any, own: str, modules: tuple[str, ...], patience: float | 
     """
     server: Any = forkserver._forkserver
     _forget_strange_server(server)
-    _Known.own, _Known.patience = (own,), patience
-    first = [name for name in (own,) if name not in server._preload_modules]
+    _Known.own, _Known.patience = (own, *_FOR_ALL), patience
+    first = [name for name in _Known.own if name not in server._preload_modules]
     wanted = [name for name in modules if name not in server._preload_modules]
     running = getattr(server, "_forkserver_pid", None) is not None
     if running and wanted:
@@ -99,13 +106,15 @@ def _forget_strange_server(server: Any) -> None:
 
 
 def launched(
-    ensure_running: Callable[[], object], launch: Callable[[], T], leaving: Latch | None = None
+    ensure_running: Callable[[], object],
+    launch: Callable[[Watch], T],
+    closing: Closing | None = None,
 ) -> T:
-    """Return what `launch` returns, which asks the server for a process.
+    """Return what `launch` returns, which asks the server for a process and waits by its watch.
 
     It is called twice if the server ends while it imports modules, or was killed. `ensure_running`
-    starts the server, if there is none. `leaving` happens when the pool is closed: from then on
-    the server has a second to answer.
+    starts the server, if there is none. `closing` is that of the pool: from then on the server has
+    a second to answer.
 
     Raises:
         Left: the pool was closed first.
@@ -113,17 +122,19 @@ def launched(
         OSError: as `launch` does.
     """
     server: Any = forkserver._forkserver
-    leaving = leaving or Latch()
+    closing = closing or Closing()
     for _ in range(2):
-        if leaving.happened:
+        if closing.happened:
             raise Left("the pool was closed before the fork server was asked for a process")
         pid = None
         try:
             ensure_running()
             pid = server._forkserver_pid
-            return _in_time(launch, leaving)
+            made = launch(Watch(closing))
+            _Known.answered = server._forkserver_pid
+            return made
         except (EOFError, ConnectionError):
-            if leaving.happened:
+            if closing.happened:
                 why = f"the pool was closed before the fork server (pid {pid}) answered"
                 raise Left(why) from None
             killed = pid is not None and pid in (_Known.left, _Known.stuck)
@@ -134,33 +145,95 @@ def launched(
     raise problem
 
 
-def _in_time(launch: Callable[[], T], leaving: Latch) -> T:
-    """Call `launch`. A server that does not answer in time is killed."""
-    server: Any = forkserver._forkserver
-    pid, patience = server._forkserver_pid, _Known.patience
-    first = pid != _Known.answered
-    if patience is None and not first:
-        patience = _STUCK
-    answered = Latch()
+class Watch:
+    """Bounds the wait for one answer of the server, which is killed if it does not come in time.
 
-    def watch() -> None:
-        leaving.wait(patience, lambda: answered.happened)
-        # A moment more for a close, and for what may have been stopped together with this process.
-        if not answered.wait(_END if leaving.happened or not first else 0.0):
-            _kill(pid, "left" if leaving.happened else "silent" if first else "stuck")
+    The thread that waits is the manager's. It hears of a close by the bell; where it cannot poll,
+    another thread does (`around`).
+    """
 
-    thread = threading.Thread(target=watch, name="minipool-server-watch", daemon=True)
-    try:
-        with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
-            thread.start()
-        made = launch()
-        _Known.answered = pid
-        return made
-    finally:
-        answered.set()
-        leaving.stir()
-        if thread.is_alive():
-            thread.join(_END)
+    def __init__(self, closing: Closing) -> None:
+        self._closing = closing
+        self._begin(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+
+    def _begin(self, pid: int) -> None:
+        self._pid = pid
+        self._first = self._pid != _Known.answered
+        patience = _Known.patience
+        if patience is None and not self._first:
+            patience = _STUCK
+        self._due = None if patience is None else time.monotonic() + patience  # None: for ever
+        self._last = self._first  # when it is due, it is killed; else it has a moment more
+        self._closed = False
+
+    def await_word(self, fd: int) -> None:
+        """Wait until a word of the server can be read from `fd`.
+
+        Meanwhile nothing may hold it up: whatever it has said of other workers is read.
+
+        Raises:
+            EOFError: it has ended without one. No end of a pipe tells so: others may hold it.
+        """
+        pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        if pid != self._pid:  # another one has its place
+            self._begin(pid)
+        try:
+            its_end = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise EOFError("the fork server has ended") from None
+        rung = False
+        try:
+            ready = connection.wait([fd, its_end], _PROMPT)
+            while fd not in ready and its_end not in ready:
+                boxes, limit = of_servers(), self.seconds()
+                bell = None if self._closing.happened else self._closing.bell
+                bells = [] if bell is None else [bell.reader]
+                ready = connection.wait([fd, its_end, *bells, *boxes], limit)
+                for full in boxes.keys() & set(ready):
+                    boxes[full].listen()
+                if bell is not None and bell.reader in ready:
+                    rung = True
+                    bell.silence()
+            if fd not in ready and not connection.wait([fd], 0):
+                raise EOFError("the fork server has ended")
+        finally:
+            os.close(its_end)
+            if rung and self._closing.bell is not None:
+                self._closing.bell.ring()  # others listen to it as well
+
+    def seconds(self) -> float | None:
+        """Return how long to wait before this is asked again (None: no limit). Kills the server."""
+        now = time.monotonic()
+        if self._closing.happened and not self._closed:
+            self._closed = self._last = True
+            self._due = now + _MOMENT
+        if self._due is not None and now >= self._due:
+            if self._last:
+                _kill(self._pid, "left" if self._closed else "silent" if self._first else "stuck")
+                self._due = None  # its end is heard of
+            else:  # it may have been stopped together with this process
+                self._last, self._due = True, now + _MOMENT
+        return None if self._due is None else self._due - now
+
+    def around(self, launch: Callable[..., T], *args: Any) -> T:
+        """Return what `launch` returns, which cannot poll: another thread watches."""
+        done = Latch()
+
+        def watch() -> None:
+            while not done.happened:
+                first = done if self._closing.happened else self._closing
+                first.wait(self.seconds(), lambda: done.happened)
+
+        thread = threading.Thread(target=watch, name="minipool-server-watch", daemon=True)
+        try:
+            with contextlib.suppress(RuntimeError):  # out of threads: it is waited for all the same
+                thread.start()
+            return launch(*args)
+        finally:
+            done.set()
+            self._closing.stir()
+            if thread.is_alive():
+                thread.join(_END)
 
 
 def _kill(pid: int, why: str) -> None:

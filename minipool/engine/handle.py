@@ -35,8 +35,8 @@ from .process import WorkerProcess
 from .states import WorkerEvent, WorkerState, advance
 
 if TYPE_CHECKING:
-    from .._sync import Latch
     from ..breaker import Permit
+    from .bell import Closing
     from .transcript import Transcript
 
 _DYING = 0.25  # seconds from the end of the pipe to the end of its process
@@ -146,8 +146,8 @@ class Handle:
         self.process = WorkerProcess(context, name, main, args, setup.kill_group, self.box, bare)
         setup.box = None if self.box is None else self.box.theirs
 
-    def start(self, leaving: Latch | None = None) -> None:
-        """Start the process, and nothing else: see `started`. `leaving`: as for the process.
+    def start(self, closing: Closing | None = None) -> None:
+        """Start the process, and nothing else: see `started`. `closing`: as for the process.
 
         Raises:
             OSError, EOFError, RuntimeError: no process was started; everything is given back.
@@ -155,7 +155,7 @@ class Handle:
         theirs, self._theirs = self._theirs, []  # the process that is forked now must keep it
         lent = None if self.box is None else self.box.lend()
         try:
-            self.process.start(leaving)
+            self.process.start(closing)
         except BaseException:
             self.conn.close()
             raise

@@ -106,6 +106,7 @@ class Manager:
         except BaseException:  # its traceback may keep this object alive
             self.bell.close()
             raise
+        self.fleet.closing.bell = self.bell
         self.standstills = self.fleet.standstills
         self.care = Care(config, hooks, self.turnstile, self.fleet, self.refused, self.order)
         self.staff = Staff(config, self.turnstile, self.fleet, self.care)
@@ -271,7 +272,7 @@ class Manager:
         if by < self._close_by:
             self._closes.append((now, by))
         self.care.closing = True
-        self.fleet.leaving.set()
+        self.fleet.closing.set()
         self.turnstile.closed = True  # before anybody can be told so
         self.bell.ring()
 

@@ -31,8 +31,9 @@ from . import mainmodule
 from .descriptors import beyond_streams, close_all, pipe, pipe_into
 
 if TYPE_CHECKING:
-    from .._sync import Latch
+    from .bell import Closing
     from .blackbox import BlackBox
+    from .fork_server import Watch
 
 _kept: list[Any] = []  # what must not be closed, and streams whose collection would flush them
 _MODULES = {
@@ -43,21 +44,21 @@ _MODULES = {
 
 
 def use_for(
-    child: Any, box: BlackBox | None, bare: bool = False, leaving: Latch | None = None
+    child: Any, box: BlackBox | None, bare: bool = False, closing: Closing | None = None
 ) -> None:
     """Have a process object that is not started yet be launched this way, where it can be.
 
     It is to be no daemon, whatever this process is: what ends with us may have children. `box`
     takes the word of the fork server, too; None: a pipe of its own does. `bare`: its target imports
-    the main module itself (see `main_module`). `leaving`: see `fork_server.launched`.
+    the main module itself (see `main_module`). `closing`: see `fork_server.launched`.
     """
     child.daemon = False
     child.authkey = bytes(child.authkey)  # see `_authkey_of_ours`
     if sys.platform != "win32":
-        child._Popen = partial(_popen, box=box, bare=bare, leaving=leaving)
+        child._Popen = partial(_popen, box=box, bare=bare, closing=closing)
 
 
-def _popen(child: Any, box: BlackBox | None, bare: bool, leaving: Latch | None) -> Any:
+def _popen(child: Any, box: BlackBox | None, bare: bool, closing: Closing | None) -> Any:
     """Launch a process: as `Process._Popen`, whose place this takes."""
     del child._Popen  # the object may have to be pickled
     method = child._start_method
@@ -69,23 +70,27 @@ def _popen(child: Any, box: BlackBox | None, bare: bool, leaving: Latch | None) 
         if method == "forkserver":
             from .fork_server import launched  # where there is one
 
-            return launched(ensure_server, partial(_launch, method, child, box, bare), leaving)
+            return launched(ensure_server, partial(_launch, method, child, box, bare), closing)
         return _launch(method, child, None, bare)
 
 
-def _launch(method: str, child: Any, box: BlackBox | None, bare: bool) -> Any:
+def _launch(
+    method: str, child: Any, box: BlackBox | None, bare: bool, watch: Watch | None = None
+) -> Any:
     popen = importlib.import_module(_MODULES[method]).Popen
     made = popen.__new__(popen)
     made._fds = []
     made.returncode = made.finalizer = None
-    if box is not None:
-        _launch_by_server(made, child, box, bare)
+    if box is not None and watch is not None:
+        _launch_by_server(made, child, box, bare, watch)
         return made
     if method == "fork":
         launch = rebound(popen._launch, os=_Pipes())
     else:
         _ensure_tracker()
         launch = partial(beyond_streams, rebound(popen._launch, spawn=_Spawn(bare)))
+    if watch is not None:
+        launch = partial(watch.around, launch)
     try:
         launch(made, child)
     except BrokenPipeError:
@@ -202,7 +207,7 @@ def _server() -> Any:
     return forkserver._forkserver
 
 
-def _launch_by_server(made: Any, child: Any, box: BlackBox, bare: bool) -> None:
+def _launch_by_server(made: Any, child: Any, box: BlackBox, bare: bool, watch: Watch) -> None:
     """Have the fork server start a process, and send what it has to say of it to the black box.
 
     The process is told what to do when its pid is known: so nothing comes before that.
@@ -216,10 +221,11 @@ def _launch_by_server(made: Any, child: Any, box: BlackBox, bare: bool) -> None:
     try:
         pipe_into(ends)
         theirs, ours = ends
-        beyond_streams(_ask_server, [theirs, *status], made._fds, box)
+        beyond_streams(_ask_server, [theirs, *status], made._fds, watch)
         # Else the end of the server would not be the end of the pipe.
         close_all(map(status.pop, (-1,)))
-        made.pid = box.pid_from_server(_server()._forkserver_pid)
+        watch.await_word(box.fd)
+        made.pid = box.pid_from_server()
         made.sentinel = None
         _send(ours, payload, box.fd)
     finally:
@@ -254,7 +260,7 @@ def _send(fd: int, payload: memoryview, end: int) -> None:
         payload = payload[os.write(fd, payload) :]
 
 
-def _ask_server(pipes: list[int], fds: list[int], box: BlackBox) -> None:
+def _ask_server(pipes: list[int], fds: list[int], watch: Watch) -> None:
     """Ask for a new process: as `multiprocessing.forkserver.connect_to_new_process`."""
     import socket
     from multiprocessing import connection, reduction, resource_tracker
@@ -269,8 +275,15 @@ def _ask_server(pipes: list[int], fds: list[int], box: BlackBox) -> None:
             _connect(client, server)
         key = getattr(server, "_forkserver_authkey", None)  # from Python 3.14 on
         if key:
-            box.await_server(client.fileno(), server._forkserver_pid)
-            end: Any = connection.Connection(client.fileno())
+
+            class Awaited(connection.Connection):
+                """The end of a client who waits for each word of the server as long as for one."""
+
+                def recv_bytes(self, maxlength: int | None = None) -> bytes:
+                    watch.await_word(self.fileno())
+                    return super().recv_bytes(maxlength)
+
+            end: Any = Awaited(client.fileno())
             try:
                 connection.answer_challenge(end, key)
                 connection.deliver_challenge(end, key)

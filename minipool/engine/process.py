@@ -30,8 +30,9 @@ import time
 from multiprocessing import connection
 from typing import Any, Callable
 
-from .._sync import Guard, Latch, guarded
+from .._sync import Guard, guarded
 from . import popen
+from .bell import Closing
 from .blackbox import LAST_WORDS, BlackBox
 from .descriptors import close_all, close_held, lifted
 from .oom import OOM_KILLS
@@ -86,15 +87,15 @@ class WorkerProcess:
         self._bare = bare
         self._box = box if self._served and _has_pidfds() and _can_reopen() else None
 
-    def start(self, leaving: Latch | None = None) -> None:
-        """Start it, and wait for a fork server no longer than a second once `leaving` happens.
+    def start(self, closing: Closing | None = None) -> None:
+        """Start it, and wait for a fork server no longer than a second once `closing` happens.
 
         Raises:
             OSError, EOFError, RuntimeError: no process was started.
         """
         reap_outlived(0.0)
         _expect_room()
-        popen.use_for(self._process, self._box, self._bare, leaving)
+        popen.use_for(self._process, self._box, self._bare, closing)
         try:
             unsignalled(_start_unlisted, self._process)
         except OSError as error:
