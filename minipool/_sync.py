@@ -44,7 +44,7 @@ class Guard:
 
     def run(self, work: Callable[..., T], /, *args: Any) -> T:
         """Return `work(*args)`, called when no other thread is inside."""
-        return cast(T, self._run(-1, work, args))
+        return self._run(-1, work, args)  # type: ignore[return-value]
 
     def run_within(self, timeout: float, work: Callable[..., T], /, *args: Any) -> T | None:
         """Do the same, if the others leave within `timeout` seconds; else return None."""

@@ -132,8 +132,12 @@ class Standstills:
     def counted_or_starting(self, since: float) -> float:
         """As `counted`, and those in which no worker served and one was starting."""
         begun, now = self._starting_since, self._clock()  # before the droughts that have ended
-        droughts = self._droughts if begun is None else (*self._droughts, (begun, now))
-        stops = self._known()
+        droughts = _after(self._droughts, since)
+        if begun is not None:
+            droughts = (*droughts, (begun, now))
+        stops = _after(self._known(), since)
+        if not droughts:
+            return _length(stops, since)
         stopped = _length(stops, since)
         either = _length(_union((*stops, *droughts)), since)
         return stopped + min(either - stopped, self._most)
@@ -219,14 +223,17 @@ def _with(periods: Periods, begin: float, end: float) -> Periods:
     return (*periods, (begin, end))
 
 
+def _after(periods: Periods, since: float) -> Periods:
+    """Return those that ended later."""
+    first = len(periods)
+    while first and periods[first - 1][1] > since:
+        first -= 1
+    return periods[first:]
+
+
 def _length(periods: Periods, since: float) -> float:
     """Return how much time since then they take."""
-    length = 0.0
-    for begin, end in reversed(periods):
-        if end <= since:
-            break
-        length += end - max(begin, since)
-    return length
+    return sum(end - max(begin, since) for begin, end in _after(periods, since))
 
 
 def _union(periods: Periods) -> Periods:
