@@ -64,7 +64,7 @@ def _too_few(config: PoolConfig, workers: int, others: int) -> str | None:
     if limit is None:
         return None
     each, taken = descriptors_each(config), descriptors_taken(limit)
-    need = workers * each + others + _passing(config, workers)
+    need = workers * each + others + _passing(config, 1)  # started one by one, if need be
     if taken + need <= limit:
         return None
     return (
